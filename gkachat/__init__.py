@@ -1,0 +1,1 @@
+"""gkachat: small GPTs with softmax or Gaussian Kernel Attention."""

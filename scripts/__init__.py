@@ -1,0 +1,1 @@
+"""Entry points: each parses, calls the library and prints."""
