@@ -1,0 +1,64 @@
+"""Shared by all tests: one thread a process, a home of their own, and one small corpus with a tokenizer and shards."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# A corpus of this very project's standard-library neighbours, small enough to tokenize in a second.
+TINY = [
+    "--data.max_chars=600000",
+    "--data.val_fraction=0.1",
+    "--tokenizer.vocab_size=512",
+    "--model.depth=2",
+    "--model.n_embd=32",
+    "--model.head_dim=16",
+    "--model.sequence_len=32",
+    "--train.baseline_tokens=2048",
+    "--train.total_batch_size=256",
+    "--train.device_batch_size=4",
+    "--train.eval_every=4",
+    "--train.eval_tokens=256",
+    "--run.log_every=2",
+]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus_home(tmp_path_factory):
+    """A GKACHAT_HOME with a tokenizer and shards for the TINY options."""
+    home = tmp_path_factory.mktemp("home")
+    for script in ("tok_train", "data_prep"):
+        result = call(script, "configs/laptop.toml", *TINY, home=home)
+        assert result.returncode == 0, result.stderr
+    return home
+
+
+@pytest.fixture
+def tiny_home(corpus_home, tmp_path, monkeypatch):
+    """A fresh GKACHAT_HOME that shares the corpus."""
+    for name in ("tokenizer", "tokens"):
+        (tmp_path / name).symlink_to(corpus_home / name)
+    monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
+    return tmp_path
+
+
+def call(script, *args, home, stdin=None, **env):
+    """Run a script as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", f"scripts.{script}", *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "GKACHAT_HOME": str(home), "OMP_NUM_THREADS": "1", **env},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
