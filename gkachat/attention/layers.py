@@ -1,0 +1,125 @@
+"""The attention layers a model chooses from. One interface:
+
+    layer = ATTENTION[config.attention](config, index)
+    y_BTC = layer(x_BTC, idx_BT, rope)
+
+x_BTC is the block input after the pre-norm, idx_BT the tokens, rope the tables for T positions. Each layer knows its
+window, initialises itself, and sorts its parameters into the groups that the optimizer and the accounts work with.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gkachat.attention.features import Rope, apply_rope, rms_norm
+from gkachat.attention.fused import windowed_attention
+from gkachat.attention.operator import gaussian_kernel_attention
+from gkachat.config import GPTConfig
+
+QK_SCALE = 1.2  # sharpens the logits of unit queries and keys
+GATE_CHANNELS = 12  # block-input channels that the value gates look at
+
+Groups = dict[str, list[nn.Parameter]]
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, kept in its own dtype and multiplied in that of its input."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def uniform_(weight: Tensor, std: float) -> None:
+    """Fill from a uniform distribution around 0 with the given standard deviation."""
+    nn.init.uniform_(weight, -math.sqrt(3) * std, math.sqrt(3) * std)
+
+
+class SoftmaxAttention(nn.Module):
+    """Scaled dot-product attention with rotary positions, normalised queries and keys, and gated value embeddings.
+
+    Value embeddings, on every other layer and always the last, add a learned vector per token to the values,
+    gated per head by 3 sigmoid(W x[:12]).
+    """
+
+    cache_tensors = 2  # C numbers each that decoding keeps for a token and layer: keys, values
+
+    def __init__(self, config: GPTConfig, index: int):
+        super().__init__()
+        C = config.n_embd
+        self.n_head, self.window = config.n_head, config.window(index)
+        self.c_q, self.c_k, self.c_v, self.c_proj = (Linear(C, C) for _ in range(4))
+        has_value_embedding = (config.depth - 1 - index) % 2 == 0
+        self.value_embedding = nn.Embedding(config.vocab_size, C) if has_value_embedding else None
+        self.value_gate = Linear(GATE_CHANNELS, self.n_head) if has_value_embedding else None
+
+    def init_weights(self) -> None:
+        std = self.c_q.in_features**-0.5
+        for module in (self.c_q, self.c_k, self.c_v, self.value_embedding, self.value_gate):
+            if module is not None:
+                uniform_(module.weight, std)
+        nn.init.zeros_(self.c_proj.weight)
+
+    def parameter_groups(self) -> Groups:
+        groups: Groups = {"matrices": [m.weight for m in (self.c_q, self.c_k, self.c_v, self.c_proj)]}
+        if self.value_embedding is not None:
+            groups["value_embeddings"] = [self.value_embedding.weight]
+            groups["value_gates"] = [self.value_gate.weight]
+        return groups
+
+    def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Tensor:
+        heads = (*x_BTC.shape[:2], self.n_head, -1)
+        q, k, v = self.c_q(x_BTC).view(heads), self.c_k(x_BTC).view(heads), self.c_v(x_BTC).view(heads)
+        if self.value_embedding is not None:
+            gate = 3 * torch.sigmoid(self.value_gate(x_BTC[..., :GATE_CHANNELS]))
+            v = v + gate[..., None] * self.value_embedding(idx_BT).to(v.dtype).view(heads)
+        q, k = (QK_SCALE * rms_norm(apply_rope(t, rope)) for t in (q, k))
+        return self.c_proj(windowed_attention(q, k, v, window=self.window).flatten(2))
+
+
+class GaussianKernelAttention(nn.Module):
+    """Gaussian Kernel Attention (arXiv 2605.02144): no query, key or value projection, one bandwidth per head.
+
+    Bandwidths start at sqrt(D/2), where independent unit features weigh exp(-2) against a token's own 1, and are
+    learned as their logarithm, in float32, so that they stay above 0.
+    """
+
+    cache_tensors = 1  # the block input serves as keys and as values
+
+    def __init__(self, config: GPTConfig, index: int):
+        super().__init__()
+        self.n_head, self.head_dim, self.window = config.n_head, config.head_dim, config.window(index)
+        self.options = config.gka
+        self.log_sigma = nn.Parameter(torch.empty(self.n_head))
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def init_weights(self) -> None:
+        nn.init.constant_(self.log_sigma, 0.5 * math.log(self.head_dim / 2))
+        nn.init.zeros_(self.c_proj.weight)
+
+    def parameter_groups(self) -> Groups:
+        return {"matrices": [self.c_proj.weight], "log_sigma": [self.log_sigma]}
+
+    @property
+    def sigma(self) -> Tensor:
+        """(H,) bandwidths, in the units of the block input."""
+        return self.log_sigma.exp()
+
+    def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Tensor:
+        x_BTHD = x_BTC.view(*x_BTC.shape[:2], self.n_head, self.head_dim)
+        y_BTHD = gaussian_kernel_attention(
+            rms_norm(x_BTHD) if self.options.normalize else x_BTHD,
+            self.sigma,
+            window=self.window,
+            rope=rope if self.options.rope else None,
+            include_self=self.options.include_self,
+            backend=self.options.backend,
+        )
+        return self.c_proj(y_BTHD.flatten(2))
+
+
+ATTENTION = {"softmax": SoftmaxAttention, "gka": GaussianKernelAttention}

@@ -1,0 +1,115 @@
+"""The model: embedding, blocks of attention and MLP, head. Which attention is decided once, when it is built.
+
+    model = GPT(GPTConfig(depth=4, attention="gka", vocab_size=4096, sequence_len=256))
+    loss = model(idx, targets)
+
+Pre-norm transformer with parameter-free RMSNorm (also after the embedding), relu^2 MLP, no biases, an untied head with
+soft-capped logits, and two learned scalars a layer: how much of the residual stream goes on, how much of the embedding
+is mixed in again. Weights are kept in float32; activations flow in `compute_dtype`.
+Axes: B batch, T time, C channels, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gkachat.attention.features import Rope, rms_norm, rope_table
+from gkachat.attention.layers import ATTENTION, Groups, Linear, uniform_
+from gkachat.config import GKAConfig, GPTConfig
+
+__all__ = ["GPT", "GKAConfig", "GPTConfig"]
+
+LOGIT_CAP = 15.0
+IGNORE = -1  # a target that is not scored
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def init_weights(self) -> None:
+        uniform_(self.c_fc.weight, 0.4 * self.c_fc.in_features**-0.5)
+        nn.init.zeros_(self.c_proj.weight)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x_BTC)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, index: int):
+        super().__init__()
+        self.attn = ATTENTION[config.attention](config, index)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Tensor:
+        x_BTC = x_BTC + self.attn(rms_norm(x_BTC), idx_BT, rope)
+        return x_BTC + self.mlp(rms_norm(x_BTC))
+
+
+class GPT(nn.Module):
+    """Autoregressive transformer. Builds on any device, also `torch.device("meta")`; weights follow torch's seed."""
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self.residual_scale = nn.Parameter(torch.empty(config.depth))
+        self.x0_mix = nn.Parameter(torch.empty(config.depth))
+        self.set_rope()
+        self.init_weights()
+
+    def set_rope(self, device: torch.device | str | None = None) -> None:
+        """Compute the rotation tables; they are no weights, so a model built on the meta device lacks them."""
+        cos, sin = rope_table(self.config.sequence_len, self.config.head_dim, device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Every block starts as the identity: output projections are zero."""
+        nn.init.normal_(self.wte.weight, std=0.8)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        self.residual_scale.copy_(torch.linspace(1.15, 1.05, self.config.depth))
+        self.x0_mix.copy_(torch.linspace(0.20, 0.05, self.config.depth))
+        for block in self.blocks:
+            block.attn.init_weights()
+            block.mlp.init_weights()
+
+    def parameter_groups(self) -> Groups:
+        """All parameters by what they are: what the optimizer tells apart and the accounts list."""
+        groups: Groups = {
+            "embedding": [self.wte.weight],
+            "lm_head": [self.lm_head.weight],
+            "matrices": [],
+            "residual_scale": [self.residual_scale],
+            "x0_mix": [self.x0_mix],
+        }
+        for block in self.blocks:
+            groups["matrices"] += [block.mlp.c_fc.weight, block.mlp.c_proj.weight]
+            for name, parameters in block.attn.parameter_groups().items():
+                groups.setdefault(name, []).extend(parameters)
+        assert sum(map(len, groups.values())) == len(list(self.parameters())), "a parameter belongs to no group"
+        return groups
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) in float32, or with targets (B, T) the mean loss in nats over those that are not -1.
+
+        Raises ValueError when idx is longer than sequence_len.
+        """
+        T = idx.size(1)
+        if self.config.sequence_len < T:
+            raise ValueError(f"idx: given {T} tokens, expected at most sequence_len {self.config.sequence_len}")
+        rope = (self.cos[:T], self.sin[:T])
+        x_BTC = x0_BTC = rms_norm(self.wte(idx).to(self.compute_dtype))
+        for index, block in enumerate(self.blocks):
+            scale, mix = self.residual_scale[index].to(x_BTC.dtype), self.x0_mix[index].to(x_BTC.dtype)
+            x_BTC = block(scale * x_BTC + mix * x0_BTC, idx, rope)
+        # Divided by the cap while there are C numbers a token, not V: the same logits, two passes less over them.
+        logits_BTV = LOGIT_CAP * torch.tanh(self.lm_head(rms_norm(x_BTC) / LOGIT_CAP).float())
+        if targets is None:
+            return logits_BTV
+        return F.cross_entropy(logits_BTV.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
