@@ -1,0 +1,87 @@
+"""The accounts: parameters, training FLOPs and decode-cache bytes, counted from a model built on the meta device.
+
+FLOPs a training token: 6 for each parameter of the matrices and the head (2 forward, 4 backward), and
+12 C min(window, T) a layer for comparing and averaging tokens, two products in both attentions (PaLM, arXiv 2204.02311,
+appendix B). Embeddings are looked up, not multiplied; what the causal mask saves is not counted.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from gkachat.attention.layers import ATTENTION
+from gkachat.config import GPTConfig
+from gkachat.gpt import GPT
+
+PUBLISHED_PARAMS_RATIO = 0.42  # arXiv 2605.02144, abstract, depth 20
+PUBLISHED_FLOPS_RATIO = 0.49
+PROTOCOLS = ("equal-tokens", "equal-ratio", "paper", "equal-flops")
+CACHE_BYTES = 2  # a cached number is bfloat16
+
+
+@dataclass(frozen=True)
+class Account:
+    params: dict[str, int]
+    """By group, and their total."""
+    flops_per_token: int
+    """Of training: forward and backward."""
+    cache_bytes_per_token: int
+    """What decoding keeps for each token of the context, in bfloat16."""
+
+    @property
+    def scaling_params(self) -> int:
+        """N, what horizons scale with: matrices and head."""
+        return self.params["matrices"] + self.params["lm_head"]
+
+
+@cache
+def account(config: GPTConfig) -> Account:
+    """Count a model of this shape; nothing is allocated."""
+    with torch.device("meta"):
+        model = GPT(config)
+    groups = {name: sum(p.numel() for p in group) for name, group in model.parameter_groups().items()}
+    seen = sum(min(config.window(layer) or config.sequence_len, config.sequence_len) for layer in range(config.depth))
+    return Account(
+        params={"total": sum(groups.values()), **groups},
+        flops_per_token=6 * (groups["matrices"] + groups["lm_head"]) + 12 * config.n_embd * seen,
+        cache_bytes_per_token=ATTENTION[config.attention].cache_tensors * config.depth * config.n_embd * CACHE_BYTES,
+    )
+
+
+def horizon(protocol: str, config: GPTConfig, baseline_tokens: float) -> float:
+    """Tokens that a model of this shape trains on, where the softmax model of the same shape has `baseline_tokens`.
+
+    Raises ValueError for an unknown protocol.
+    """
+    own, baseline = account(config), account(dataclasses.replace(config, attention="softmax"))
+    if config.attention == "softmax":
+        return baseline_tokens
+    equal_flops = baseline_tokens * baseline.flops_per_token / own.flops_per_token
+    match protocol:
+        case "equal-tokens":
+            return baseline_tokens
+        case "equal-ratio":
+            return baseline_tokens * own.scaling_params / baseline.scaling_params
+        case "paper":
+            return PUBLISHED_FLOPS_RATIO * equal_flops
+        case "equal-flops":
+            return equal_flops
+    raise ValueError(f"protocol: given {protocol!r}, expected one of {', '.join(PROTOCOLS)}")
+
+
+def compare_accounts(config: GPTConfig) -> dict[str, Any]:
+    """Both attentions at one shape, and gka over softmax; total FLOPs under each protocol."""
+    softmax, gka = (dataclasses.replace(config, attention=name) for name in ("softmax", "gka"))
+    counted = {"softmax": account(softmax), "gka": account(gka)}
+    flops = counted["gka"].flops_per_token / counted["softmax"].flops_per_token
+    return {name: dataclasses.asdict(a) for name, a in counted.items()} | {
+        "ratio": {
+            "params": counted["gka"].params["total"] / counted["softmax"].params["total"],
+            "flops_per_token": flops,
+            "cache_bytes_per_token": counted["gka"].cache_bytes_per_token / counted["softmax"].cache_bytes_per_token,
+            "total_flops": {protocol: flops * horizon(protocol, gka, 1.0) for protocol in PROTOCOLS},
+        }
+    }

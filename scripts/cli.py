@@ -1,0 +1,76 @@
+"""What the scripts share: a config from the command line, help made from its fields, errors as one line."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from gkachat.config import Config, ConfigError, load_config
+
+T = TypeVar("T")
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Exit with main's code; an error the user can do something about becomes one line on stderr and exit code 1."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def config_from_args(args: list[str], description: str, flags: dict[str, str] | None = None) -> tuple[Config, set[str]]:
+    """`[CONFIG.toml] [--flag ...] [--section.field value ...]` as a config and the flags that were given.
+
+    `flags` are a script's own switches and what they do.
+    """
+    flags = flags or {}
+    given = {arg.removeprefix("--") for arg in args} & set(flags)
+    args = [arg for arg in args if arg.removeprefix("--") not in given]
+    path = args.pop(0) if args and not args[0].startswith("-") else None
+    if {"-h", "--help"} & set(args):
+        print_help(path, description, flags)
+        sys.exit(0)
+    try:
+        return load_config(path, args), given
+    except ConfigError as error:
+        raise ConfigError([f"{path or 'options'}: {error}"]) from None
+
+
+def with_progress(items: Iterable[T], what: str, characters: Callable[[T], int], total: int | None) -> Iterator[T]:
+    """The same items, with a bar on the terminal that counts their characters; `total` None: not known."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    counter = TextColumn("{task.completed:,.0f} characters")
+    with Progress(TextColumn(what), BarColumn(), counter, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task(what, total=total)
+        for item in items:
+            yield item
+            progress.advance(task, characters(item))
+
+
+def print_help(path: str | None, description: str, flags: dict[str, str]) -> None:
+    """Every field with what it does and its value in the file at `path` (without: its default)."""
+    import tyro
+
+    print(f"usage: [CONFIG.toml] {' '.join(f'[--{flag}]' for flag in flags)} [--section.field value ...]\n")
+    print(description.strip() + "\n")
+    for flag, text in flags.items():
+        print(f"  --{flag}  {text}")
+    try:
+        tyro.cli(
+            Config,
+            default=load_config(path),
+            args=["--help"],
+            prog="",
+            config=(tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
+            use_underscores=True,
+        )
+    except SystemExit:
+        return
