@@ -1,0 +1,65 @@
+"""Bytes a token on several kinds of text, beside gpt2 and cl100k where tiktoken can load them.
+
+python -m scripts.tok_eval configs/laptop.toml
+"""
+
+import sys
+import sysconfig
+from itertools import islice
+from pathlib import Path
+
+import tiktoken
+
+from gkachat.config import Config, home
+from gkachat.data.sources import Corpus
+from gkachat.tokenizer import Tokenizer
+from scripts.cli import config_from_args, run
+
+SAMPLE_CHARS = 200_000
+ENGLISH = (
+    "Not much is known about the harbour before the second lighthouse was built. In 1874 the council asked for "
+    "a survey, which found that the channel had moved by forty yards; large ships had to wait for the tide. "
+)
+GERMAN = (
+    "Über die Geschwindigkeit, mit der sich die Nachricht verbreitete, gehen die Berichte auseinander. Sicher ist nur, "
+    "dass gegen Abend die ersten Händler ihre Läden schlossen und die Brücke für Fuhrwerke gesperrt wurde. "
+)
+CHINESE = "河水在夜里涨了三尺，清晨的时候，渡口已经看不见了。老人说，这样的水他一生只见过两次。"
+MATHS = "Let $f(x) = \\sum_{n=0}^{\\infty} \\frac{x^n}{n!}$; then $f'(x) = f(x)$, $f(0) = 1$ and $f(1) = 2.718281828$. "
+LOG = "2024-03-07T11:42:09.318Z INFO  worker-17 request id=9f83c1 path=/api/v2/items?limit=250 status=200 bytes=18342\n"
+
+
+def kinds(config: Config) -> dict[str, str]:
+    """Samples by name; the first is the val split of the config's own source."""
+    val = "".join(islice((text for split, text in Corpus(config.data) if split == "val"), 50))
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    code = "".join((stdlib / name).read_text() for name in ("argparse.py", "dataclasses.py", "heapq.py"))
+    samples = {
+        f"{config.data.name} (val)": val,
+        "python code": code,
+        "english": ENGLISH,
+        "german": GERMAN,
+        "chinese": CHINESE,
+        "maths": MATHS,
+        "server log": LOG,
+    }
+    return {name: text[:SAMPLE_CHARS] for name, text in samples.items()}
+
+
+def main() -> None:
+    config, _ = config_from_args(sys.argv[1:], __doc__)
+    tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
+    encoders = {"ours": tokenizer.encode}
+    for name in ("gpt2", "cl100k_base"):
+        try:
+            encoders[name] = tiktoken.get_encoding(name).encode_ordinary
+        except Exception as error:  # whatever the download raises; ours needs none
+            print(f"{name}: tiktoken cannot load it here ({type(error).__name__})")
+    print(f"{'bytes a token':24}" + "".join(f"{name:>14}" for name in encoders))
+    for kind, text in kinds(config).items():
+        n_bytes = len(text.encode())
+        print(f"{kind:24}" + "".join(f"{n_bytes / len(encode(text)):14.2f}" for encode in encoders.values()))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,42 @@
+"""Train the tokenizer on the train split of a config's source.
+
+python -m scripts.tok_train configs/laptop.toml
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+
+from gkachat.config import Config, home
+from gkachat.data.sources import Corpus
+from gkachat.tokenizer import FILE_NAME, train_tokenizer
+from scripts.cli import config_from_args, run, with_progress
+
+
+def training_texts(config: Config) -> Iterator[str]:
+    """The start of each training document, up to the characters that the config allows."""
+    left = config.tokenizer.train_chars
+    for split, text in Corpus(config.data):
+        if split == "train":
+            text = text[: min(left, config.tokenizer.doc_chars)]
+            left -= len(text)
+            yield text
+            if left <= 0:
+                return
+
+
+def main() -> None:
+    config, flags = config_from_args(sys.argv[1:], __doc__, {"overwrite": "train anew where there is one already"})
+    directory = home() / "tokenizer" / config.data_name
+    if (directory / FILE_NAME).exists() and "overwrite" not in flags:
+        print(f"tokenizer {directory} is there already; --overwrite trains it anew")
+        return
+    start = time.perf_counter()
+    texts = with_progress(training_texts(config), "reading", len, config.tokenizer.train_chars)
+    tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
+    tokenizer.save(directory)
+    print(f"tokenizer {directory}: {tokenizer.vocab_size:,} tokens in {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    run(main)
