@@ -1,0 +1,85 @@
+"""From `depth` to a training run: horizon, batch, learning rates and weight decay (those of nanochat, mid 2026).
+
+The reference point of all scaling is the softmax model of depth 12, for both attentions: equal horizons then give equal
+batches, learning rates and weight decay, and a comparison differs in the attention alone.
+"""
+
+import dataclasses
+import math
+
+from gkachat.config import Config, GPTConfig
+from gkachat.cost import account, horizon
+
+REFERENCE_DEPTH = 12
+REFERENCE_BATCH = 2**19  # tokens
+REFERENCE_CHANNELS = 768
+BATCH_EXPONENT = 0.383  # the best batch grows with horizon^0.383 (Power Lines, arXiv 2505.13738)
+REFERENCE_WEIGHT_DECAY = 0.28
+
+MOMENTUM_START, MOMENTUM_HIGH, MOMENTUM_END, MOMENTUM_STEPS = 0.85, 0.97, 0.90, 400
+
+
+def resolve(config: Config, world_size: int = 1) -> Config:
+    """Fill in every derived value that was not set by hand. The batch is rounded up to whole rows on every device."""
+    train, optim, model = config.train, config.optim, config.model
+    softmax = dataclasses.replace(model, attention="softmax")
+    baseline_tokens = train.baseline_tokens or round(train.tokens_per_param * account(softmax).scaling_params)
+    total_tokens = train.total_tokens or round(horizon(train.protocol, model, baseline_tokens))
+
+    reference = GPTConfig(
+        depth=REFERENCE_DEPTH,
+        vocab_size=model.vocab_size,
+        sequence_len=model.sequence_len,
+        window_pattern=model.window_pattern,
+    )
+    reference_tokens = train.tokens_per_param * account(reference).scaling_params
+    batch = train.total_batch_size
+    if batch is None:
+        ideal = REFERENCE_BATCH * (total_tokens / reference_tokens) ** BATCH_EXPONENT
+        batch = 2 ** round(math.log2(ideal))
+    row_tokens = model.sequence_len * world_size
+    batch = -(-batch // row_tokens) * row_tokens
+
+    def default(value: float | None, derived: float) -> float:
+        return derived if value is None else value
+
+    batch_scale = math.sqrt(batch / REFERENCE_BATCH)
+    decay = REFERENCE_WEIGHT_DECAY * batch_scale * reference_tokens / total_tokens
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, name=config.run_name),
+        train=dataclasses.replace(
+            train, baseline_tokens=baseline_tokens, total_tokens=total_tokens, total_batch_size=batch
+        ),
+        optim=dataclasses.replace(
+            optim,
+            lr_scale=default(optim.lr_scale, batch_scale),
+            adam_scale=default(optim.adam_scale, (model.n_embd / REFERENCE_CHANNELS) ** -0.5),
+            weight_decay=default(optim.weight_decay, decay),
+        ),
+    )
+
+
+def n_steps(config: Config) -> int:
+    """Steps of a resolved config."""
+    return max(1, round(config.train.total_tokens / config.train.total_batch_size))
+
+
+def lr_multiplier(step: int, config: Config) -> float:
+    """Linear warm-up, a plateau, linear warm-down to a final share."""
+    train, steps = config.train, n_steps(config)
+    warm_up = (step + 1) / train.warmup_steps if step < train.warmup_steps else 1.0
+    return warm_up * (1 - (1 - train.final_lr_fraction) * warmdown(step, config)) if steps > 1 else 1.0
+
+
+def warmdown(step: int, config: Config) -> float:
+    """How far a step is into the warm-down, 0 to 1."""
+    steps = n_steps(config)
+    length = round(config.train.warmdown_fraction * steps)
+    return 0.0 if step < steps - length else (step - (steps - length) + 1) / length
+
+
+def muon_momentum(step: int, config: Config) -> float:
+    """0.85 rising to 0.97 over 400 steps, and falling to 0.90 over the warm-down."""
+    risen = MOMENTUM_START + (MOMENTUM_HIGH - MOMENTUM_START) * min(1.0, step / MOMENTUM_STEPS)
+    return risen + (MOMENTUM_END - risen) * warmdown(step, config)

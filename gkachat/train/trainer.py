@@ -1,0 +1,332 @@
+"""The training loop: loader -> GPT -> optimizers -> run directory.
+
+    Trainer(load_config("configs/laptop.toml")).run()
+
+Interrupted by Ctrl-C or SIGTERM it finishes its step, saves and stops; `resume=True` goes on exactly from there:
+batches are a function of the step, and the optimizers' memory is part of the checkpoint.
+"""
+
+import dataclasses
+import math
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from gkachat import checkpoint
+from gkachat.config import Config, home, load_config
+from gkachat.cost import account
+from gkachat.data.loader import Loader, val_batches
+from gkachat.data.shards import open_split
+from gkachat.eval.bpb import bpb_sums
+from gkachat.gpt import GPT
+from gkachat.tokenizer import Tokenizer
+from gkachat.train import distributed, recipe
+from gkachat.train.metrics import Metrics, Phases, duration, peak_flops
+from gkachat.train.optim import Optimizers
+
+
+class Trainer:
+    """One run. FileExistsError: the name is taken; ValueError, FileNotFoundError: data or options do not fit."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        report: Callable[[str], None] = print,
+    ):
+        self.device = pick_device(config.run.device)
+        self.world = distributed.start(self.device.type)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", self.world.local_rank)
+        self.config = recipe.resolve(config, self.world.size)
+        self.n_steps = recipe.n_steps(self.config)
+        self.report = report if self.world.is_main else lambda line: None
+        self.run_dir = home() / "runs" / self.config.run_name
+        self._check_run_dir(resume, overwrite)
+
+        self.tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
+        if self.tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size: given {config.model.vocab_size}, expected {self.tokenizer.vocab_size} or more: "
+                "so many tokens has the tokenizer"
+            )
+        tokens_dir = home() / "tokens" / config.data_name
+        self.train_split, self.val_split = (
+            open_split(tokens_dir, split, self.tokenizer.sha256) for split in ("train", "val")
+        )
+        train, model = self.config.train, self.config.model
+        self.rows = train.total_batch_size // model.sequence_len // self.world.size  # of one process, a step
+        self.loader = Loader(
+            self.train_split,
+            sequence_len=model.sequence_len,
+            batch_rows=self.rows,
+            bos=self.tokenizer.bos,
+            seed=self.config.run.seed,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        self._build_model()
+        self.step, self.seconds, self.phases, self.interrupted = 0, 0.0, Phases(), False
+        if resume:
+            self._load()
+        elif self.world.is_main:
+            shutil.rmtree(self.run_dir, ignore_errors=True)  # empty or, with overwrite, given up
+            checkpoint.start_run(self.run_dir, self.config, self.tokenizer)
+        distributed.barrier(self.world)
+
+    def _check_run_dir(self, resume: bool, overwrite: bool) -> None:
+        metrics = self.run_dir / "metrics.jsonl"
+        taken = metrics.exists() and metrics.stat().st_size > 0
+        if taken and not (resume or overwrite):
+            raise FileExistsError(
+                f"run {self.run_dir.name!r} exists in {self.run_dir.parent}: give --resume to go on with it, "
+                "--overwrite to start anew, or another --run.name"
+            )
+        if resume:
+            if not taken:
+                raise FileNotFoundError(f"run {self.run_dir.name!r} is not in {self.run_dir.parent}: nothing to resume")
+            stored = load_config(self.run_dir / "config.toml")
+            changed = [
+                f"{section}.{f.name}: given {now!r}, the run has {then!r}"
+                for section in ("data", "tokenizer", "model", "train", "optim")
+                for f in dataclasses.fields(getattr(stored, section))
+                if (now := getattr(getattr(self.config, section), f.name))
+                != (then := getattr(getattr(stored, section), f.name))
+                and f.name not in ("device_batch_size", "eval_every", "eval_tokens")
+            ]
+            if changed:
+                raise ValueError(
+                    f"cannot resume {self.run_dir.name!r} with other options ({'; '.join(changed)}): take them back, "
+                    "give --overwrite to start anew, or another --run.name"
+                )
+
+    def _build_model(self) -> None:
+        run = self.config.run
+        torch.manual_seed(run.seed)  # the same weights in every process
+        with self.device:
+            self.model = GPT(self.config.model, pick_dtype(run.dtype, self.device))
+        compiled = self.device.type == "cuda" if run.compile is None else run.compile
+        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self.optimizers = Optimizers(self.model, self.config.optim)
+
+    def _load(self) -> None:
+        directory, meta = checkpoint.read_meta(self.run_dir)
+        if checkpoint.load_tokenizer(self.run_dir, meta).sha256 != self.tokenizer.sha256:
+            raise ValueError(f"cannot resume {self.run_dir.name!r}: the tokenizer has been trained anew since")
+        self.model.load_state_dict(checkpoint.load_tensors(directory, checkpoint.MODEL, meta))
+        state = checkpoint.load_tensors(directory, checkpoint.OPTIMIZER, meta)
+        self.optimizers.load_state_tensors(self.model, state)
+        self.step, self.seconds = meta["step"], meta["seconds"]
+        self.phases.seconds.update(meta["phases"])
+
+    def run(self) -> bool:
+        """Train to the end; false when interrupted before it. Either way the last step is in a checkpoint."""
+        self._report_start()
+        run, train = self.config.run, self.config.train
+        if self.world.is_main:
+            self.metrics = Metrics(
+                self.run_dir,
+                wandb_project=run.wandb,
+                name=run.name,
+                config=dataclasses.asdict(self.config),
+                upto=self.step,
+            )
+        self.logged = self.step, self.seconds
+        with interruptible(self):
+            if self.step == 0:
+                self._evaluate()
+            while self.step < self.n_steps and not self.interrupted:
+                start = time.perf_counter()
+                loss, multiplier = self._train_step()
+                self.seconds += time.perf_counter() - start
+                if self.step % run.log_every == 0 or self.step == self.n_steps:
+                    self._log_step(loss, multiplier)
+                last = self.step == self.n_steps
+                if last or (train.eval_every and self.step % train.eval_every == 0):
+                    self._evaluate()
+                if last or (run.checkpoint_every and self.step % run.checkpoint_every == 0):
+                    self._save()
+            if self.interrupted and self.step < self.n_steps:
+                self._save()
+        self._report_end()
+        distributed.stop()
+        return self.step == self.n_steps
+
+    def _train_step(self) -> tuple[float, float]:
+        """One optimizer step; the mean loss over all its targets, and the learning-rate multiplier."""
+        with self.phases("data"):
+            idx, targets = self.loader.batch(self.step)
+            scored = distributed.sum_over_world((targets >= 0).sum().to(self.device), self.world)
+            size = self.config.train.device_batch_size
+            pieces = list(zip(idx.split(size), targets.split(size), strict=True))
+        total = torch.zeros((), device=self.device)
+        for x, y in pieces:
+            with self.phases("data"):
+                share = (y >= 0).sum().to(self.device) / scored  # a mean over targets, however rows are split up
+                x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            with self.phases("forward"):
+                loss = self.forward(x, y) * share
+                total += loss.detach()
+            with self.phases("backward"):
+                loss.backward()
+        with self.phases("optimizer"):
+            distributed.sum_gradients(self.model, self.world)
+            status = torch.stack((total, torch.tensor(float(self.interrupted), device=self.device)))
+            loss, interrupted = distributed.sum_over_world(status, self.world).tolist()
+            self.interrupted = interrupted > 0  # all processes stop at the same step
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"loss is {loss} at step {self.step}: weights up to the last checkpoint "
+                    f"({checkpoint.checkpoint_steps(self.run_dir) or 'none'}) are good; lower the learning rate"
+                )
+            multiplier = recipe.lr_multiplier(self.step, self.config)
+            self.optimizers.step(multiplier, recipe.muon_momentum(self.step, self.config))
+        self.step += 1
+        return loss, multiplier
+
+    def _evaluate(self) -> None:
+        with self.phases("evaluation"):
+            token_bytes = self.tokenizer.token_bytes()
+            bpb = {}
+            for name, split in (("train_bpb", self.train_split), ("val_bpb", self.val_split)):
+                batches = val_batches(
+                    split,
+                    sequence_len=self.config.model.sequence_len,
+                    batch_rows=self.config.train.device_batch_size,
+                    bos=self.tokenizer.bos,
+                    tokens=self.config.train.eval_tokens,
+                )
+                mine = (b for i, b in enumerate(batches) if i % self.world.size == self.world.rank)
+                sums = torch.tensor(bpb_sums(self.model, mine, token_bytes), dtype=torch.float64, device=self.device)
+                nats, n_bytes = distributed.sum_over_world(sums, self.world).tolist()
+                bpb[name] = nats / (math.log(2) * n_bytes)
+        if self.world.is_main:
+            self.metrics.write("eval", self.step, tokens=self._tokens(), seconds=self.seconds, **bpb)
+        self.report(f"step {self.step:6d} | val bpb {bpb['val_bpb']:.4f} | train bpb {bpb['train_bpb']:.4f}")
+
+    def _tokens(self) -> int:
+        return self.step * self.config.train.total_batch_size
+
+    def _log_step(self, loss: float, multiplier: float) -> None:
+        if not self.world.is_main:
+            return
+        step, seconds = self.logged
+        rate = (self.step - step) * self.config.train.total_batch_size / (self.seconds - seconds)
+        self.logged = self.step, self.seconds
+        values = {"loss": loss, "lr": multiplier, "tokens_per_second": rate}
+        words = [
+            f"step {self.step:6d}/{self.n_steps}",
+            f"loss {loss:.4f}",
+            f"lr x{multiplier:.3f}",
+            f"{rate:,.0f} tok/s",
+        ]
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        if peak is not None:
+            values["mfu"] = rate * account(self.config.model).flops_per_token / (peak * self.world.size)
+            words.append(f"mfu {100 * values['mfu']:.1f} %")
+        left = self.seconds / self.step * (self.n_steps - self.step)
+        words += [f"{100 * self.step / self.n_steps:.0f} %", f"{duration(left)} left"]
+        self.metrics.write("train", self.step, tokens=self._tokens(), seconds=self.seconds, **values)
+        self.report(" | ".join(words))
+
+    def _save(self) -> None:
+        with self.phases("checkpoint"):
+            if self.world.is_main:
+                meta = {
+                    "tokens": self._tokens(),
+                    "seconds": self.seconds,
+                    "phases": dict(self.phases.seconds),
+                    "peak_memory_bytes": peak_memory(self.device),
+                    "device": device_name(self.device),
+                    "world_size": self.world.size,
+                    "dtype": str(self.model.compute_dtype).removeprefix("torch."),
+                    "torch": torch.__version__,
+                    "n_steps": self.n_steps,
+                }
+                state = self.optimizers.state_tensors(self.model)
+                path = checkpoint.save_checkpoint(
+                    self.run_dir, self.step, self.model.state_dict(), state, self.config, meta
+                )
+                self.report(f"step {self.step:6d} | saved {path}")
+            distributed.barrier(self.world)
+
+    def _report_start(self) -> None:
+        config, counted, lost = self.config, account(self.config.model), self.loader.loss_report
+        groups = ", ".join(f"{name} {n:,}" for name, n in counted.params.items() if name != "total")
+        dtype = str(self.model.compute_dtype).removeprefix("torch.")
+        for line in (
+            f"run {self.run_dir} on {device_name(self.device)} x {self.world.size}, {dtype}",
+            f"{config.model.attention}, depth {config.model.depth}: {counted.params['total']:,} parameters ({groups})",
+            f"{self.n_steps:,} steps of {config.train.total_batch_size:,} tokens, {config.train.protocol}; "
+            f"{counted.flops_per_token * config.train.total_tokens:.3g} FLOPs",
+            f"an epoch has {self.loader.steps_per_epoch:,} steps; {100 * lost['tokens_lost']:.2f} % of its tokens are "
+            f"left out, {100 * lost['positions_unused']:.2f} % of its positions stay empty",
+        ):
+            self.report(line)
+
+    def _report_end(self) -> None:
+        if self.world.is_main:
+            self.metrics.close()
+        seconds = self.phases.seconds
+        total = sum(seconds.values()) or 1.0
+        shares = ", ".join(f"{name} {100 * s / total:.1f} %" for name, s in seconds.items())
+        if self.interrupted and self.step < self.n_steps:
+            self.report(f"interrupted at step {self.step}; give --resume to go on")
+        self.report(f"wall clock: {shares}; in training steps {duration(self.seconds)}")
+
+
+@contextmanager
+def interruptible(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the trainer to stop after its step; a second Ctrl-C stops at once."""
+
+    def ask(number: int, frame: object) -> None:
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        trainer.interrupted = True
+        trainer.report("stopping after this step; once more to stop at once")
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def pick_device(name: str) -> torch.device:
+    """A device from run.device. Raises ValueError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"run.device: given {name!r}, which cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Activations' dtype from run.dtype; auto gives a CPU float32: most have no bfloat16 arithmetic."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
+    return getattr(torch, name)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: of the device's allocator on cuda, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,28 @@
+"""Train a model from scratch.
+
+python -m scripts.base_train configs/laptop.toml --model.attention gka
+torchrun --standalone --nproc_per_node=8 -m scripts.base_train configs/d20_gka.toml
+"""
+
+import sys
+
+from scripts.cli import config_from_args, run
+
+FLAGS = {
+    "resume": "go on with the run of this name from its last checkpoint",
+    "overwrite": "delete the run of this name and start anew",
+}
+
+
+def main() -> int:
+    config, flags = config_from_args(sys.argv[1:], __doc__, FLAGS)
+    if len(flags) > 1:
+        raise ValueError("given --resume and --overwrite, expected one of them")
+    from gkachat.train.trainer import Trainer  # torch takes seconds to import, --help should not
+
+    finished = Trainer(config, resume="resume" in flags, overwrite="overwrite" in flags).run()
+    return 0 if finished else 130
+
+
+if __name__ == "__main__":
+    run(main)

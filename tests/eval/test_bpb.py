@@ -1,0 +1,79 @@
+"""Bits per byte against sums done by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gkachat.data.shards import Split
+from gkachat.eval.bpb import evaluate_bpb, unigram_bpb
+
+
+class Fixed(torch.nn.Module):
+    """Predicts the same distribution everywhere."""
+
+    def __init__(self, probabilities):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(probabilities).log())
+
+    def forward(self, idx):
+        return self.logits.expand(*idx.shape, -1)
+
+
+# Three tokens of 1, 2 and 4 bytes, and a special one without any.
+TOKEN_BYTES = np.array([1, 2, 4, 0])
+MODEL = Fixed([0.5, 0.25, 0.125, 0.125])
+
+
+def test_bits_per_byte_of_known_probabilities():
+    targets = torch.tensor([[0, 1, 2, 2]])
+    # 1 + 2 + 3 + 3 bits over 1 + 2 + 4 + 4 bytes
+    assert evaluate_bpb(MODEL, [(targets, targets)], TOKEN_BYTES) == pytest.approx(9 / 11)
+
+
+def test_special_tokens_and_unscored_targets_do_not_count():
+    idx = torch.zeros(2, 3, dtype=torch.long)
+    targets = torch.tensor([[3, 0, -1], [-1, -1, 2]])
+    assert evaluate_bpb(MODEL, [(idx, targets)], TOKEN_BYTES) == pytest.approx((1 + 3) / (1 + 4))
+
+
+def test_batches_of_different_sizes_weigh_by_their_bytes():
+    a, b = torch.tensor([[0, 1, 1], [0, 0, 0]]), torch.tensor([[2]])
+    whole = evaluate_bpb(MODEL, [(a, a), (b, b)], torch.as_tensor(TOKEN_BYTES))
+    assert whole == pytest.approx((4 * 1 + 2 * 2 + 3) / (4 * 1 + 2 * 2 + 4))
+
+
+def test_a_uniform_model_over_single_bytes_needs_eight_bits():
+    model, text = Fixed([1 / 256] * 256), torch.randint(256, (3, 50))
+    assert evaluate_bpb(model, [(text, text)], np.ones(256)) == pytest.approx(8.0, abs=1e-5)
+
+
+def test_the_model_goes_back_to_the_mode_it_was_in():
+    for training in (True, False):
+        MODEL.train(training)
+        evaluate_bpb(MODEL, [(torch.tensor([[0]]),) * 2], TOKEN_BYTES)
+        assert MODEL.training == training
+
+
+def test_nothing_to_score_is_an_error():
+    special = torch.tensor([[3]])
+    with pytest.raises(ValueError, match="no target stands for any bytes"):
+        evaluate_bpb(MODEL, [(special, special)], TOKEN_BYTES)
+
+
+def as_split(tokens):
+    tokens = np.array(tokens, dtype=np.uint16)
+    return Split([tokens], np.array([0]), np.array([0]), np.array([len(tokens)]))
+
+
+def test_unigram_model_by_hand():
+    train, val = as_split([0] * 5 + [1] * 2 + [2]), as_split([0, 0, 1, 2])
+    # one added to each of four counts: 6, 3, 2, 1 of 12
+    bits = -(2 * math.log2(6 / 12) + math.log2(3 / 12) + math.log2(2 / 12))
+    assert unigram_bpb(train, val, TOKEN_BYTES) == pytest.approx(bits / (1 + 1 + 2 + 4))
+
+
+def test_unigram_model_stops_counting_where_it_is_told():
+    train, val = as_split([0, 1, 1, 1]), as_split([0])
+    assert unigram_bpb(train, val, TOKEN_BYTES, max_tokens=1) == pytest.approx(-math.log2(2 / 5))
