@@ -1,0 +1,201 @@
+"""Two runs side by side: a table, curves of bits per byte, learned bandwidths.
+
+comparison = compare_runs(run_a, run_b)      # a is the baseline: ratios are b over a
+write_comparison(comparison, directory)      # comparison.md, .json, .png
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gkachat.checkpoint import MODEL, load_tensors, read_meta
+from gkachat.config import GPTConfig, build
+from gkachat.cost import PUBLISHED_FLOPS_RATIO, PUBLISHED_PARAMS_RATIO, account
+from gkachat.files import atomic_write, write_text
+from gkachat.train.metrics import read_metrics
+
+EVAL_FILE = "eval.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table; `published` is the paper's ratio, at depth 20."""
+
+    name: str
+    a: float
+    b: float
+    style: str
+    published: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        return self.b / self.a if self.a > 0 and self.b > 0 else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    names: tuple[str, str]
+    rows: list[Row]
+    curves: dict[str, list[dict[str, float]]]
+    """Of each run: tokens, FLOPs and BPB at every evaluation."""
+    sigma: dict[str, list[list[float]]]
+    """Of each gka run: bandwidths, a list a layer, a number a head."""
+    facts: dict[str, Any]
+    """What the runs were made with."""
+
+
+def compare_runs(run_a: Path, run_b: Path) -> Comparison:
+    """Read two finished runs. FileNotFoundError or ValueError where something is missing or they cannot be compared."""
+    runs = [_read_run(run) for run in (run_a, run_b)]
+    if runs[0]["eval"]["val_sha256"] != runs[1]["eval"]["val_sha256"]:
+        raise ValueError(f"{run_a.name} and {run_b.name} were evaluated on different val texts: nothing to compare")
+    names = (run_a.name, run_b.name) if run_a.name != run_b.name else (f"{run_a.name} (a)", f"{run_b.name} (b)")
+
+    def row(name: str, key: str, style: str, published: float | None = None) -> Row:
+        return Row(name, runs[0]["figures"][key], runs[1]["figures"][key], style, published)
+
+    return Comparison(
+        names=names,
+        rows=[
+            row("parameters", "params", "{:,.0f}", PUBLISHED_PARAMS_RATIO),
+            row("training FLOPs a token", "flops_per_token", "{:.4g}"),
+            row("training tokens", "tokens", "{:,.0f}"),
+            row("training FLOPs", "flops", "{:.4g}", PUBLISHED_FLOPS_RATIO),
+            row("val bits per byte", "val_bpb", "{:.4f}"),
+            row("train bits per byte", "train_bpb", "{:.4f}"),
+            row("val - train gap", "gap", "{:+.4f}"),
+            row("unigram bits per byte, val", "unigram_bpb", "{:.4f}"),
+            row("training tokens a second", "tokens_per_second", "{:,.0f}"),
+            row("decode cache, bytes a token", "cache_bytes_per_token", "{:,.0f}"),
+        ],
+        curves={name: run["curve"] for name, run in zip(names, runs, strict=True)},
+        sigma={name: run["sigma"] for name, run in zip(names, runs, strict=True) if run["sigma"]},
+        facts={name: run["facts"] for name, run in zip(names, runs, strict=True)},
+    )
+
+
+def _read_run(run_dir: Path) -> dict[str, Any]:
+    directory, meta = read_meta(run_dir)
+    if not (run_dir / EVAL_FILE).exists():
+        raise FileNotFoundError(f"{run_dir} was not evaluated; run python -m scripts.base_eval {run_dir.name}")
+    evaluated = json.loads((run_dir / EVAL_FILE).read_text())
+    if evaluated["step"] != meta["step"]:
+        raise ValueError(f"{run_dir} has trained on since it was evaluated; run python -m scripts.base_eval again")
+    counted = account(build(GPTConfig, meta["config"]["model"]))
+    weights = load_tensors(directory, MODEL, meta)
+    log_sigma = [weights[k] for k in sorted(weights, key=_layer) if k.endswith("log_sigma")]
+    train = meta["config"]["train"]
+    return {
+        "eval": evaluated,
+        "figures": {
+            "params": counted.params["total"],
+            "flops_per_token": counted.flops_per_token,
+            "cache_bytes_per_token": counted.cache_bytes_per_token,
+            "tokens": meta["tokens"],
+            "flops": meta["tokens"] * counted.flops_per_token,
+            "tokens_per_second": meta["tokens"] / meta["seconds"],
+            "gap": evaluated["val_bpb"] - evaluated["train_bpb"],
+            **{key: evaluated[key] for key in ("val_bpb", "train_bpb", "unigram_bpb")},
+        },
+        "curve": [
+            {"tokens": r["tokens"], "flops": r["tokens"] * counted.flops_per_token}
+            | {key: r[key] for key in ("val_bpb", "train_bpb")}
+            for r in read_metrics(run_dir)
+            if r["kind"] == "eval"
+        ],
+        "sigma": [tensor.exp().tolist() for tensor in log_sigma],
+        "facts": {
+            "attention": meta["config"]["model"]["attention"],
+            "depth": meta["config"]["model"]["depth"],
+            "protocol": train["protocol"],
+            "seed": meta["config"]["run"]["seed"],
+            "steps": meta["step"],
+            "finished": meta["step"] == meta["n_steps"],
+            **{key: meta[key] for key in ("device", "world_size", "dtype", "torch", "seconds", "peak_memory_bytes")},
+        },
+    }
+
+
+def _layer(key: str) -> int:
+    parts = key.split(".")
+    return int(parts[1]) if parts[0] == "blocks" else -1
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table, and what it was made with."""
+    a, b = comparison.names
+    lines = [f"| | {a} | {b} | ratio | published |", "| --- | ---: | ---: | ---: | ---: |"]
+    for row in comparison.rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+        published = "" if row.published is None else f"{row.published:.2f}"
+        lines.append(f"| {row.name} | {row.style.format(row.a)} | {row.style.format(row.b)} | {ratio} | {published} |")
+    lines += [
+        "",
+        f"Ratios are {b} over {a}. Published: gka over softmax at depth 20 (arXiv 2605.02144).",
+        "Bits per byte are taken over all of the val split, and over as many training tokens.",
+        "",
+    ]
+    for name, facts in comparison.facts.items():
+        words = (
+            f"depth {facts['depth']} {facts['attention']}, {facts['steps']:,} steps"
+            f"{'' if facts['finished'] else ' (unfinished)'}, seed {facts['seed']}, protocol {facts['protocol']}, "
+            f"{facts['dtype']} on {facts['device']} x {facts['world_size']}, torch {facts['torch']}, "
+            f"{facts['seconds']:.0f} s in training steps, {facts['peak_memory_bytes'] / 2**30:.2f} GiB at most"
+        )
+        lines.append(f"- {name}: {words}")
+    return "\n".join(lines) + "\n"
+
+
+def write_comparison(comparison: Comparison, directory: Path, notes: str = "") -> None:
+    """comparison.md, comparison.json and comparison.png; `notes` goes below the table."""
+    write_text(directory / "comparison.md", markdown(comparison) + notes)
+    tree = {
+        "names": comparison.names,
+        "table": {
+            row.name: {"values": [row.a, row.b], "ratio": row.ratio, "published_ratio": row.published}
+            for row in comparison.rows
+        },
+        "curves": comparison.curves,
+        "sigma": comparison.sigma,
+        "facts": comparison.facts,
+    }
+    write_text(directory / "comparison.json", json.dumps(tree, indent=1) + "\n")
+    with atomic_write(directory / "comparison.png") as file:
+        draw(comparison).savefig(file, format="png", dpi=120)
+
+
+def draw(comparison: Comparison) -> Any:
+    """A matplotlib figure: BPB against tokens, against FLOPs, and a heat map of bandwidths for each gka run."""
+    from matplotlib.figure import Figure
+
+    panels = 2 + len(comparison.sigma)
+    figure = Figure(figsize=(5.2 * panels, 4.4), layout="constrained")
+    axes = figure.subplots(1, panels)
+    for axis, key, label in ((axes[0], "tokens", "training tokens"), (axes[1], "flops", "training FLOPs")):
+        for number, (name, curve) in enumerate(comparison.curves.items()):
+            for what, style in (("val_bpb", "-o"), ("train_bpb", ":")):
+                axis.plot(
+                    [point[key] for point in curve],
+                    [point[what] for point in curve],
+                    style,
+                    color=f"C{number}",
+                    markersize=3,
+                    label=f"{name}, {what.removesuffix('_bpb')}",
+                )
+        axis.set(xlabel=label, ylabel="bits per byte")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    for axis, (name, sigma) in zip(axes[2:], comparison.sigma.items(), strict=True):
+        image = axis.imshow(sigma, aspect="auto", cmap="viridis")
+        axis.set(xlabel="head", ylabel="layer", title=f"{name}: learned bandwidth")
+        axis.set_xticks(range(len(sigma[0])))
+        axis.set_yticks(range(len(sigma)))
+        if len(sigma) * len(sigma[0]) <= 64:
+            middle = (image.norm.vmin + image.norm.vmax) / 2
+            for layer, heads in enumerate(sigma):
+                for head, value in enumerate(heads):
+                    color = "black" if value > middle else "white"
+                    axis.text(head, layer, f"{value:.2f}", ha="center", va="center", color=color)
+        figure.colorbar(image, ax=axis)
+    return figure

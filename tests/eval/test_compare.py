@@ -1,0 +1,111 @@
+"""The comparison of two runs: what it reads, computes and writes."""
+
+import json
+import shutil
+
+import pytest
+from conftest import TINY, call
+
+from gkachat.checkpoint import find_run
+from gkachat.config import load_config
+from gkachat.cost import account
+from gkachat.eval.compare import compare_runs, markdown, write_comparison
+
+
+@pytest.fixture(scope="module")
+def finished(corpus_home, tmp_path_factory):
+    """A home with a trained and evaluated run of each attention."""
+    home = tmp_path_factory.mktemp("finished")
+    for name in ("tokenizer", "tokens"):
+        (home / name).symlink_to(corpus_home / name)
+    for attention in ("softmax", "gka"):
+        for args in (("base_train", "configs/laptop.toml", *TINY, f"--model.attention={attention}"),
+                     ("base_eval", f"d2_{attention}")):  # fmt: skip
+            result = call(*args, home=home)
+            assert result.returncode == 0, result.stderr
+    return home
+
+
+@pytest.fixture
+def evaluated(finished, tiny_home):
+    shutil.copytree(finished / "runs", tiny_home / "runs")
+    return [tiny_home / "runs" / name for name in ("d2_softmax", "d2_gka")]
+
+
+def test_the_table_holds_the_counted_figures_and_their_ratios(evaluated):
+    comparison = compare_runs(*evaluated)
+    rows = {row.name: row for row in comparison.rows}
+    counted = [account(load_config(d / "config.toml").model) for d in evaluated]
+    params = rows["parameters"]
+    assert (params.a, params.b) == tuple(c.params["total"] for c in counted)
+    assert params.ratio == pytest.approx(params.b / params.a) and params.published == 0.42
+    flops = rows["training FLOPs"]
+    assert (flops.a, flops.b) == tuple(2048 * c.flops_per_token for c in counted) and flops.published == 0.49
+    assert (rows["training tokens"].a, rows["training tokens"].b) == (2048, 2048)
+    stored = [json.loads((d / "eval.json").read_text()) for d in evaluated]
+    assert (rows["val bits per byte"].a, rows["val bits per byte"].b) == tuple(s["val_bpb"] for s in stored)
+    assert rows["val - train gap"].b == pytest.approx(stored[1]["val_bpb"] - stored[1]["train_bpb"])
+    assert rows["unigram bits per byte, val"].ratio == 1.0
+    assert rows["training tokens a second"].a > 0
+
+
+def test_curves_and_bandwidths_come_from_the_runs(evaluated):
+    comparison = compare_runs(*evaluated)
+    assert [point["tokens"] for point in comparison.curves["d2_gka"]] == [0, 1024, 2048]
+    assert list(comparison.sigma) == ["d2_gka"]
+    sigma = comparison.sigma["d2_gka"]
+    assert len(sigma) == 2 and all(len(heads) == 2 for heads in sigma)
+    assert all(1 < value < 6 for heads in sigma for value in heads)  # near sqrt(16 / 2) after eight steps
+
+
+def test_everything_is_written_and_says_the_same(evaluated, tmp_path):
+    comparison = compare_runs(*evaluated)
+    write_comparison(comparison, tmp_path / "out", "- a note\n")
+    written = {p.name: p for p in (tmp_path / "out").iterdir()}
+    assert set(written) == {"comparison.md", "comparison.json", "comparison.png"}
+    assert written["comparison.md"].read_text() == markdown(comparison) + "- a note\n"
+    table = json.loads(written["comparison.json"].read_text())["table"]
+    assert table["parameters"]["ratio"] == comparison.rows[0].ratio
+    assert written["comparison.png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_compared_with_itself_has_ratios_of_one(evaluated):
+    rows = compare_runs(evaluated[0], evaluated[0]).rows
+    assert {row.ratio for row in rows if row.ratio is not None} == {1.0}
+
+
+def test_a_run_that_was_not_evaluated_is_named(evaluated):
+    (evaluated[0] / "eval.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"scripts\.base_eval d2_softmax"):
+        compare_runs(*evaluated)
+
+
+def test_an_evaluation_of_another_step_is_refused(evaluated):
+    path = evaluated[1] / "eval.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 3}))
+    with pytest.raises(ValueError, match="has trained on since it was evaluated"):
+        compare_runs(*evaluated)
+
+
+def test_runs_on_different_val_texts_are_not_compared(evaluated):
+    path = evaluated[1] / "eval.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"val_sha256": ["0"]}))
+    with pytest.raises(ValueError, match="different val texts"):
+        compare_runs(*evaluated)
+
+
+def test_the_script_prints_the_table_and_where_it_was_written(evaluated, tiny_home):
+    result = call("compare", "d2_softmax", "d2_gka", home=tiny_home)
+    assert result.returncode == 0, result.stderr
+    assert markdown(compare_runs(*evaluated)) in result.stdout
+    out = tiny_home / "comparisons" / "d2_softmax-d2_gka"
+    assert str(out) in result.stdout
+    assert "commit" in (out / "comparison.md").read_text()
+
+
+def test_evaluation_prints_the_unigram_figure_and_covers_all_of_val(evaluated, tiny_home):
+    stored = json.loads((find_run("d2_gka") / "eval.json").read_text())
+    manifest = json.loads((tiny_home / "tokens" / "python-source-v512" / "manifest.json").read_text())
+    assert stored["val_tokens"] == sum(s["tokens"] for s in manifest["shards"] if s["split"] == "val")
+    assert 2 < stored["unigram_bpb"] < 8
+    assert f"{stored['unigram_bpb']:.4f}" in call("base_eval", "d2_gka", home=tiny_home).stdout
