@@ -31,8 +31,8 @@ def config_from_args(args: list[str], description: str, flags: dict[str, str] | 
     `flags` are a script's own switches and what they do.
     """
     flags = flags or {}
-    given = {arg.removeprefix("--") for arg in args} & set(flags)
-    args = [arg for arg in args if arg.removeprefix("--") not in given]
+    given = {flag for flag in flags if f"--{flag}" in args}
+    args = [arg for arg in args if arg not in {f"--{flag}" for flag in given}]
     path = args.pop(0) if args and not args[0].startswith("-") else None
     if {"-h", "--help"} & set(args):
         print_help(path, description, flags)

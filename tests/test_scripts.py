@@ -9,6 +9,9 @@ import sys
 import pytest
 from conftest import ROOT, TINY, call
 
+from scripts.base_train import FLAGS
+from scripts.cli import config_from_args
+
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if p.stem not in ("__init__", "cli"))
 # A model and a horizon that train in seconds on the laptop corpus.
@@ -51,6 +54,11 @@ def test_wrong_input_gets_one_line_and_a_failing_exit(script, args, named, tmp_p
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert named in result.stderr
+
+
+def test_a_value_that_spells_a_flag_is_a_value():
+    config, flags = config_from_args(["configs/laptop.toml", "--run.name", "resume", "--overwrite"], "", FLAGS)
+    assert config.run.name == "resume" and flags == {"overwrite"}
 
 
 @pytest.fixture(scope="module")
