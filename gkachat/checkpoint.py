@@ -138,5 +138,4 @@ def load_model(
     with torch.device("meta"):  # no weights are drawn only to be overwritten
         model = GPT(build(GPTConfig, meta["config"]["model"]))
     model.load_state_dict(tensors, assign=True)
-    model.set_rope("cpu")
     return model.to(device).eval(), tokenizer, meta

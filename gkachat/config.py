@@ -152,8 +152,8 @@ class GKAConfig:
     """Let a token be among its own keys."""
     normalize: bool = False
     """RMS-normalise each head's channels right before the operator."""
-    backend: Literal["auto", "reference", "sdpa"] = "auto"
-    """What computes the operator."""
+    backend: Literal["auto", "sdpa", "triton", "reference"] = "auto"
+    """What computes the operator; auto: the fastest that can."""
 
 
 @dataclass(frozen=True)

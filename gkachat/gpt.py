@@ -9,6 +9,8 @@ is mixed in again. Weights are kept in float32; activations flow in `compute_dty
 Axes: B batch, T time, C channels, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,20 +55,36 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.residual_scale = nn.Parameter(torch.empty(config.depth))
         self.x0_mix = nn.Parameter(torch.empty(config.depth))
-        self.set_rope()
+        self.prepare(compute_dtype)
         self.init_weights()
 
-    def set_rope(self, device: torch.device | str | None = None) -> None:
-        """Compute the rotation tables; they are no weights, so a model built on the meta device lacks them."""
+    def prepare(self, compute_dtype: torch.dtype) -> None:
+        """Everything that follows from dtype and device: rotation tables, and the kernels that attention runs on."""
+        self.compute_dtype, device = compute_dtype, self.wte.weight.device
         cos, sin = rope_table(self.config.sequence_len, self.config.head_dim, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        for block in self.blocks:
+            block.attn.choose_backend(device, compute_dtype)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "GPT":
+        """What .to() and its like run: kernels and tables follow the weights."""
+        super()._apply(fn, recurse)
+        self.prepare(self.compute_dtype)
+        return self
+
+    def backends(self) -> dict[str, list[int]]:
+        """What attention runs on and why, and in which layers."""
+        layers: dict[str, list[int]] = {}
+        for index, block in enumerate(self.blocks):
+            layers.setdefault(f"{block.attn.backend.name} ({block.attn.backend.reason})", []).append(index)
+        return layers
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -33,7 +33,7 @@ def main(
     """
     run_dir = find_run(run_name)
     model, tokenizer, meta = load_model(run_dir, pick_device(device), step)
-    model.compute_dtype = pick_dtype("auto", pick_device(device))
+    model.prepare(pick_dtype("auto", pick_device(device)))
     stored, rows = meta["config"], meta["config"]["train"]["device_batch_size"]
     sections = {"data": build(DataConfig, stored["data"]), "tokenizer": build(TokenizerConfig, stored["tokenizer"])}
     tokens_dir = home() / "tokens" / Config(**sections).data_name

@@ -38,7 +38,7 @@ def main(
         device: A torch device, or auto.
     """
     model, tokenizer, meta = load_model(find_run(run_name), pick_device(device), step)
-    model.compute_dtype = pick_dtype("auto", pick_device(device))
+    model.prepare(pick_dtype("auto", pick_device(device)))
     engine = Engine(model, tokenizer)
 
     def complete(context: list[int], seed: int) -> list[int]:

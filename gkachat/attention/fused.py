@@ -1,15 +1,27 @@
-"""Fused softmax attention over a window: what softmax attention runs on, and GKA through its identity.
+"""Fused softmax attention kernels: what softmax attention runs on, and GKA through its identities.
 
-Full windows go to torch's own fused kernels. Short ones could, but a kernel that is handed a mask computes all T x T
-scores and throws most away; on a CPU a short window is therefore computed in blocks of queries, each against the few
-keys it sees, so that cost follows T times the window. Axes: B batch, H heads, T time, D head_dim.
+All take (B, T, H, D) queries, keys and values, and see `window` positions back, self included. Full windows go to
+torch's own kernels. Short ones could, but a kernel that is handed a mask computes all T x T scores and throws most
+away; here cost follows T times the window: on a CPU in blocks of queries, each against the few keys it sees, on a GPU
+through FlexAttention's block mask or FlashAttention's own window. Which one a model uses is decided in backends.py.
+Axes: B batch, H heads, T time, S key time, D head_dim.
 """
 
+import importlib
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+SDPA_PRIORITY = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 # Queries a block. At T 2048, window 256, D 128 on a CPU, 32 and 64 are level, 128 takes 1.2x and 256 1.5x the time.
 BLOCK = 64
@@ -31,21 +43,70 @@ def visible(
     return mask
 
 
-def windowed_attention(
+def sdpa(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *, window: int | None, scale: float) -> Tensor:
+    """torch's scaled_dot_product_attention, cuDNN's kernel first: on Hopper it is the fastest of those torch brings."""
+    T = q_BTHD.size(1)
+    q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTHD, v_BTHD))
+    mask = None if window is None or window >= T else visible(T, window, device=q.device)
+    if q.device.type == "cuda" and mask is None:
+        with sdpa_kernel(SDPA_PRIORITY, set_priority=True):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return y.transpose(1, 2)
+
+
+def blocks(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *, window: int | None, scale: float) -> Tensor:
+    """A sliding window on a CPU."""
+    q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTHD, v_BTHD))
+    return block_attention(q, k, v, min(window, q.size(2)), True, scale)[0].transpose(1, 2)
+
+
+class Flex:
+    """A sliding window through FlexAttention. Block masks are made once for each length, outside the compiled graph."""
+
+    def __init__(self, window: int, sequence_len: int, device: torch.device):
+        self.window, self.device = window, device
+        self.attend = torch.compile(flex_attention, dynamic=False)  # as it is, it would form all T x T scores
+        self.masks = {sequence_len: self._mask(sequence_len)}
+
+    def _mask(self, T: int) -> BlockMask:
+        def seen(b, h, i, j):
+            return (i >= j) & (i - j < self.window)
+
+        return create_block_mask(seen, None, None, T, T, device=self.device)
+
+    def __call__(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *, window: int | None, scale: float) -> Tensor:
+        T = q_BTHD.size(1)
+        if T not in self.masks:
+            self.masks[T] = self._mask(T)
+        q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTHD, v_BTHD))
+        return self.attend(q, k, v, block_mask=self.masks[T], scale=scale).transpose(1, 2)
+
+
+def flash(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *, window: int | None, scale: float, module: str) -> Tensor:
+    """The flash-attn packages: `flash_attn_interface` (version 3) or `flash_attn` (version 2)."""
+    back = -1 if window is None else window - 1  # they count the positions before self
+    y = importlib.import_module(module).flash_attn_func(
+        q_BTHD, k_BTHD, v_BTHD, softmax_scale=scale, causal=True, window_size=(back, 0 if back >= 0 else -1)
+    )
+    return y[0] if isinstance(y, tuple) else y  # version 3 has returned the log-sum-exp along with it
+
+
+def masked_attention(
     q_BTHD: Tensor,
     k_BTHD: Tensor,
     v_BTHD: Tensor,
     *,
     window: int | None,
-    causal: bool = True,
-    include_self: bool = True,
-    scale: float | None = None,
+    causal: bool,
+    include_self: bool,
+    scale: float,
 ) -> Tensor:
-    """Softmax attention over the visible keys; rows without a key give zeros. (B, T, H, D), v as wide as q and k."""
+    """Any mask of the operator's; rows without a key give zeros. In blocks when causal on a CPU, else all T x T."""
     T = q_BTHD.size(1)
     q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTHD, v_BTHD))
     window = T if window is None else min(window, T)
-    scale = q.size(-1) ** -0.5 if scale is None else scale
     if window == T and include_self:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     elif q.device.type == "cpu" and causal:

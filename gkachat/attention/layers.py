@@ -1,6 +1,7 @@
 """The attention layers a model chooses from. One interface:
 
     layer = ATTENTION[config.attention](config, index)
+    layer.choose_backend(device, dtype)
     y_BTC = layer(x_BTC, idx_BT, rope)
 
 x_BTC is the block input after the pre-norm, idx_BT the tokens, rope the tables for T positions. Each layer knows its
@@ -13,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gkachat.attention.backends import gka_backend, softmax_backend
 from gkachat.attention.features import Rope, apply_rope, rms_norm
-from gkachat.attention.fused import windowed_attention
-from gkachat.attention.operator import gaussian_kernel_attention
 from gkachat.config import GPTConfig
 
 QK_SCALE = 1.2  # sharpens the logits of unit queries and keys
@@ -51,11 +51,15 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, config: GPTConfig, index: int):
         super().__init__()
         C = config.n_embd
-        self.n_head, self.window = config.n_head, config.window(index)
+        self.config, self.window = config, config.window(index)
         self.c_q, self.c_k, self.c_v, self.c_proj = (Linear(C, C) for _ in range(4))
         has_value_embedding = (config.depth - 1 - index) % 2 == 0
         self.value_embedding = nn.Embedding(config.vocab_size, C) if has_value_embedding else None
-        self.value_gate = Linear(GATE_CHANNELS, self.n_head) if has_value_embedding else None
+        self.value_gate = Linear(GATE_CHANNELS, config.n_head) if has_value_embedding else None
+
+    def choose_backend(self, device: torch.device, dtype: torch.dtype) -> None:
+        config = self.config
+        self.backend = softmax_backend(device, dtype, config.head_dim, self.window, config.sequence_len)
 
     def init_weights(self) -> None:
         std = self.c_q.in_features**-0.5
@@ -72,13 +76,14 @@ class SoftmaxAttention(nn.Module):
         return groups
 
     def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Tensor:
-        heads = (*x_BTC.shape[:2], self.n_head, -1)
+        heads = (*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
         q, k, v = self.c_q(x_BTC).view(heads), self.c_k(x_BTC).view(heads), self.c_v(x_BTC).view(heads)
         if self.value_embedding is not None:
             gate = 3 * torch.sigmoid(self.value_gate(x_BTC[..., :GATE_CHANNELS]))
             v = v + gate[..., None] * self.value_embedding(idx_BT).to(v.dtype).view(heads)
         q, k = (QK_SCALE * rms_norm(apply_rope(t, rope)) for t in (q, k))
-        return self.c_proj(windowed_attention(q, k, v, window=self.window).flatten(2))
+        y = self.backend.attend(q, k, v, window=self.window, scale=self.config.head_dim**-0.5)
+        return self.c_proj(y.flatten(2))
 
 
 class GaussianKernelAttention(nn.Module):
@@ -92,13 +97,16 @@ class GaussianKernelAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, index: int):
         super().__init__()
-        self.n_head, self.head_dim, self.window = config.n_head, config.head_dim, config.window(index)
-        self.options = config.gka
-        self.log_sigma = nn.Parameter(torch.empty(self.n_head))
+        self.config, self.window = config, config.window(index)
+        self.log_sigma = nn.Parameter(torch.empty(config.n_head))
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
+    def choose_backend(self, device: torch.device, dtype: torch.dtype) -> None:
+        config = self.config
+        self.backend = gka_backend(device, dtype, config.head_dim, self.window, config.sequence_len, config.gka)
+
     def init_weights(self) -> None:
-        nn.init.constant_(self.log_sigma, 0.5 * math.log(self.head_dim / 2))
+        nn.init.constant_(self.log_sigma, 0.5 * math.log(self.config.head_dim / 2))
         nn.init.zeros_(self.c_proj.weight)
 
     def parameter_groups(self) -> Groups:
@@ -110,16 +118,8 @@ class GaussianKernelAttention(nn.Module):
         return self.log_sigma.exp()
 
     def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Tensor:
-        x_BTHD = x_BTC.view(*x_BTC.shape[:2], self.n_head, self.head_dim)
-        y_BTHD = gaussian_kernel_attention(
-            rms_norm(x_BTHD) if self.options.normalize else x_BTHD,
-            self.sigma,
-            window=self.window,
-            rope=rope if self.options.rope else None,
-            include_self=self.options.include_self,
-            backend=self.options.backend,
-        )
-        return self.c_proj(y_BTHD.flatten(2))
+        x_BTHD = x_BTC.view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
+        return self.c_proj(self.backend.attend(x_BTHD, self.sigma, rope).flatten(2))
 
 
 ATTENTION = {"softmax": SoftmaxAttention, "gka": GaussianKernelAttention}

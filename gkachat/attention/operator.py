@@ -6,16 +6,24 @@ A row's own norm cancels in the softmax, which leaves ordinary attention with on
 
     y = softmax_j(f_i . f_j / sigma^2 - ||f_j||^2 / (2 sigma^2)) x
 
-so appending the bias to the keys, and a one to the queries, hands GKA to any fused softmax attention kernel.
+so appending the bias to the keys, and a one to the queries, hands GKA to any fused softmax attention kernel. Features
+of one and the same norm need no bias at all. And a kernel of its own (triton_gka.py) reads keys and values in one.
 Source: arXiv 2605.02144. Axes: B batch, T query time, S key time, H heads, D head_dim.
 """
+
+import importlib.util
+import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkachat.attention.features import Rope, apply_rope
-from gkachat.attention.fused import visible, windowed_attention
+from gkachat.attention.features import Rope, apply_rope, rms_norm
+from gkachat.attention.fused import masked_attention, visible
+
+TRITON_HEAD_DIMS = (64, 128)
+TRITON_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def gaussian_kernel_attention(
@@ -39,7 +47,8 @@ def gaussian_kernel_attention(
         rope: (cos, sin), each (T, D/2): rotates what is compared, never what is averaged.
         include_self: whether i is among its own keys. A row left without a key gives zeros.
         backend: "reference" (the definition, distances taken one by one), "sdpa" (fused softmax attention
-            through the identity above), "auto" (the fastest that is exact here).
+            through the identity above), "triton" (its own kernel; causal, bfloat16 or float32, heads of 64 or 128,
+            on a GPU or under TRITON_INTERPRET=1), "auto" (the fastest of them that can).
 
     Returns:
         (B, T, H, D) in the dtype of x, differentiable in x and sigma.
@@ -56,9 +65,41 @@ def gaussian_kernel_attention(
         raise ValueError(f"window: given {window}, expected 1 or more, or None")
     if rope is not None and any(table.shape != (T, D // 2) for table in rope):
         raise ValueError(f"rope: given {[tuple(t.shape) for t in rope]}, expected (cos, sin) of shape {(T, D // 2)}")
+    name, _ = choose(x.device, x.dtype, D, window=window, causal=causal, backend=backend)
+    return BACKENDS[name](x, sigma, window, causal, rope, include_self)
+
+
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    window: int | None = None,
+    causal: bool = True,
+    backend: str = "auto",
+) -> tuple[str, str]:
+    """Name of the back end for these, and why. ValueError when the one asked for does not exist or cannot."""
+    obstacles = [
+        text
+        for holds, text in (
+            (importlib.util.find_spec("triton") is None, "triton is not installed"),
+            (device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1", f"the device is {device.type}"),
+            (dtype not in TRITON_DTYPES, f"the dtype is {dtype}"),
+            (head_dim not in TRITON_HEAD_DIMS, f"heads have {head_dim} channels, not 64 or 128"),
+            (not causal, "it is not causal"),
+        )
+        if holds
+    ]
+    if backend == "triton" and obstacles:
+        raise ValueError(f"backend: given 'triton', which cannot run here: {'; '.join(obstacles)}")
+    if backend == "auto":
+        if not obstacles and device.type == "cuda":
+            return "triton", "one read of x serves keys and values"
+        slow = "" if window is None or device.type == "cpu" else "; it computes all T x T scores of a short window"
+        return "sdpa", f"softmax attention with a bias per key; no triton kernel: {'; '.join(obstacles)}{slow}"
     if backend not in BACKENDS:
-        raise ValueError(f"backend: given {backend!r}, expected one of {', '.join(BACKENDS)}")
-    return BACKENDS[backend](x, sigma, window, causal, rope, include_self)
+        raise ValueError(f"backend: given {backend!r}, expected one of auto, {', '.join(BACKENDS)}")
+    return backend, "as asked for"
 
 
 def _reference(
@@ -76,24 +117,68 @@ def _reference(
     return (weights_BHTS.masked_fill(keyless, 0) @ x_BHTD).transpose(1, 2).to(x.dtype)
 
 
+def normalised_kernel_attention(
+    x: Tensor, sigma: Tensor, rope: Rope | None, *, attend: Callable[..., Tensor], window: int | None
+) -> Tensor:
+    """GKA on features of unit root mean square, by a causal softmax attention kernel as it is.
+
+    All keys have the same norm, so their biases cancel. What the kernel's backward then lacks, the derivative of the
+    norms, points along x and is exactly what the backward of rms_norm takes away: hence both in one function.
+
+    Args:
+        x: (B, T, H, D), not normalised yet.
+        attend: a softmax attention, (q, k, v, window=, scale=) -> y.
+    """
+    x = rms_norm(x)
+    f = x if rope is None else apply_rope(x, rope)
+    q = (f * sigma.square().reciprocal()[:, None]).to(x.dtype)
+    return attend(q, f, x, window=window, scale=1.0)
+
+
+class _Scaled(torch.autograd.Function):
+    """q = f / sigma and its bias -|q|^2 / 2, in float32 at least; of them the backward keeps q alone."""
+
+    @staticmethod
+    def forward(ctx, f: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(f.dtype, torch.float32)
+        q = (f.to(wide) / sigma.to(wide)[:, None]).to(f.dtype)
+        ctx.save_for_backward(q, sigma)
+        # The norm is that of the very numbers that enter the dot product: only then do rounding errors cancel.
+        return q, -0.5 * q.to(wide).square().sum(dim=-1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx, dq: Tensor, dbias: Tensor) -> tuple[Tensor, Tensor]:
+        q, sigma = ctx.saved_tensors
+        wide = dbias.dtype
+        dq, q = dq.to(wide), q.to(wide)
+        dq = dq - dbias * q
+        dsigma = -(dq * q).sum((0, 1, 3)) / sigma
+        return (dq / sigma.to(wide)[:, None]).to(ctx.saved_tensors[0].dtype), dsigma.to(sigma.dtype)
+
+
 def _sdpa(x: Tensor, sigma: Tensor, window: int | None, causal: bool, rope: Rope | None, include_self: bool) -> Tensor:
     """Fused softmax attention on q = (f / sigma, 1 ...), k = (f / sigma, bias ...), v = (x, 0 ...)."""
     D = x.size(-1)
-    wide = torch.promote_types(x.dtype, torch.float32)  # norms and bandwidths are never taken in half precision
-    f = x if rope is None else apply_rope(x, rope)
-    q = (f.to(wide) / sigma.to(wide)[:, None]).to(x.dtype)
-    # The norm is that of the very numbers that enter the dot product: only then do rounding errors cancel.
-    bias = -0.5 * q.to(wide).square().sum(dim=-1, keepdim=True)
+    q, bias = _Scaled.apply(x if rope is None else apply_rope(x, rope), sigma)
     high = bias.to(x.dtype)
-    columns = [high] if x.dtype == wide else [high, (bias - high.to(wide)).to(x.dtype)]
+    columns = [high] if x.dtype == bias.dtype else [high, (bias - high.to(bias.dtype)).to(x.dtype)]
     # Kernels want head sizes in multiples of 8, and want v as wide as q and k.
     zeros = x.new_zeros(*x.shape[:-1], -(D + len(columns)) % 8)
     ones = x.new_ones(*x.shape[:-1], len(columns))
     k = torch.cat((q, *columns, zeros), dim=-1)
     v = F.pad(x, (0, k.size(-1) - D))
     q = torch.cat((q, ones, zeros), dim=-1)
-    y = windowed_attention(q, k, v, window=window, causal=causal, include_self=include_self, scale=1.0)
-    return y[..., :D]
+    return masked_attention(q, k, v, window=window, causal=causal, include_self=include_self, scale=1.0)[..., :D]
 
 
-BACKENDS = {"auto": _sdpa, "sdpa": _sdpa, "reference": _reference}
+def _triton(
+    x: Tensor, sigma: Tensor, window: int | None, causal: bool, rope: Rope | None, include_self: bool
+) -> Tensor:
+    """The fused kernel. Features are rotated beforehand: rotating them in the kernel does not fit a tile's memory."""
+    from gkachat.attention.triton_gka import gka
+
+    f = None if rope is None else apply_rope(x, rope)
+    return gka(x, f, sigma.float(), x.size(1) if window is None else window, include_self)[0]
+
+
+BACKENDS = {"sdpa": _sdpa, "triton": _triton, "reference": _reference}

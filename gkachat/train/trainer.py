@@ -268,6 +268,7 @@ class Trainer:
             f"{counted.flops_per_token * config.train.total_tokens:.3g} FLOPs",
             f"an epoch has {self.loader.steps_per_epoch:,} steps; {100 * lost['tokens_lost']:.2f} % of its tokens are "
             f"left out, {100 * lost['positions_unused']:.2f} % of its positions stay empty",
+            *(f"layers {', '.join(map(str, layers))}: {why}" for why, layers in self.model.backends().items()),
         ):
             self.report(line)
 
