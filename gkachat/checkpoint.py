@@ -138,4 +138,5 @@ def load_model(
     with torch.device("meta"):  # no weights are drawn only to be overwritten
         model = GPT(build(GPTConfig, meta["config"]["model"]))
     model.load_state_dict(tensors, assign=True)
+    model.prepare(model.compute_dtype)  # rotation tables are no weights: they are still on the meta device
     return model.to(device).eval(), tokenizer, meta

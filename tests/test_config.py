@@ -216,7 +216,10 @@ def test_nothing_is_suggested_where_nothing_is_close(toml):
         ("model = 3", "model: given 3, expected a table"),
         ("[model]\ngka = true", "model.gka: given True, expected a table"),
         ("[model]\nattention = 'linear'", "model.attention: given 'linear', expected 'softmax' or 'gka'"),
-        ("[model.gka]\nbackend = 3", "model.gka.backend: given 3, expected 'auto' or 'reference' or 'sdpa'"),
+        (
+            "[model.gka]\nbackend = 3",
+            "model.gka.backend: given 3, expected 'auto' or 'sdpa' or 'triton' or 'reference'",
+        ),
     ],
 )
 def test_an_ill_typed_value_is_named(toml, text, problem):

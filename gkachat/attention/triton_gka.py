@@ -324,7 +324,7 @@ def backward_kernel(
 
 
 # Candidates for (rows of a block, rows that it meets at a time, warps, pipeline stages); the autotuner times them on
-# first use. Triton 3.9 compiles all for sm_90 without register spills, within its shared memory (a test says so). float32
+# first use. Triton 3.9 compiles all for sm_90 without spills and within its shared memory (a test says so). float32
 # products are made of three in TF32, which takes registers: blocks are small.
 FORWARD = {
     (torch.bfloat16, 64): [(128, 64, 8, 3), (64, 64, 4, 3)],
