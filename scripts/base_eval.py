@@ -15,7 +15,7 @@ from gkachat.data.shards import open_split, read_manifest
 from gkachat.eval.bpb import evaluate_bpb, unigram_bpb
 from gkachat.eval.compare import EVAL_FILE
 from gkachat.files import write_text
-from gkachat.train.trainer import pick_device, pick_dtype
+from gkachat.machine import pick_device, pick_dtype
 from scripts.cli import run
 
 

@@ -9,7 +9,7 @@ import tyro
 
 from gkachat.checkpoint import find_run, load_model
 from gkachat.engine import Engine
-from gkachat.train.trainer import pick_device, pick_dtype
+from gkachat.machine import pick_device, pick_dtype
 from scripts.cli import run
 
 

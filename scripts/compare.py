@@ -5,7 +5,6 @@ python -m scripts.compare d4_softmax d4_gka
 
 import datetime
 import platform
-import subprocess
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ import tyro
 from gkachat.checkpoint import find_run
 from gkachat.config import home
 from gkachat.eval.compare import compare_runs, markdown, write_comparison
+from gkachat.machine import commit, processor
 from scripts.cli import run
 
 
@@ -33,33 +33,10 @@ def main(
     comparison = compare_runs(*directories)
     names = "-".join(directory.resolve().name for directory in directories)
     directory = Path(out) if out else home() / "comparisons" / names
-    where = f"- {datetime.date.today()}, commit {_commit()}, {_processor()}, Python {platform.python_version()}\n"
+    where = f"- {datetime.date.today()}, commit {commit()}, {processor()}, Python {platform.python_version()}\n"
     write_comparison(comparison, directory, where)
     print(markdown(comparison))
     print(f"written to {directory}: comparison.md, comparison.json, comparison.png")
-
-
-def _commit() -> str:
-    """Of the code that runs, marked when the working tree differs."""
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _processor() -> str:
-    """As the system names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

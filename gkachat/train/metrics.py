@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, Weights & Biases, phases of the wall clock, model FLOPs utilisation."""
+"""What a run tells: metrics.jsonl, Weights & Biases, phases of the wall clock."""
 
 import json
 import time
@@ -9,22 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from gkachat.files import write_text
-
-# Dense bfloat16 FLOP/s without sparsity, from the vendors' data sheets, by a part of the device's name.
-PEAK_FLOPS = {
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak of a known device, or None."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
 class Metrics:

@@ -8,7 +8,6 @@ batches are a function of the step, and the optimizers' memory is part of the ch
 
 import dataclasses
 import math
-import resource
 import shutil
 import signal
 import time
@@ -24,9 +23,10 @@ from gkachat.data.loader import Loader, val_batches
 from gkachat.data.shards import open_split
 from gkachat.eval.bpb import bpb_sums
 from gkachat.gpt import GPT
+from gkachat.machine import device_name, peak_flops, peak_memory, pick_device, pick_dtype
 from gkachat.tokenizer import Tokenizer
 from gkachat.train import distributed, recipe
-from gkachat.train.metrics import Metrics, Phases, duration, peak_flops
+from gkachat.train.metrics import Metrics, Phases, duration
 from gkachat.train.optim import Optimizers
 
 
@@ -227,7 +227,7 @@ class Trainer:
             f"lr x{multiplier:.3f}",
             f"{rate:,.0f} tok/s",
         ]
-        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        peak = peak_flops(device_name(self.device))
         if peak is not None:
             values["mfu"] = rate * account(self.config.model).flops_per_token / (peak * self.world.size)
             words.append(f"mfu {100 * values['mfu']:.1f} %")
@@ -299,35 +299,3 @@ def interruptible(trainer: Trainer) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def pick_device(name: str) -> torch.device:
-    """A device from run.device. Raises ValueError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"run.device: given {name!r}, which cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Activations' dtype from run.dtype; auto gives a CPU float32: most have no bfloat16 arithmetic."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
-    return getattr(torch, name)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: of the device's allocator on cuda, of the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,7 +13,7 @@ from gkachat.config import ConfigError, load_config
 from gkachat.eval.bpb import evaluate_bpb
 from gkachat.gpt import GPT
 from gkachat.train.metrics import read_metrics
-from gkachat.train.trainer import Trainer, pick_device
+from gkachat.train.trainer import Trainer
 
 
 def config(*options):
@@ -168,11 +168,6 @@ def test_shards_of_another_tokenizer_are_refused(tiny_home, corpus_home):
     path.write_text(json.dumps(tree))  # the same merges, other bytes: nobody can tell whether it is the same
     with pytest.raises(ValueError, match="another tokenizer"):
         Trainer(config())
-
-
-def test_a_device_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=r"run\.device: given 'warp'"):
-        pick_device("warp")
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(tiny_home, monkeypatch):
