@@ -18,21 +18,25 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x and one number a row: torch's own keeps float32 copies of x on a CPU, and takes 2 to 3 times as long."""
+    """Keeps its output, which whatever comes next keeps too, and one number a row.
+
+    torch's own keeps its input, in float32 on a CPU, and takes 2 to 3 times as long there.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = (norm.square() / x.size(-1) + torch.finfo(wide).eps).rsqrt()
-        ctx.save_for_backward(x, scale)
-        return (x * scale).to(x.dtype)
+        y = (x * scale).to(x.dtype)
+        ctx.save_for_backward(y, scale)
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> Tensor:
-        x, scale = ctx.saved_tensors
-        along = (dy * x).sum(dim=-1, keepdim=True, dtype=scale.dtype)
-        return ((dy - x * (along * scale.square() / x.size(-1))) * scale).to(x.dtype)
+        y, scale = ctx.saved_tensors
+        along = (dy * y).sum(dim=-1, keepdim=True, dtype=scale.dtype) / y.size(-1)
+        return ((dy - y * along) * scale).to(y.dtype)
 
 
 def rope_table(seq_len: int, head_dim: int, device: torch.device | str | None = None) -> Rope:
