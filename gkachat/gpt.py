@@ -14,15 +14,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gkachat.attention.features import Rope, rms_norm, rope_table
 from gkachat.attention.layers import ATTENTION, Groups, Linear, uniform_
 from gkachat.config import GKAConfig, GPTConfig
+from gkachat.loss import capped_logits, head_loss
 
 __all__ = ["GPT", "GKAConfig", "GPTConfig"]
-
-LOGIT_CAP = 15.0
-IGNORE = -1  # a target that is not scored
 
 
 class MLP(nn.Module):
@@ -56,6 +55,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config = config
+        self.recompute_blocks = False  # in the backward, instead of keeping what is inside them
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
@@ -113,6 +113,14 @@ class GPT(nn.Module):
         assert sum(map(len, groups.values())) == len(list(self.parameters())), "a parameter belongs to no group"
         return groups
 
+    def statistics(self) -> dict[str, list[list[float]]]:
+        """Least, median and largest of what each layer's attention finds worth watching, a row a layer."""
+        found: dict[str, list[Tensor]] = {}
+        for block in self.blocks:
+            for name, values in block.attn.statistics().items():
+                found.setdefault(name, []).append(values)
+        return {name: torch.stack(values).tolist() for name, values in found.items()}
+
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) in float32, or with targets (B, T) the mean loss in nats over those that are not -1.
 
@@ -125,9 +133,12 @@ class GPT(nn.Module):
         x_BTC = x0_BTC = rms_norm(self.wte(idx).to(self.compute_dtype))
         for index, block in enumerate(self.blocks):
             scale, mix = self.residual_scale[index].to(x_BTC.dtype), self.x0_mix[index].to(x_BTC.dtype)
-            x_BTC = block(scale * x_BTC + mix * x0_BTC, idx, rope)
-        # Divided by the cap while there are C numbers a token, not V: the same logits, two passes less over them.
-        logits_BTV = LOGIT_CAP * torch.tanh(self.lm_head(rms_norm(x_BTC) / LOGIT_CAP).float())
+            x_BTC = scale * x_BTC + mix * x0_BTC
+            if self.recompute_blocks:
+                x_BTC = checkpoint(block, x_BTC, idx, rope, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTC = block(x_BTC, idx, rope)
+        x_BTC = rms_norm(x_BTC)
         if targets is None:
-            return logits_BTV
-        return F.cross_entropy(logits_BTV.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+            return capped_logits(x_BTC, self.lm_head.weight)
+        return head_loss(x_BTC.flatten(0, 1), self.lm_head.weight, targets.flatten())

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from gkachat.data.shards import Split
 
+LOGITS_AT_A_TIME = 2**28  # numbers: a GiB in float32
+
 
 @torch.no_grad()
 def evaluate_bpb(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor | np.ndarray) -> float:
@@ -40,12 +42,13 @@ def bpb_sums(
     n_bytes = torch.zeros((), dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
-    for idx, targets in batches:
-        idx, targets = idx.to(device), targets.to(device)
-        target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
-        losses = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-        nats += losses.view_as(targets)[target_bytes > 0].double().sum()
-        n_bytes += target_bytes.sum()
+    for whole in batches:
+        rows = max(1, LOGITS_AT_A_TIME // (whole[0].size(1) * len(token_bytes)))
+        for idx, targets in zip(*(t.to(device).split(rows) for t in whole), strict=True):
+            target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
+            losses = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+            nats += losses.view_as(targets)[target_bytes > 0].double().sum()
+            n_bytes += target_bytes.sum()
     model.train(was_training)
     return nats.item(), int(n_bytes.item())
 

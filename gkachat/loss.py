@@ -1,0 +1,56 @@
+"""The head and its loss as one: logits of a few rows at a time, never of all of them.
+
+A batch of 32 x 2,048 tokens over a vocabulary of 32,768 has 8.6 GB of float32 logits, and as much again for their
+gradient. Here each part's gradient is taken while its logits are there, in the forward; the backward only scales.
+Axes: N tokens, C channels, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+LOGIT_CAP = 15.0
+IGNORE = -1  # a target that is not scored
+LOGITS_AT_A_TIME = 2**26
+
+
+def capped_logits(x: Tensor, weight_VC: Tensor) -> Tensor:
+    """(..., C) -> (..., V) in float32, softly capped to +-15."""
+    # Divided by the cap while there are C numbers a token, not V: the same logits, two passes less over them.
+    return torch.tanh(((x / LOGIT_CAP) @ weight_VC.to(x.dtype).mT).float()) * LOGIT_CAP
+
+
+def head_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
+    """Mean cross-entropy in nats, float32, over the targets that are not -1; NaN where there are none."""
+    return _HeadLoss.apply(x_NC, weight_VC, targets_N, torch.is_grad_enabled())
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, with_gradients: bool) -> Tensor:
+        weight = weight_VC.to(x_NC.dtype)
+        scored_N = targets_N != IGNORE
+        count = scored_N.sum()
+        total = torch.zeros((), dtype=torch.float32, device=x_NC.device)
+        dx, dweight = [], torch.zeros_like(weight_VC) if with_gradients else None
+        rows = max(1, LOGITS_AT_A_TIME // weight_VC.size(0))
+        for x, targets, scored in zip(x_NC.split(rows), targets_N.split(rows), scored_N.split(rows), strict=True):
+            logits = capped_logits(x, weight)
+            log_total = logits.logsumexp(dim=-1, keepdim=True)
+            at = targets.clamp(min=0)[:, None]
+            total += torch.where(scored, (log_total - logits.gather(-1, at))[:, 0], 0).sum()
+            if with_gradients:
+                d = (logits - log_total).exp_()
+                d.scatter_add_(-1, at, d.new_full((), -1.0).expand_as(at))
+                # Through the cap: the derivative of 15 tanh(u / 15) is 1 - tanh^2.
+                d = (d * (1 - (logits / LOGIT_CAP).square()) * scored[:, None]).to(x.dtype)
+                dx.append(d @ weight)
+                dweight += (d.mT @ x).to(dweight.dtype)
+        if with_gradients:
+            ctx.save_for_backward(torch.cat(dx), dweight, count)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight, count = ctx.saved_tensors
+        scale = dloss / count
+        return dx * scale.to(dx.dtype), dweight * scale.to(dweight.dtype), None, None
