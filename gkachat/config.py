@@ -52,6 +52,8 @@ class RunConfig:
     """Steps between printed lines."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 writes the last one only."""
+    timeout: float = 600.0
+    """Seconds without progress after which a run ends itself, naming the step: a process is gone, or hangs."""
     wandb: str = ""
     """Weights & Biases project; empty: none. WANDB_MODE=offline works."""
 
@@ -63,6 +65,7 @@ class RunConfig:
                 (self.seed >= 0, f"seed: given {self.seed}, expected 0 or more"),
                 (self.log_every >= 1, f"log_every: given {self.log_every}, expected 1 or more"),
                 (self.checkpoint_every >= 0, f"checkpoint_every: given {self.checkpoint_every}, expected 0 or more"),
+                (self.timeout > 0, f"timeout: given {self.timeout}, expected above 0"),
             ]
         )
 
@@ -232,8 +235,14 @@ class TrainConfig:
     """Horizon of this very model by hand, in tokens; takes the place of the protocol."""
     total_batch_size: int | None = None
     """Tokens a step, over all devices and accumulation; by default from the horizon."""
-    device_batch_size: int = 32
-    """Rows that go through a device at a time."""
+    device_batch_size: int | str = 32
+    """Rows that go through a device at a time; auto: as many as fit its memory (on a CPU, 32)."""
+    recompute_blocks: bool = False
+    """Compute blocks again in the backward instead of keeping what is inside them: memory for time."""
+    clip_norm: float | None = None
+    """Longest gradient; by default none is shortened."""
+    max_skipped: int = 10
+    """Steps in a row whose loss or gradient is not finite, each of which is skipped, after which training stops."""
     warmup_steps: int = 40
     """Steps over which the learning rate rises."""
     warmdown_fraction: float = 0.65
@@ -247,10 +256,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         optional = ("baseline_tokens", "total_tokens", "total_batch_size")
-        positive = (*[name for name in optional if getattr(self, name) is not None], "device_batch_size", "eval_tokens")
+        positive = [*(name for name in optional if getattr(self, name) is not None), "eval_tokens", "max_skipped"]
+        if isinstance(self.device_batch_size, int):
+            positive.append("device_batch_size")
         require(
             [(getattr(self, n) >= 1, f"{n}: given {getattr(self, n)}, expected 1 or more") for n in positive]
             + [
+                (
+                    isinstance(self.device_batch_size, int) or self.device_batch_size == "auto",
+                    f"device_batch_size: given {self.device_batch_size!r}, expected a number of rows, or auto",
+                ),
+                (
+                    self.clip_norm is None or self.clip_norm > 0,
+                    f"clip_norm: given {self.clip_norm}, expected above 0",
+                ),
                 (self.tokens_per_param > 0, f"tokens_per_param: given {self.tokens_per_param}, expected above 0"),
                 (self.warmup_steps >= 0, f"warmup_steps: given {self.warmup_steps}, expected 0 or more"),
                 (self.eval_every >= 0, f"eval_every: given {self.eval_every}, expected 0 or more"),
@@ -290,10 +309,23 @@ class OptimConfig:
     """Times the AdamW ones; by default (n_embd / 768)^-0.5."""
     weight_decay: float | None = None
     """Of the matrices; by default 0.28 sqrt(batch / 2^19) (horizon at depth 12) / horizon."""
+    decay_schedule: bool = True
+    """Let weight decay fall to nothing over the run."""
+    momentum: float | None = None
+    """Of Muon; by default 0.85 rising to 0.97 over 400 steps, and falling to 0.90 over the warm-down."""
+    muon_nesterov: bool = True
+    """Step along the gradient moved towards its momentum, instead of the momentum itself."""
+    muon_variance_norm: bool = True
+    """Bring the rows of a step to a common variance."""
+    muon_cautious: bool = True
+    """Let weight decay act only where it pulls the same way as the step."""
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        require([(v is None or v >= 0, f"{n}: given {v}, expected 0 or more") for n, v in values.items()])
+        require(
+            [(v is None or v >= 0, f"{n}: given {v}, expected 0 or more") for n, v in values.items()]
+            + [(self.momentum is None or self.momentum < 1, f"momentum: given {self.momentum}, expected below 1")]
+        )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
     y_BTC = layer(x_BTC, idx_BT, rope)
 
 x_BTC is the block input after the pre-norm, idx_BT the tokens, rope the tables for T positions. Each layer knows its
-window, initialises itself, and sorts its parameters into the groups that the optimizer and the accounts work with.
+window, initialises itself, sorts its parameters into the groups that the optimizer and the accounts work with, and
+tells what is worth watching (`statistics`: least, median and largest of each).
 """
 
 import math
@@ -85,6 +86,9 @@ class SoftmaxAttention(nn.Module):
         y = self.backend.attend(q, k, v, window=self.window, scale=self.config.head_dim**-0.5)
         return self.c_proj(y.flatten(2))
 
+    def statistics(self) -> dict[str, Tensor]:
+        return {}
+
 
 class GaussianKernelAttention(nn.Module):
     """Gaussian Kernel Attention (arXiv 2605.02144): no query, key or value projection, one bandwidth per head.
@@ -120,6 +124,10 @@ class GaussianKernelAttention(nn.Module):
     def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Tensor:
         x_BTHD = x_BTC.view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
         return self.c_proj(self.backend.attend(x_BTHD, self.sigma, rope).flatten(2))
+
+    def statistics(self) -> dict[str, Tensor]:
+        sigma = self.sigma.detach()
+        return {"sigma": torch.stack((sigma.min(), sigma.median(), sigma.max()))}
 
 
 ATTENTION = {"softmax": SoftmaxAttention, "gka": GaussianKernelAttention}

@@ -9,6 +9,7 @@ by piece; which piece of a length goes where, and the order of rows, is the seed
 
 import bisect
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,13 +131,24 @@ class Loader:
     def _make_plan(self, epoch: int) -> Plan:
         return make_plan(self.split.length, self.sequence_len, np.random.default_rng((self.seed, epoch)))
 
-    def batch(self, step: int) -> Batch:
-        """The batch of any step, counted from the start of training."""
+    def _seek(self, step: int) -> int:
+        """Have the plan of the step's epoch at hand; the first row of the step, over all ranks."""
         epoch, step = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self._make_plan(epoch)
-        first = (step * self.world_size + self.rank) * self.batch_rows
+        return step * self.world_size * self.batch_rows
+
+    def batch(self, step: int) -> Batch:
+        """This rank's batch of any step, counted from the start of training."""
+        first = self._seek(step) + self.rank * self.batch_rows
         return read_rows(self.split, self._plan, range(first, first + self.batch_rows), self.sequence_len, self.bos)
+
+    def n_targets(self, step: int) -> int:
+        """How many targets all ranks score in a step: known from the plan, no rank needs to ask another."""
+        first, n_rows = self._seek(step), self.world_size * self.batch_rows
+        start, end = self._plan.row_start[first], self._plan.row_start[first + n_rows]
+        # Each piece is scored whole, and its BOS too unless it starts the row.
+        return int(self._plan.length[self._plan.pieces[start:end]].sum() + (end - start) - n_rows)
 
     @property
     def loss_report(self) -> dict[str, float]:
@@ -149,6 +161,27 @@ class Loader:
             "tokens_lost": 1 - in_rows[:used].sum() / in_rows.sum(),
             "positions_unused": 1 - filled.sum() / (plan.n_rows * (self.sequence_len + 1)),
         }
+
+
+class Prefetcher:
+    """The loader's batches, the next one made while the present one is trained on."""
+
+    def __init__(self, loader: Loader, pinned: bool):
+        """`pinned`: in page-locked memory, from which copies to a GPU need no wait."""
+        self.loader, self.pinned = loader, pinned
+        self.pool, self.made = ThreadPoolExecutor(1), (-1, None)
+
+    def _make(self, step: int) -> tuple[Batch, int]:
+        batch, n_targets = self.loader.batch(step), self.loader.n_targets(step)
+        return tuple(t.pin_memory() for t in batch) if self.pinned else batch, n_targets
+
+    def get(self, step: int) -> tuple[Batch, int]:
+        """This rank's batch of a step, and how many targets all ranks score in it; after the step before, at once."""
+        at, future = self.made
+        if at != step:
+            future = self.pool.submit(self._make, step)  # never here: the loader has one plan, and one thread at it
+        self.made = step + 1, self.pool.submit(self._make, step + 1)
+        return future.result()
 
 
 def val_batches(

@@ -1,11 +1,17 @@
 """The processes that train together, as torchrun starts them: one per device, all with the same weights."""
 
+import datetime
 import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class World:
         return self.rank == 0
 
 
-def start(device_type: str) -> World:
+def start(device_type: str, timeout: float) -> World:
     """Join the others when torchrun has set the environment; a world of one otherwise."""
     if "RANK" not in os.environ:
         return World()
@@ -28,7 +34,9 @@ def start(device_type: str) -> World:
     if world.size > 1 and not dist.is_initialized():
         if device_type == "cuda":
             torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        # The watchdog speaks first: what it says names the step.
+        limit = datetime.timedelta(seconds=2 * timeout + 60)
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=limit)
     return world
 
 
@@ -49,8 +57,39 @@ def sum_over_world(tensor: Tensor, world: World) -> Tensor:
     return tensor
 
 
-def sum_gradients(model: nn.Module, world: World) -> None:
-    """Add up all gradients over the world."""
-    if world.size > 1:
-        for p in model.parameters():
-            dist.all_reduce(p.grad)
+class Watchdog:
+    """Ends the process when nothing was heard for too long: a collective that waits for a process that is gone or
+    stuck never returns by itself, least of all on a GPU."""
+
+    def __init__(self, timeout: float, world: World):
+        self.timeout, self.world = timeout, world
+        self.doing, self.since = "start", time.monotonic()
+
+    def heard(self, doing: str) -> None:
+        """Something goes on: what it is."""
+        self.doing, self.since = doing, time.monotonic()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(min(1.0, self.timeout / 4)):
+                silent = time.monotonic() - self.since
+                if silent > self.timeout:
+                    print(
+                        f"error: rank {self.world.rank}: no progress for {silent:.0f} s in {self.doing}; "
+                        "run.timeout sets how long to wait",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    os._exit(1)  # the main thread may be stuck where no exception reaches it
+
+        thread = threading.Thread(target=watch, daemon=True)
+        self.heard(self.doing)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, Weights & Biases, phases of the wall clock."""
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -30,7 +31,9 @@ class Metrics:
                 raise ValueError(f"run.wandb: cannot log to {wandb_project!r}: {error}; WANDB_MODE=offline?") from None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        # JSON has no NaN; the reader of a loss that is none is told so.
+        told = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.file.write(json.dumps({"kind": kind, "step": step, **told}) + "\n")
         self.file.flush()
         if self.wandb is not None:
             numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}

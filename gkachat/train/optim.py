@@ -1,17 +1,23 @@
-"""Muon for matrices, AdamW for everything else.
+"""Muon for matrices, AdamW for everything else, their work and memory shared out over the processes of a world.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) steps along the orthogonal matrix nearest to the
-Nesterov momentum, found with the five-step Polar Express iteration (arXiv 2505.16932); weight decay is cautious: it
-acts only where it pulls the same way as the step (arXiv 2411.16085).
+Nesterov momentum, found with the five-step Polar Express iteration (arXiv 2505.16932). The step's rows, or the columns
+of a wide matrix, are brought to a common variance (NorMuon, arXiv 2510.05491); weight decay is cautious: it acts
+only where it pulls the same way as the step (arXiv 2411.16085).
+
+Every process holds all weights and, after the backward, the same gradients. It steps its share of the matrices and its
+rows of the large embeddings, remembers what that takes and nothing more, and hands the result round.
 """
 
 from collections import defaultdict
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from gkachat.config import OptimConfig
 from gkachat.gpt import GPT
+from gkachat.train.distributed import World
 
 # Polar Express for five steps: p(X) = a X + b (X X^T) X + c (X X^T)^2 X, one triple a step.
 POLAR_EXPRESS = (
@@ -21,7 +27,9 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+VARIANCE_BETA = 0.95
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
+SMALLEST_SHARE = 2**14  # numbers; what is smaller every process steps for itself
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -37,43 +45,92 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return (X.mT if tall else X).to(matrices.dtype)
 
 
-class Muon(torch.optim.Optimizer):
-    """Matrices of one shape are stepped as one stack. The iteration runs in bfloat16 on cuda and float32 elsewhere."""
+def equalize_variance(steps: Tensor, variance: Tensor, weight: Tensor | float) -> Tensor:
+    """Divide rows (columns of a wide matrix) by the root of their running mean square; the whole keeps its norm.
 
-    def __init__(self, params: list[torch.nn.Parameter], lr: float, weight_decay: float):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+    `variance`, as `steps` with one number a row (column), moves by `weight` towards this step's. NorMuon, section 3.
+    """
+    axis = -1 if steps.size(-2) >= steps.size(-1) else -2
+    variance.lerp_(steps.square().mean(dim=axis, keepdim=True), weight)
+    scaled = steps * (variance + 1e-10).rsqrt()
+    whole = (-2, -1)
+    return scaled * (steps.norm(dim=whole, keepdim=True) / (scaled.norm(dim=whole, keepdim=True) + 1e-10))
+
+
+class Muon:
+    """Matrices of one shape are one stack, of which each process steps a part.
+
+    The iteration runs in bfloat16 on cuda and in float32 elsewhere. The parameters become views of their stack.
+    """
+
+    def __init__(self, params: list[nn.Parameter], config: OptimConfig, world: World):
+        self.config, self.world = config, world
+        by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        for p in params:
+            by_shape[p.shape].append(p)
+        self.stacks = [_Stack(group, world, config.muon_variance_norm) for group in by_shape.values()]
 
     @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            by_shape = defaultdict(list)
-            for p in group["params"]:
-                by_shape[p.shape].append(p)
-            for params in by_shape.values():
-                self._step_stack(params, **{k: group[k] for k in ("lr", "weight_decay", "momentum")})
+    def step(self, lr: float, weight_decay: float, momentum: float, ok: Tensor) -> None:
+        """`ok`, 1 or 0: whether to step at all. With 0 nothing changes, whatever the gradients hold."""
+        handed_round = []
+        for stack in self.stacks:
+            if stack.own:
+                self._step(stack, lr, weight_decay, momentum, ok)
+            if self.world.size > 1:
+                handed_round.append(stack.hand_round(self.world))
+        for work in handed_round:
+            work.wait()
 
-    def _step_stack(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float) -> None:
-        grads = torch.stack([p.grad for p in params])
-        for p in params:
-            if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum"] for p in params]
-        torch._foreach_lerp_(buffers, list(grads.unbind()), 1 - momentum)
-        nesterov = grads.lerp_(torch.stack(buffers), momentum)
-        steps = orthogonalize(nesterov, torch.bfloat16 if grads.is_cuda else torch.float32)
+    def _step(self, stack: "_Stack", lr: float, weight_decay: float, momentum: float, ok: Tensor) -> None:
+        grads = torch.stack([p.grad for p in stack.own])
+        grads = torch.where(ok > 0, grads, 0)
+        stack.momentum.lerp_(grads, (1 - momentum) * ok)
+        steps = grads.lerp_(stack.momentum, momentum) if self.config.muon_nesterov else stack.momentum
+        steps = orthogonalize(steps, torch.bfloat16 if grads.is_cuda else torch.float32)
+        if stack.variance is not None:
+            steps = equalize_variance(steps, stack.variance, (1 - VARIANCE_BETA) * ok)
         rows, columns = steps.shape[-2:]
-        steps *= max(1.0, rows / columns) ** 0.5  # a tall matrix keeps the size of its output's change
-        weights = torch.stack(params)
-        decay = weight_decay * weights * (steps * weights >= 0)
-        torch._foreach_sub_(params, list((lr * (steps + decay)).unbind()))
+        steps = steps * max(1.0, rows / columns) ** 0.5  # a tall matrix keeps the size of its output's change
+        decay = weight_decay * stack.weights
+        if self.config.muon_cautious:
+            decay *= steps * stack.weights >= 0
+        stack.weights.sub_((steps + decay) * (lr * ok))
+
+
+class _Stack:
+    """Matrices of one shape; this process's share of them and what is remembered of that."""
+
+    def __init__(self, params: list[nn.Parameter], world: World, variance_norm: bool):
+        share = -(-len(params) // world.size)
+        self.all = params[0].new_zeros(share * world.size, *params[0].shape).detach()
+        for p, place in zip(params, self.all, strict=False):
+            place.copy_(p.detach())
+            p.data = place
+        self.params = params
+        self.mine = slice(share * world.rank, share * (world.rank + 1))
+        self.own = params[self.mine]
+        self.weights = self.all[self.mine][: len(self.own)]
+        self.momentum = torch.zeros_like(self.weights)
+        rows, columns = params[0].shape
+        shape = (rows, 1) if rows >= columns else (1, columns)
+        self.variance = self.weights.new_zeros(len(self.own), *shape) if variance_norm else None
+
+    def hand_round(self, world: World) -> dist.Work:
+        return dist.all_gather_into_tensor(self.all, self.all[self.mine].clone(), async_op=True)
+
+    def owner(self, index: int) -> int:
+        return index // (self.mine.stop - self.mine.start)
 
 
 class Optimizers:
-    """Both optimizers as one, with each group's learning rate times a common multiplier."""
+    """Both optimizers as one."""
 
-    def __init__(self, model: GPT, config: OptimConfig):
-        """`config` must be resolved (see recipe.resolve)."""
+    def __init__(self, model: GPT, config: OptimConfig, world: World | None = None):
+        """`config` must be resolved (see recipe.resolve). Builds before the model is compiled or wrapped."""
+        self.config, self.world = config, world or World()
         groups = model.parameter_groups()
+        self.muon = Muon(groups.pop("matrices") + groups.pop("value_gates", []), config, self.world)
         adam_lr = {
             "embedding": config.embedding_lr,
             "value_embeddings": config.value_embedding_lr,
@@ -82,11 +139,15 @@ class Optimizers:
             "residual_scale": config.residual_lr,
             "log_sigma": config.sigma_lr,
         }
-        muon = groups.pop("matrices") + groups.pop("value_gates", [])
-        self.muon = Muon(muon, config.lr_scale * config.matrix_lr, config.weight_decay)
+        # Of a large tensor AdamW is given this process's rows, as a parameter that shares their memory.
+        self.stepped = {p: self._rows(p) for params in groups.values() for p in params}
         self.adamw = torch.optim.AdamW(
             [
-                {"params": params, "lr": config.lr_scale * config.adam_scale * adam_lr[name]}
+                {
+                    "params": [self.stepped[p] for p in params],
+                    "lr": 0.0,
+                    "peak_lr": config.lr_scale * config.adam_scale * adam_lr[name],
+                }
                 for name, params in groups.items()
             ],
             betas=ADAM_BETAS,
@@ -94,29 +155,91 @@ class Optimizers:
             weight_decay=0.0,
             fused=True,
         )
-        for group in self._groups():
-            group["peak_lr"] = group["lr"]
 
-    def _groups(self) -> list[dict]:
-        return self.muon.param_groups + self.adamw.param_groups
+    def _rows(self, p: nn.Parameter) -> nn.Parameter:
+        size, rank = self.world.size, self.world.rank
+        if size == 1 or p.numel() < SMALLEST_SHARE or p.size(0) % size:
+            return p
+        return nn.Parameter(p.detach().chunk(size)[rank])
 
-    def step(self, lr_multiplier: float, momentum: float) -> None:
-        for group in self._groups():
+    @torch.no_grad()
+    def step(
+        self, lr_multiplier: float, momentum: float, decay_multiplier: float = 1.0, ok: Tensor | None = None
+    ) -> None:
+        """One step with the gradients at hand, which are then forgotten.
+
+        Args:
+            lr_multiplier, decay_multiplier: of the peak learning rates, of the peak weight decay.
+            momentum: Muon's.
+            ok: 1 or 0, on the device: with 0 the step changes nothing, not even what is remembered.
+        """
+        config = self.config
+        if ok is None:
+            ok = torch.ones((), device=next(iter(self.stepped)).device)
+        lr = lr_multiplier * config.lr_scale * config.matrix_lr
+        self.muon.step(lr, decay_multiplier * config.weight_decay, momentum, ok)
+        for group in self.adamw.param_groups:
             group["lr"] = lr_multiplier * group["peak_lr"]
-        self.muon.param_groups[0]["momentum"] = momentum
-        self.muon.step()
+        shared = [(p, rows) for p, rows in self.stepped.items() if rows is not p]
+        for p, rows in shared:
+            rows.grad = p.grad.chunk(self.world.size)[self.world.rank]
+        self.adamw.found_inf = 1 - ok  # how torch's fused kernel is told to leave everything as it is
         self.adamw.step()
-        self.muon.zero_grad(set_to_none=True)
-        self.adamw.zero_grad(set_to_none=True)
+        works = [dist.all_gather_into_tensor(p.data, rows.data.clone(), async_op=True) for p, rows in shared]
+        for work in works:
+            work.wait()
+        for p in self.parameters():
+            p.grad = None
+        for _, rows in shared:
+            rows.grad = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*(p for stack in self.muon.stacks for p in stack.params), *self.stepped]
 
     def state_tensors(self, model: GPT) -> dict[str, Tensor]:
-        """Everything the optimizers remember, named `parameter/what`."""
-        state = {**self.muon.state, **self.adamw.state}
-        return {f"{name}/{key}": t for name, p in model.named_parameters() for key, t in state.get(p, {}).items()}
+        """Everything that is remembered, named `parameter/what`, whole whatever the world's size.
+
+        All processes must call it; only the main one is given anything.
+        """
+        names = {p: name for name, p in model.named_parameters()}
+        found = {}
+        for stack in self.muon.stacks:
+            for what in ("momentum", "variance"):
+                if (own := getattr(stack, what)) is None:
+                    continue
+                shape = (1, *own.shape[1:])
+                for index, p in enumerate(stack.params):
+                    owner = stack.owner(index)
+                    at = index - stack.mine.start
+                    tensor = own[at].clone() if owner == self.world.rank else own.new_empty(shape[1:])
+                    if self.world.size > 1:
+                        dist.broadcast(tensor, owner)
+                    found[f"{names[p]}/{what}"] = self._keep(tensor)
+        for p, rows in self.stepped.items():
+            for what, tensor in self.adamw.state.get(rows, {}).items():
+                if rows is not p and tensor.ndim:
+                    whole = torch.empty_like(p)
+                    dist.all_gather_into_tensor(whole, tensor)
+                    tensor = whole
+                found[f"{names[p]}/{what}"] = self._keep(tensor)
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+    def _keep(self, tensor: Tensor) -> Tensor | None:
+        """On the main process, and off the device at once: whole, all of it may not fit there."""
+        return tensor.cpu() if self.world.is_main else None
 
     def load_state_tensors(self, model: GPT, tensors: dict[str, Tensor]) -> None:
-        muon = {id(p) for p in self.muon.param_groups[0]["params"]}
+        """Take this process's part of what `state_tensors` gave, in a world of any size."""
+        named = dict(model.named_parameters())
+        place = {p: (stack, index) for stack in self.muon.stacks for index, p in enumerate(stack.own)}
         for key, tensor in tensors.items():
             name, what = key.split("/")
-            p = model.get_parameter(name)
-            (self.muon if id(p) in muon else self.adamw).state[p][what] = tensor.to(p.device)
+            p = named[name]
+            if p in place:
+                stack, index = place[p]
+                getattr(stack, what)[index].copy_(tensor)
+            elif p in self.stepped:
+                rows = self.stepped[p]
+                if rows is not p and tensor.ndim:
+                    tensor = tensor.chunk(self.world.size)[self.world.rank]
+                self.adamw.state[rows][what] = tensor.to(p.device).clone()

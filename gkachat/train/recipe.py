@@ -7,7 +7,7 @@ batches, learning rates and weight decay, and a comparison differs in the attent
 import dataclasses
 import math
 
-from gkachat.config import Config, GPTConfig
+from gkachat.config import Config, ConfigError, GPTConfig
 from gkachat.cost import account, horizon
 
 REFERENCE_DEPTH = 12
@@ -20,7 +20,10 @@ MOMENTUM_START, MOMENTUM_HIGH, MOMENTUM_END, MOMENTUM_STEPS = 0.85, 0.97, 0.90, 
 
 
 def resolve(config: Config, world_size: int = 1) -> Config:
-    """Fill in every derived value that was not set by hand. The batch is rounded up to whole rows on every device."""
+    """Fill in every derived value that was not set by hand. The batch is rounded up to whole rows.
+
+    Raises ConfigError when these rows cannot be shared out evenly over `world_size` processes.
+    """
     train, optim, model = config.train, config.optim, config.model
     softmax = dataclasses.replace(model, attention="softmax")
     baseline_tokens = train.baseline_tokens or round(train.tokens_per_param * account(softmax).scaling_params)
@@ -37,8 +40,17 @@ def resolve(config: Config, world_size: int = 1) -> Config:
     if batch is None:
         ideal = REFERENCE_BATCH * (total_tokens / reference_tokens) ** BATCH_EXPONENT
         batch = 2 ** round(math.log2(ideal))
-    row_tokens = model.sequence_len * world_size
-    batch = -(-batch // row_tokens) * row_tokens
+    rows = -(-batch // model.sequence_len)
+    if rows % world_size:
+        sizes = ", ".join(str(size) for size in range(1, min(rows, 1024) + 1) if rows % size == 0)
+        even = -(-rows // world_size) * world_size * model.sequence_len
+        raise ConfigError(
+            [
+                f"train.total_batch_size: given {batch:,} tokens, {rows} rows, which {world_size} processes cannot "
+                f"share evenly: start as many as one of {sizes}, or set it to {even}"
+            ]
+        )
+    batch = rows * model.sequence_len
 
     def default(value: float | None, derived: float) -> float:
         return derived if value is None else value
@@ -79,7 +91,14 @@ def warmdown(step: int, config: Config) -> float:
     return 0.0 if step < steps - length else (step - (steps - length) + 1) / length
 
 
+def decay_multiplier(step: int, config: Config) -> float:
+    """Weight decay falls in a straight line from the first step to nothing after the last."""
+    return 1 - step / n_steps(config) if config.optim.decay_schedule else 1.0
+
+
 def muon_momentum(step: int, config: Config) -> float:
-    """0.85 rising to 0.97 over 400 steps, and falling to 0.90 over the warm-down."""
+    """0.85 rising to 0.97 over 400 steps, and falling to 0.90 over the warm-down; or the one that was set."""
+    if config.optim.momentum is not None:
+        return config.optim.momentum
     risen = MOMENTUM_START + (MOMENTUM_HIGH - MOMENTUM_START) * min(1.0, step / MOMENTUM_STEPS)
     return risen + (MOMENTUM_END - risen) * warmdown(step, config)

@@ -7,6 +7,7 @@ batches are a function of the step, and the optimizers' memory is part of the ch
 """
 
 import dataclasses
+import gc
 import math
 import shutil
 import signal
@@ -19,15 +20,14 @@ import torch
 from gkachat import checkpoint
 from gkachat.config import Config, home, load_config
 from gkachat.cost import account
-from gkachat.data.loader import Loader, val_batches
+from gkachat.data.loader import Loader, Prefetcher, val_batches
 from gkachat.data.shards import open_split
 from gkachat.eval.bpb import bpb_sums
-from gkachat.gpt import GPT
-from gkachat.machine import device_name, peak_flops, peak_memory, pick_device, pick_dtype
+from gkachat.machine import device_name, peak_flops, peak_memory, pick_device
 from gkachat.tokenizer import Tokenizer
 from gkachat.train import distributed, recipe
+from gkachat.train.learner import Learner, Outcome
 from gkachat.train.metrics import Metrics, Phases, duration
-from gkachat.train.optim import Optimizers
 
 
 class Trainer:
@@ -42,7 +42,7 @@ class Trainer:
         report: Callable[[str], None] = print,
     ):
         self.device = pick_device(config.run.device)
-        self.world = distributed.start(self.device.type)
+        self.world = distributed.start(self.device.type, config.run.timeout)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.world.local_rank)
         self.config = recipe.resolve(config, self.world.size)
@@ -72,8 +72,12 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
         )
-        self._build_model()
-        self.step, self.seconds, self.phases, self.interrupted = 0, 0.0, Phases(), False
+        self.batches = Prefetcher(self.loader, pinned=self.device.type == "cuda")
+        self.phases, self.watchdog = Phases(), distributed.Watchdog(config.run.timeout, self.world)
+        self.learner = Learner(self.config, self.rows, self.device, self.world, self.phases)
+        self.model, self.optimizers = self.learner.model, self.learner.optimizers
+        self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
+        self.asked_to_stop = self.interrupted = False
         if resume:
             self._load()
         elif self.world.is_main:
@@ -107,15 +111,6 @@ class Trainer:
                     "give --overwrite to start anew, or another --run.name"
                 )
 
-    def _build_model(self) -> None:
-        run = self.config.run
-        torch.manual_seed(run.seed)  # the same weights in every process
-        with self.device:
-            self.model = GPT(self.config.model, pick_dtype(run.dtype, self.device))
-        compiled = self.device.type == "cuda" if run.compile is None else run.compile
-        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
-        self.optimizers = Optimizers(self.model, self.config.optim)
-
     def _load(self) -> None:
         directory, meta = checkpoint.read_meta(self.run_dir)
         if checkpoint.load_tokenizer(self.run_dir, meta).sha256 != self.tokenizer.sha256:
@@ -123,7 +118,7 @@ class Trainer:
         self.model.load_state_dict(checkpoint.load_tensors(directory, checkpoint.MODEL, meta))
         state = checkpoint.load_tensors(directory, checkpoint.OPTIMIZER, meta)
         self.optimizers.load_state_tensors(self.model, state)
-        self.step, self.seconds = meta["step"], meta["seconds"]
+        self.step, self.seconds, self.skipped = meta["step"], meta["seconds"], meta["skipped"]
         self.phases.seconds.update(meta["phases"])
 
     def run(self) -> bool:
@@ -139,59 +134,62 @@ class Trainer:
                 upto=self.step,
             )
         self.logged = self.step, self.seconds
-        with interruptible(self):
+        with interruptible(self), self.watchdog.watching(), without_garbage_collection():
             if self.step == 0:
                 self._evaluate()
             while self.step < self.n_steps and not self.interrupted:
+                self.watchdog.heard(f"step {self.step}")
                 start = time.perf_counter()
-                loss, multiplier = self._train_step()
+                last = self.step + 1 == self.n_steps
+                to_log = last or (self.step + 1) % run.log_every == 0
+                try:
+                    self._train_step()
+                    if to_log:
+                        for outcome in self.learner.outcomes():
+                            self._hear(outcome)
+                except FloatingPointError:
+                    self._save()
+                    raise
                 self.seconds += time.perf_counter() - start
-                if self.step % run.log_every == 0 or self.step == self.n_steps:
-                    self._log_step(loss, multiplier)
-                last = self.step == self.n_steps
+                if to_log:
+                    self._log_step()
                 if last or (train.eval_every and self.step % train.eval_every == 0):
                     self._evaluate()
                 if last or (run.checkpoint_every and self.step % run.checkpoint_every == 0):
                     self._save()
+                    gc.collect()
             if self.interrupted and self.step < self.n_steps:
                 self._save()
         self._report_end()
         distributed.stop()
         return self.step == self.n_steps
 
-    def _train_step(self) -> tuple[float, float]:
-        """One optimizer step; the mean loss over all its targets, and the learning-rate multiplier."""
+    def _train_step(self) -> None:
         with self.phases("data"):
-            idx, targets = self.loader.batch(self.step)
-            scored = distributed.sum_over_world((targets >= 0).sum().to(self.device), self.world)
-            size = self.config.train.device_batch_size
-            pieces = list(zip(idx.split(size), targets.split(size), strict=True))
-        total = torch.zeros((), device=self.device)
-        for x, y in pieces:
-            with self.phases("data"):
-                share = (y >= 0).sum().to(self.device) / scored  # a mean over targets, however rows are split up
-                x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            with self.phases("forward"):
-                loss = self.forward(x, y) * share
-                total += loss.detach()
-            with self.phases("backward"):
-                loss.backward()
-        with self.phases("optimizer"):
-            distributed.sum_gradients(self.model, self.world)
-            status = torch.stack((total, torch.tensor(float(self.interrupted), device=self.device)))
-            loss, interrupted = distributed.sum_over_world(status, self.world).tolist()
-            self.interrupted = interrupted > 0  # all processes stop at the same step
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"loss is {loss} at step {self.step}: weights up to the last checkpoint "
-                    f"({checkpoint.checkpoint_steps(self.run_dir) or 'none'}) are good; lower the learning rate"
-                )
-            multiplier = recipe.lr_multiplier(self.step, self.config)
-            self.optimizers.step(multiplier, recipe.muon_momentum(self.step, self.config))
+            batch, n_targets = self.batches.get(self.step)
+        for outcome in self.learner.step(self.step, batch, n_targets, self.asked_to_stop):
+            self._hear(outcome)
         self.step += 1
-        return loss, multiplier
+
+    def _hear(self, outcome: Outcome) -> None:
+        """Take note of what came of a step; FloatingPointError after too many in a row that came to nothing."""
+        self.outcome = outcome
+        self.interrupted |= outcome.interrupted  # all processes hear the same, and stop at the same step
+        if not outcome.skipped:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.report(f"step {outcome.step:6d} | loss {outcome.loss}, gradient norm {outcome.grad_norm}: not taken")
+        if self.skipped_in_a_row >= self.config.train.max_skipped:
+            raise FloatingPointError(
+                f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row, up to step {outcome.step} "
+                f"(loss {outcome.loss}); weights from before them are saved; lower the learning rate, or set "
+                "train.clip_norm"
+            )
 
     def _evaluate(self) -> None:
+        self.watchdog.heard(f"the evaluation at step {self.step}")
         with self.phases("evaluation"):
             token_bytes = self.tokenizer.token_bytes()
             bpb = {}
@@ -199,7 +197,7 @@ class Trainer:
                 batches = val_batches(
                     split,
                     sequence_len=self.config.model.sequence_len,
-                    batch_rows=self.config.train.device_batch_size,
+                    batch_rows=self.learner.device_batch_size,
                     bos=self.tokenizer.bos,
                     tokens=self.config.train.eval_tokens,
                 )
@@ -214,19 +212,21 @@ class Trainer:
     def _tokens(self) -> int:
         return self.step * self.config.train.total_batch_size
 
-    def _log_step(self, loss: float, multiplier: float) -> None:
+    def _log_step(self) -> None:
         if not self.world.is_main:
             return
         step, seconds = self.logged
         rate = (self.step - step) * self.config.train.total_batch_size / (self.seconds - seconds)
         self.logged = self.step, self.seconds
-        values = {"loss": loss, "lr": multiplier, "tokens_per_second": rate}
+        outcome, multiplier = self.outcome, recipe.lr_multiplier(self.step - 1, self.config)
+        values = {
+            "loss": outcome.loss, "grad_norm": outcome.grad_norm, "skipped": self.skipped, "lr": multiplier,
+            "tokens_per_second": rate, **self.model.statistics(),
+        }  # fmt: skip
         words = [
-            f"step {self.step:6d}/{self.n_steps}",
-            f"loss {loss:.4f}",
-            f"lr x{multiplier:.3f}",
-            f"{rate:,.0f} tok/s",
-        ]
+            f"step {self.step:6d}/{self.n_steps}", f"loss {outcome.loss:.4f}", f"norm {outcome.grad_norm:.3g}",
+            f"lr x{multiplier:.3f}", f"{rate:,.0f} tok/s",
+        ]  # fmt: skip
         peak = peak_flops(device_name(self.device))
         if peak is not None:
             values["mfu"] = rate * account(self.config.model).flops_per_token / (peak * self.world.size)
@@ -237,11 +237,14 @@ class Trainer:
         self.report(" | ".join(words))
 
     def _save(self) -> None:
+        self.watchdog.heard(f"the checkpoint at step {self.step}")
         with self.phases("checkpoint"):
+            state = self.optimizers.state_tensors(self.model)
             if self.world.is_main:
                 meta = {
                     "tokens": self._tokens(),
                     "seconds": self.seconds,
+                    "skipped": self.skipped,
                     "phases": dict(self.phases.seconds),
                     "peak_memory_bytes": peak_memory(self.device),
                     "device": device_name(self.device),
@@ -250,7 +253,6 @@ class Trainer:
                     "torch": torch.__version__,
                     "n_steps": self.n_steps,
                 }
-                state = self.optimizers.state_tensors(self.model)
                 path = checkpoint.save_checkpoint(
                     self.run_dir, self.step, self.model.state_dict(), state, self.config, meta
                 )
@@ -284,13 +286,24 @@ class Trainer:
 
 
 @contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Python's collector walks over all there is at moments of its own choosing; a step leaves no cycles behind."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextmanager
 def interruptible(trainer: Trainer) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask the trainer to stop after its step; a second Ctrl-C stops at once."""
 
     def ask(number: int, frame: object) -> None:
-        if trainer.interrupted:
+        if trainer.asked_to_stop:
             raise KeyboardInterrupt
-        trainer.interrupted = True
+        trainer.asked_to_stop = True
         trainer.report("stopping after this step; once more to stop at once")
 
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}

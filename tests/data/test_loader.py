@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gkachat.config import DataConfig
-from gkachat.data.loader import IGNORE, Loader, make_plan, pack_histogram, val_batches
+from gkachat.data.loader import IGNORE, Loader, Prefetcher, make_plan, pack_histogram, val_batches
 from gkachat.data.shards import Split, open_split, write_shards
 from gkachat.data.sources import Corpus
 from gkachat.tokenizer import train_tokenizer
@@ -279,3 +279,20 @@ def test_little_of_the_standard_library_is_lost(tmp_path):
     n_tokens = ((targets != IGNORE) & (targets != tokenizer.bos)).sum().item()
     assert 0.95 * split.length.sum() <= n_tokens <= split.length.sum()
     assert (targets != IGNORE).float().mean() >= 0.95
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_number_of_targets_of_a_step_is_known_without_reading_them(world_size):
+    made = [loader_of(split_of(some_lengths()), rank=rank, world_size=world_size) for rank in range(world_size)]
+    for step in range(2 * made[0].steps_per_epoch):
+        counted = sum(int((one.batch(step)[1] >= 0).sum()) for one in made)
+        assert {one.n_targets(step) for one in made} == {counted}
+
+
+def test_prefetched_batches_are_the_loaders_wherever_one_jumps_to():
+    batches, plain = Prefetcher(loader_of(split_of(some_lengths())), pinned=False), loader_of(split_of(some_lengths()))
+    for step in (0, 1, 2, 7, 8, 3, 4, plain.steps_per_epoch - 1, plain.steps_per_epoch, 0):
+        (idx, targets), n_targets = batches.get(step)
+        expected = plain.batch(step)
+        assert torch.equal(idx, expected[0]) and torch.equal(targets, expected[1])
+        assert n_targets == plain.n_targets(step)

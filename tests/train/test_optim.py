@@ -1,11 +1,14 @@
 """Muon's orthogonal steps, cautious decay, and who steps what."""
 
+import math
+
 import pytest
 import torch
 
-from gkachat.config import load_config
+from gkachat.config import OptimConfig, load_config
 from gkachat.gpt import GPT, GPTConfig
-from gkachat.train.optim import Muon, Optimizers, orthogonalize
+from gkachat.train.distributed import World
+from gkachat.train.optim import POLAR_EXPRESS, Muon, Optimizers, orthogonalize
 from gkachat.train.recipe import resolve
 
 
@@ -22,46 +25,119 @@ def test_singular_values_go_to_about_one_and_directions_stay(shape):
     assert off_diagonal.abs().max() < 0.01
 
 
-def test_a_step_has_the_learning_rates_length_whatever_the_gradients():
+OFF = {"muon_nesterov": False, "muon_variance_norm": False, "muon_cautious": False}
+ONE = torch.ones(())
+
+
+def parameters(*grads, start=0.0):
+    made = [torch.nn.Parameter(torch.full(g.shape, start)) for g in grads]
+    for p, g in zip(made, grads, strict=True):
+        p.grad = g.clone()
+    return made
+
+
+def muon(params, **options):
+    return Muon(params, OptimConfig(**options), World())
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("options", [OFF, {}])
+def test_a_step_has_the_learning_rates_length_whatever_the_gradients(options):
     for scale in (1e-4, 1e4):
-        p = torch.nn.Parameter(torch.zeros(32, 32))
-        p.grad = scale * torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
-        Muon([p], lr=0.02, weight_decay=0.0).step()
+        (p,) = parameters(scale * randn(32, 32))
+        muon([p], **options).step(0.02, 0.0, 0.95, ONE)
         assert p.detach().norm().item() / 32**0.5 == pytest.approx(0.02, rel=0.2)
 
 
 def test_tall_matrices_step_further():
-    wide, tall = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((16, 64), (64, 16)))
-    wide.grad = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    tall.grad = wide.grad.mT.clone()
-    Muon([wide, tall], lr=1.0, weight_decay=0.0).step()
+    wide, tall = parameters(randn(16, 64), randn(16, 64).mT)
+    muon([wide, tall]).step(1.0, 0.0, 0.95, ONE)
     torch.testing.assert_close(tall, 2 * wide.mT, rtol=1e-4, atol=1e-5)
 
 
-def test_decay_acts_only_where_it_pulls_with_the_step():
-    grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("cautious", [True, False])
+def test_cautious_decay_acts_only_where_it_pulls_with_the_step(cautious):
     start = torch.ones(8, 8)
-    plain, decayed = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    plain, decayed = (parameters(randn(8, 8), start=1.0)[0] for _ in range(2))
     for p, decay in ((plain, 0.0), (decayed, 0.5)):
-        p.grad = grad.clone()
-        Muon([p], lr=0.1, weight_decay=decay).step()
+        muon([p], muon_cautious=cautious).step(0.1, decay, 0.95, ONE)
     step = start - plain.detach()
-    expected = torch.where(step > 0, plain - 0.1 * 0.5 * start, plain)
-    torch.testing.assert_close(decayed, expected)
-    assert (decayed != plain).any() and (decayed == plain).any()
+    acts = step > 0 if cautious else torch.ones(8, 8, dtype=torch.bool)
+    torch.testing.assert_close(decayed, torch.where(acts, plain - 0.1 * 0.5 * start, plain))
+    assert acts.any() and acts.all() != cautious
 
 
 def test_matrices_of_one_shape_step_as_each_would_alone():
-    grads = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
-    together = [torch.nn.Parameter(torch.ones(8, 8)) for _ in grads]
+    grads = randn(3, 8, 8)
+    together = parameters(*grads, start=1.0)
+    muon(together).step(0.1, 0.1, 0.9, ONE)
     for p, g in zip(together, grads, strict=True):
-        p.grad = g.clone()
-    Muon(together, lr=0.1, weight_decay=0.1).step()
-    for p, g in zip(together, grads, strict=True):
-        alone = torch.nn.Parameter(torch.ones(8, 8))
-        alone.grad = g.clone()
-        Muon([alone], lr=0.1, weight_decay=0.1).step()
+        (alone,) = parameters(g, start=1.0)
+        muon([alone]).step(0.1, 0.1, 0.9, ONE)
         torch.testing.assert_close(p, alone)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 10), (10, 4)])
+@pytest.mark.parametrize("options", [OFF, {}, *({**OFF, name: True} for name in OFF)])
+def test_steps_are_those_of_a_plain_muon_in_float64(shape, options):
+    """A Muon spelled out matrix by matrix, with an exact orthogonalisation in place of the five-step iteration's."""
+    switches = {name: options.get(name, True) for name in OFF}
+    (p,) = parameters(torch.zeros(shape), start=1.0)
+    optimizer = muon([p], **options)
+    weights, momentum = torch.ones(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    axis = 1 if shape[0] >= shape[1] else 0
+    variance = None
+    for seed in range(4):
+        grad = randn(*shape, seed=seed)
+        p.grad = grad.clone()
+        optimizer.step(0.1, 0.3, 0.9, ONE)
+
+        momentum = 0.9 * momentum + 0.1 * grad.double()
+        step = 0.1 * grad.double() + 0.9 * momentum if switches["muon_nesterov"] else momentum
+        # What the five polynomials make of each singular value, with no matrix product in between.
+        U, S, Vh = torch.linalg.svd(step, full_matrices=False)
+        S = S / (step.norm() * 1.02 + 1e-6)
+        for a, b, c in POLAR_EXPRESS:
+            S = a * S + b * S**3 + c * S**5
+        step = U @ torch.diag(S) @ Vh
+        if switches["muon_variance_norm"]:
+            mean = step.square().mean(axis, keepdim=True)
+            variance = 0.05 * mean if variance is None else 0.95 * variance + 0.05 * mean
+            scaled = step / variance.sqrt()
+            step = scaled * step.norm() / scaled.norm()
+        step = step * max(1, shape[0] / shape[1]) ** 0.5
+        decay = 0.3 * weights
+        if switches["muon_cautious"]:
+            decay = decay * (step * weights >= 0)
+        weights = weights - 0.1 * (step + decay)
+        torch.testing.assert_close(p.detach().double(), weights, rtol=0, atol=2e-5)  # float32 over four steps
+
+
+@pytest.mark.parametrize("attention", ["softmax", "gka"])
+def test_with_ok_0_a_step_changes_nothing_whatever_the_gradients_hold(attention):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(depth=2, n_embd=32, head_dim=16, attention=attention, vocab_size=64, sequence_len=16))
+    optimizers = Optimizers(model, resolve(load_config(None, ["--model.depth=2"])).optim)
+    idx = torch.randint(64, (2, 16))
+
+    def everything():
+        return {**model.state_dict(), **optimizers.state_tensors(model)}
+
+    for _ in range(2):
+        model(idx, idx).backward()
+        optimizers.step(1.0, 0.9)
+    before = {key: t.clone() for key, t in everything().items()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    optimizers.step(1.0, 0.9, ok=torch.zeros(()))
+    after = everything()
+    assert all(torch.equal(after[key], t) for key, t in before.items())
+    model(idx, idx).backward()
+    optimizers.step(1.0, 0.9)
+    assert all(torch.isfinite(t).all() and not torch.equal(t, before[k]) for k, t in everything().items())
 
 
 @pytest.mark.parametrize("attention", ["softmax", "gka"])
@@ -69,7 +145,7 @@ def test_every_parameter_is_stepped_by_exactly_one_optimizer(attention):
     config = resolve(load_config(None, ["--model.depth=2", "--model.n_embd=32", "--model.head_dim=16"]))
     model = GPT(GPTConfig(depth=2, n_embd=32, head_dim=16, attention=attention, vocab_size=64, sequence_len=16))
     optimizers = Optimizers(model, config.optim)
-    muon = [p for group in optimizers.muon.param_groups for p in group["params"]]
+    muon = [p for stack in optimizers.muon.stacks for p in stack.params]
     adamw = [p for group in optimizers.adamw.param_groups for p in group["params"]]
     assert sorted(map(id, muon + adamw)) == sorted(map(id, model.parameters()))
     assert all(p.ndim == 2 for p in muon)

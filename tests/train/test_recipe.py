@@ -7,7 +7,7 @@ import pytest
 
 from gkachat.config import load_config
 from gkachat.cost import PROTOCOLS, account
-from gkachat.train.recipe import lr_multiplier, muon_momentum, n_steps, resolve
+from gkachat.train.recipe import decay_multiplier, lr_multiplier, muon_momentum, n_steps, resolve
 
 FIXED = ("--model.sequence_len=64", "--train.total_batch_size=6400", "--train.total_tokens=6400000")
 
@@ -73,9 +73,18 @@ def test_resolving_twice_changes_nothing():
     assert resolve(once) == once
 
 
-def test_a_batch_is_whole_rows_on_every_device():
-    config = resolved("--model.sequence_len=100", "--train.total_batch_size=1001", world_size=3)
-    assert config.train.total_batch_size == 1200
+def test_a_batch_is_whole_rows():
+    config = resolved("--model.sequence_len=100", "--train.total_batch_size=1001", world_size=11)
+    assert config.train.total_batch_size == 1100
+
+
+def test_weight_decay_falls_to_nothing_and_momentum_can_be_set():
+    config = resolved(*FIXED)
+    decays = [decay_multiplier(step, config) for step in range(n_steps(config))]
+    assert decays[0] == 1 and decays[-1] == pytest.approx(1 / n_steps(config))
+    by_hand = resolved(*FIXED, "--optim.decay_schedule=false", "--optim.momentum=0.9")
+    assert {decay_multiplier(step, by_hand) for step in range(1000)} == {1.0}
+    assert {muon_momentum(step, by_hand) for step in range(1000)} == {0.9}
 
 
 def test_learning_rate_rises_stays_and_falls():

@@ -130,15 +130,65 @@ def test_a_loaded_model_predicts_what_the_trained_one_did(tiny_home):
     assert bpb[0] == bpb[1]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tiny_home):
-    trainer = Trainer(config(), report=lambda line: None)
-    with torch.no_grad():
-        trainer.model.lm_head.weight[0, 0] = math.nan
-    before = {k: t.clone() for k, t in trainer.model.state_dict().items()}
-    with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
+def break_gradients(trainer, steps, monkeypatch):
+    """Make the loss of these steps NaN."""
+    learn, forward = trainer.learner.step, trainer.learner.forward
+
+    def step(number, *args):
+        trainer.learner.forward = (lambda *a: forward(*a) * math.nan) if number in steps else forward
+        return learn(number, *args)
+
+    monkeypatch.setattr(trainer.learner, "step", step)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_counted_and_harms_nothing(tiny_home, monkeypatch):
+    lines = []
+    trainer = Trainer(config("--run.log_every=1"), report=lines.append)
+    break_gradients(trainer, {2, 5}, monkeypatch)
+    assert trainer.run() and trainer.skipped == 2
+    assert sum("not taken" in line for line in lines) == 2
+    records = [r for r in read_metrics(trainer.run_dir) if r["kind"] == "train"]
+    assert [r["skipped"] for r in records] == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert records[2]["loss"] is None and math.isfinite(records[3]["loss"])
+    assert all(torch.isfinite(t).all() for t in weights(trainer.run_dir).values())
+    assert read_meta(trainer.run_dir)[1]["skipped"] == 2
+
+
+def test_too_many_of_them_stop_training_with_a_checkpoint_from_before(tiny_home, monkeypatch):
+    trainer = Trainer(config("--train.max_skipped=3"), report=lambda line: None)
+    break_gradients(trainer, set(range(2, 8)), monkeypatch)
+    with pytest.raises(FloatingPointError, match=r"not finite in 3 steps in a row, up to step 4 .*train\.clip_norm"):
         trainer.run()
-    after = trainer.model.state_dict()
-    assert all(torch.equal(after[k].nan_to_num(), before[k].nan_to_num()) for k in before)
+    saved = weights(trainer.run_dir)
+    undisturbed = Trainer(config("--run.name=undisturbed"), report=lambda line: None)
+    for step in range(2):
+        undisturbed._train_step()
+        assert undisturbed.step == step + 1
+    assert all(torch.equal(saved[k], t) for k, t in undisturbed.model.state_dict().items())
+
+
+def test_clipping_shortens_long_gradients_only(tiny_home):
+    plain, loose, tight = (
+        weights(train(f"--run.name={n}", f"--train.clip_norm={n}").run_dir) for n in ("none", "1e6", "1e-3")
+    )
+    assert all(torch.equal(plain[k], loose[k]) for k in plain)
+    assert not torch.equal(plain["blocks.0.mlp.c_fc.weight"], tight["blocks.0.mlp.c_fc.weight"])
+
+
+def test_norms_and_bandwidths_are_logged(tiny_home):
+    run_dir = train("--model.attention=gka").run_dir
+    for record in (r for r in read_metrics(run_dir) if r["kind"] == "train"):
+        assert record["grad_norm"] > 0
+        assert len(record["sigma"]) == 2 and all(0 < a <= b <= c for a, b, c in record["sigma"])
+
+
+def test_recomputing_blocks_changes_nothing_but_memory(tiny_home):
+    a, b = (weights(train(f"--run.name={f}", f"--train.recompute_blocks={f}").run_dir) for f in ("true", "false"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_largest_batch_of_a_cpu_is_not_sought(tiny_home):
+    assert Trainer(config("--train.device_batch_size=auto"), report=lambda line: None).learner.device_batch_size == 8
 
 
 def test_bfloat16_trains_too(tiny_home):
