@@ -170,6 +170,8 @@ def test_the_readmes_commands_run(speedrun, tmp_path):
         args = [arg.replace("notes/**", f"{notes}/**") for arg in args]
         if script == "base_train":
             args += SMALL
+        if script.startswith("bench"):
+            args += ["--tokens", 64, "--rounds", 1]
         result = call(script, *args, home=home)
         assert result.returncode == 0, (words, result.stderr)
         ran += 1
