@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gkachat.attention.layers import ATTENTION
 from gkachat.config import GPTConfig
@@ -49,6 +50,36 @@ def account(config: GPTConfig) -> Account:
         flops_per_token=6 * (groups["matrices"] + groups["lm_head"]) + 12 * config.n_embd * seen,
         cache_bytes_per_token=ATTENTION[config.attention].cache_tensors * config.depth * config.n_embd * CACHE_BYTES,
     )
+
+
+def state_bytes(config: GPTConfig, world_size: int = 1) -> int:
+    """Bytes of weights and gradients in float32, and of a process's share of what Muon (one number a weight) and AdamW
+    (two) remember."""
+    params = account(config).params
+    muon = params["matrices"] + params.get("value_gates", 0)
+    return 8 * params["total"] + 4 * (muon + 2 * (params["total"] - muon)) // world_size
+
+
+def activation_bytes(config: GPTConfig, rows: int) -> int:
+    """Bytes that so many rows in bfloat16 keep for their backward, counted operation by operation; nothing is computed.
+
+    An upper bound: bfloat16 copies of the weights are among them, a compiled model computes again what is cheap, and
+    GKA is counted on its softmax route, which keeps more than the fused kernel.
+    """
+    with FakeTensorMode():
+        model = GPT(config, torch.bfloat16)
+        idx = torch.zeros(rows, config.sequence_len, dtype=torch.long)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(idx, idx)  # held until all is counted, or storages would be freed and their keys used again
+    assert loss.requires_grad
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
 
 
 def horizon(protocol: str, config: GPTConfig, baseline_tokens: float) -> float:

@@ -2,16 +2,31 @@
 
 python -m scripts.cost --depth 20
 python -m scripts.cost --depth 20 --json
+python -m scripts.cost --config configs/d20_softmax.toml --plan 12 16 20 24
 """
 
+import itertools
 import json
+from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
+from gkachat.bench import markdown_table
 from gkachat.config import GPTConfig, load_config
-from gkachat.cost import PUBLISHED_FLOPS_RATIO, PUBLISHED_PARAMS_RATIO, compare_accounts
+from gkachat.cost import (
+    PUBLISHED_FLOPS_RATIO,
+    PUBLISHED_PARAMS_RATIO,
+    account,
+    activation_bytes,
+    compare_accounts,
+    state_bytes,
+)
+from gkachat.machine import peak_flops
+from gkachat.train.recipe import n_steps, resolve
 from scripts.cli import run
+
+ASSUMED_MFU = 0.4  # for the hours of a plan: an assumption, not a measurement
 
 
 def main(
@@ -21,6 +36,7 @@ def main(
     vocab_size: int | None = None,
     window_pattern: str | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
+    plan: tuple[int, ...] = (),
 ) -> None:
     """Print the accounts.
 
@@ -31,9 +47,13 @@ def main(
         vocab_size: Tokens in the vocabulary.
         window_pattern: Letters S and L, one a layer.
         as_json: Print JSON instead of tables.
+        plan: Depths whose training runs to print as a Markdown table: tokens, FLOPs, memory, hours.
     """
     given = {"depth": depth, "sequence_len": sequence_len, "vocab_size": vocab_size, "window_pattern": window_pattern}
     overrides = [f"--model.{name}={value}" for name, value in given.items() if value is not None]
+    if plan:
+        print(training_plan(config, overrides, plan))
+        return
     shape: GPTConfig = load_config(config, overrides).model
     counted = compare_accounts(shape)
     if as_json:
@@ -44,6 +64,26 @@ def main(
         f"{shape.vocab_size:,}, {shape.sequence_len} tokens a row, windows {shape.window_pattern}\n"
     )
     _print_tables(counted)
+
+
+def training_plan(config: str | None, overrides: list[str], depths: Sequence[int]) -> str:
+    """A Markdown table of what training takes, for both attentions at each depth."""
+    header = ["", "parameters", "tokens", "steps of tokens", "FLOPs", "state GiB", "GiB a row at most", "GPU hours"]
+    rows = []
+    for depth, attention in itertools.product(depths, ("softmax", "gka")):
+        one = resolve(load_config(config, [*overrides, f"--model.depth={depth}", f"--model.attention={attention}"]))
+        counted, train = account(one.model), one.train
+        flops = counted.flops_per_token * train.total_tokens
+        a_row = activation_bytes(one.model, 2) - activation_bytes(one.model, 1)
+        rows.append(
+            [
+                f"d{depth} {attention}", f"{counted.params['total'] / 1e6:,.0f} M", f"{train.total_tokens / 1e9:.2f} B",
+                f"{n_steps(one):,} of {train.total_batch_size:,}", f"{flops:.2e}",
+                f"{state_bytes(one.model) / 2**30:.1f}", f"{a_row / 2**30:.2f}",
+                f"{flops / (ASSUMED_MFU * peak_flops('H100')) / 3600:,.1f}",
+            ]
+        )  # fmt: skip
+    return markdown_table(header, rows)
 
 
 def _print_tables(counted: dict) -> None:

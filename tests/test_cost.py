@@ -5,10 +5,13 @@ import json
 
 import pytest
 import torch
-from conftest import call
+from conftest import ROOT, call
 
-from gkachat.cost import PROTOCOLS, account, compare_accounts, horizon
+from gkachat.config import load_config
+from gkachat.cost import PROTOCOLS, account, activation_bytes, compare_accounts, horizon, state_bytes
 from gkachat.gpt import GPT, GPTConfig
+from gkachat.train.optim import Optimizers
+from gkachat.train.recipe import resolve
 
 D20 = compare_accounts(GPTConfig(depth=20))
 
@@ -72,3 +75,40 @@ def test_the_script_prints_a_table_and_names_bad_options(tmp_path):
     assert "896,533,720" in table and "378,798,320" in table and "0.4225" in table
     bad = call("cost", "--depth", 0, home=tmp_path)
     assert (bad.returncode, bad.stderr) == (1, "error: model.depth: given 0, expected 1 or more\n")
+
+
+def test_the_plan_in_the_docs_is_the_one_that_is_counted(tmp_path):
+    printed = call("cost", "--config", "configs/d20_softmax.toml", "--plan", 12, 16, 20, 24, home=tmp_path).stdout
+    assert printed.count("\n") == 11 and printed.strip() in (ROOT / "configs" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("attention", ["softmax", "gka"])
+def test_the_bytes_of_a_training_state_are_those_of_its_tensors(attention):
+    config = GPTConfig(depth=2, attention=attention, vocab_size=64, sequence_len=32, n_embd=32, head_dim=16)
+    model = GPT(config)
+    optimizers = Optimizers(model, resolve(load_config(None, ["--model.depth=2"])).optim)
+    idx = torch.zeros(1, 32, dtype=torch.long)
+    model(idx, idx).backward()
+    held = 2 * sum(p.numel() * 4 for p in model.parameters())
+    optimizers.step(0.0, 0.9)
+    remembered = optimizers.state_tensors(model)
+    held += sum(t.numel() * 4 for key, t in remembered.items() if t.ndim and "variance" not in key)
+    assert state_bytes(config) == held
+
+
+def test_activations_grow_with_rows_and_are_those_a_real_forward_keeps():
+    config = GPTConfig(depth=2, attention="gka", vocab_size=64, sequence_len=32, n_embd=32, head_dim=16)
+    model, kept = GPT(config, torch.bfloat16), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    idx = torch.zeros(3, 32, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = model(idx, idx)
+    expected = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+    assert loss.isfinite() and activation_bytes(config, 3) == expected
+    one, two, three = (activation_bytes(config, rows) for rows in (1, 2, 3))
+    assert two - one == three - two > 0
