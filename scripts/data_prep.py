@@ -4,14 +4,39 @@ python -m scripts.data_prep configs/laptop.toml
 """
 
 import dataclasses
+import shutil
 import sys
 import time
+from itertools import islice
+from pathlib import Path
 
 from gkachat.config import home
-from gkachat.data.shards import SPLITS, Shard, write_shards
+from gkachat.data.shards import MANIFEST, SPLITS, Shard, write_shards
 from gkachat.data.sources import Corpus
 from gkachat.tokenizer import Tokenizer
 from scripts.cli import config_from_args, run, with_progress
+
+SAMPLE = 200  # documents that the need for disk is estimated from
+
+
+def announce_disk(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
+    """Say what the shards will take. OSError where that is more than there is."""
+    texts = [text for _, text in islice(corpus, SAMPLE)]
+    characters, tokens = sum(map(len, texts)), sum(len(tokenizer.encode_to_numpy(text)) for text in texts)
+    a_character = (2 * tokens + 8 * len(texts)) / characters
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    total = corpus.config.max_chars
+    if total is None:
+        print(f"disk: about {a_character:.2f} bytes a character; {free:,.1f} GiB are free at {existing}", flush=True)
+        return
+    need = a_character * total / 2**30
+    print(f"disk: about {need:,.1f} GiB for {total:,} characters; {free:,.1f} GiB are free at {existing}", flush=True)
+    if need > free:
+        raise OSError(
+            f"shards of {total:,} characters take about {need:,.1f} GiB, {free:,.1f} GiB are free at {existing}: "
+            "make room, set GKACHAT_HOME, or a smaller data.max_chars"
+        )
 
 
 def main() -> None:
@@ -19,6 +44,8 @@ def main() -> None:
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
     directory = home() / "tokens" / config.data_name
     corpus, start = Corpus(config.data), time.perf_counter()
+    if not (directory / MANIFEST).exists():
+        announce_disk(corpus, tokenizer, directory)
 
     def progress(shard: Shard, reused: bool) -> None:
         seconds = time.perf_counter() - start
