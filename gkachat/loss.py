@@ -16,7 +16,7 @@ LOGITS_AT_A_TIME = 2**26
 def capped_logits(x: Tensor, weight_VC: Tensor) -> Tensor:
     """(..., C) -> (..., V) in float32, softly capped to +-15."""
     # Divided by the cap while there are C numbers a token, not V: the same logits, two passes less over them.
-    return torch.tanh(((x / LOGIT_CAP) @ weight_VC.to(x.dtype).mT).float()) * LOGIT_CAP
+    return ((x / LOGIT_CAP) @ weight_VC.to(x.dtype).mT).float().tanh_() * LOGIT_CAP
 
 
 def head_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
@@ -34,17 +34,19 @@ class _HeadLoss(torch.autograd.Function):
         dx, dweight = [], torch.zeros_like(weight_VC) if with_gradients else None
         rows = max(1, LOGITS_AT_A_TIME // weight_VC.size(0))
         for x, targets, scored in zip(x_NC.split(rows), targets_N.split(rows), scored_N.split(rows), strict=True):
+            # In place wherever possible: fresh memory for each of these passes would take as long as the passes.
             logits = capped_logits(x, weight)
-            log_total = logits.logsumexp(dim=-1, keepdim=True)
+            log_p = logits.log_softmax(dim=-1)
             at = targets.clamp(min=0)[:, None]
-            total += torch.where(scored, (log_total - logits.gather(-1, at))[:, 0], 0).sum()
+            total -= torch.where(scored, log_p.gather(-1, at)[:, 0], 0).sum()
             if with_gradients:
-                d = (logits - log_total).exp_()
+                d = log_p.exp_()
                 d.scatter_add_(-1, at, d.new_full((), -1.0).expand_as(at))
                 # Through the cap: the derivative of 15 tanh(u / 15) is 1 - tanh^2.
-                d = (d * (1 - (logits / LOGIT_CAP).square()) * scored[:, None]).to(x.dtype)
+                d.mul_(logits.div_(LOGIT_CAP).square_().neg_().add_(1)).mul_(scored[:, None])
+                d = d.to(x.dtype)
                 dx.append(d @ weight)
-                dweight += (d.mT @ x).to(dweight.dtype)
+                dweight += d.mT @ x
         if with_gradients:
             ctx.save_for_backward(torch.cat(dx), dweight, count)
         return total / count

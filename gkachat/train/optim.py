@@ -33,7 +33,7 @@ SMALLEST_SHARE = 2**14  # numbers; what is smaller every process steps for itsel
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearest (semi-)orthogonal matrix of each of a stack (..., M, N): singular values go to about 1."""
+    """Nearest (semi-)orthogonal matrix of each of a stack (n, M, N): singular values go to about 1."""
     X = matrices.to(dtype)
     tall = X.size(-2) > X.size(-1)
     if tall:
@@ -41,7 +41,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)  # 2 % room: rounding must not push a value above 1
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
-        X = a * X + (b * A + c * (A @ A)) @ X
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return (X.mT if tall else X).to(matrices.dtype)
 
 
@@ -91,11 +91,11 @@ class Muon:
         if stack.variance is not None:
             steps = equalize_variance(steps, stack.variance, (1 - VARIANCE_BETA) * ok)
         rows, columns = steps.shape[-2:]
-        steps = steps * max(1.0, rows / columns) ** 0.5  # a tall matrix keeps the size of its output's change
+        steps *= max(1.0, rows / columns) ** 0.5  # a tall matrix keeps the size of its output's change
         decay = weight_decay * stack.weights
         if self.config.muon_cautious:
             decay *= steps * stack.weights >= 0
-        stack.weights.sub_((steps + decay) * (lr * ok))
+        stack.weights.sub_(steps.add_(decay).mul_(lr * ok))
 
 
 class _Stack:
