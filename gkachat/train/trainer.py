@@ -14,13 +14,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 
 from gkachat import checkpoint
 from gkachat.config import Config, home, load_config
 from gkachat.cost import account
-from gkachat.data.loader import Loader, Prefetcher, val_batches
+from gkachat.data.loader import Batch, Loader, Prefetcher, val_batches
 from gkachat.data.shards import open_split
 from gkachat.eval.bpb import bpb_sums
 from gkachat.machine import device_name, peak_flops, peak_memory, pick_device
@@ -188,21 +189,27 @@ class Trainer:
                 "train.clip_norm"
             )
 
+    @cached_property
+    def _eval_batches(self) -> dict[str, list[Batch]]:
+        """This process's share of what is evaluated. Read once: to plan the rows of a large corpus takes seconds."""
+        found = {}
+        for name, split in (("train_bpb", self.train_split), ("val_bpb", self.val_split)):
+            batches = val_batches(
+                split,
+                sequence_len=self.config.model.sequence_len,
+                batch_rows=self.learner.device_batch_size,
+                bos=self.tokenizer.bos,
+                tokens=self.config.train.eval_tokens,
+            )
+            found[name] = [b for i, b in enumerate(batches) if i % self.world.size == self.world.rank]
+        return found
+
     def _evaluate(self) -> None:
         self.watchdog.heard(f"the evaluation at step {self.step}")
         with self.phases("evaluation"):
-            token_bytes = self.tokenizer.token_bytes()
-            bpb = {}
-            for name, split in (("train_bpb", self.train_split), ("val_bpb", self.val_split)):
-                batches = val_batches(
-                    split,
-                    sequence_len=self.config.model.sequence_len,
-                    batch_rows=self.learner.device_batch_size,
-                    bos=self.tokenizer.bos,
-                    tokens=self.config.train.eval_tokens,
-                )
-                mine = (b for i, b in enumerate(batches) if i % self.world.size == self.world.rank)
-                sums = torch.tensor(bpb_sums(self.model, mine, token_bytes), dtype=torch.float64, device=self.device)
+            token_bytes, bpb = self.tokenizer.token_bytes(), {}
+            for name, batches in self._eval_batches.items():
+                sums = torch.tensor(bpb_sums(self.model, batches, token_bytes), dtype=torch.float64, device=self.device)
                 nats, n_bytes = distributed.sum_over_world(sums, self.world).tolist()
                 bpb[name] = nats / (math.log(2) * n_bytes)
         if self.world.is_main:
