@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gkachat.config import Config, GPTConfig, build, home, to_toml
+from gkachat.config import Config, GPTConfig, home
+from gkachat.config_file import build, to_toml
 from gkachat.files import sha256, write_text
 from gkachat.gpt import GPT
 from gkachat.tokenizer import Tokenizer

@@ -1,23 +1,17 @@
-"""Every option there is, one dataclass per concern, and how a TOML file and `--section.field value` become a `Config`.
-
-    config = load_config("configs/laptop.toml", ["--model.attention", "gka"])
+"""Every option there is, one dataclass per concern; config_file.py makes them of TOML and command lines.
 
 A field whose default is None is derived: the model's from `depth` right here, the recipe's (horizon, batch, learning
 rates, weight decay) from the counted model in `train/recipe.py`. Setting it by hand switches the derivation off.
-All problems of a file and its overrides are found in one pass and raised as one `ConfigError`, each naming its field.
+All problems of a section are found in one pass and raised as one `ConfigError`, each naming its field.
 """
 
 import dataclasses
-import difflib
 import math
 import os
-import tomllib
-import types
-import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 HEAD_DIM = 128
 
@@ -30,10 +24,22 @@ class ConfigError(ValueError):
         super().__init__("; ".join(self.problems))
 
 
-def require(checks: Iterable[tuple[bool, str]]) -> None:
-    """Raise one ConfigError for all the checks that do not hold."""
-    if problems := [message for holds, message in checks if not holds]:
-        raise ConfigError(problems)
+def require(config: Any, **fields: tuple[bool, str]) -> None:
+    """Raise one ConfigError for all fields, given as (whether it is right, what is expected), that are not right."""
+    wrong = [f.name for f in dataclasses.fields(config) if f.name in fields and not fields[f.name][0]]
+    if wrong:
+        raise ConfigError([f"{name}: given {getattr(config, name)!r}, expected {fields[name][1]}" for name in wrong])
+
+
+def at_least(least: int, config: Any, *names: str) -> dict[str, tuple[bool, str]]:
+    """For `require`: these fields, where they are set."""
+    values = {name: getattr(config, name) for name in names}
+    return {name: (value is None or value >= least, f"{least} or more") for name, value in values.items()}
+
+
+def is_plain(name: str) -> bool:
+    """Whether it names a directory and not a path."""
+    return name not in (".", "..") and not set(name) & set("/\\")
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(
-            [
-                (not set(self.name) & set("/\\"), f"name: given {self.name!r}, expected a directory name, not a path"),
-                (self.name not in (".", ".."), f"name: given {self.name!r}, expected a directory name, not a path"),
-                (self.seed >= 0, f"seed: given {self.seed}, expected 0 or more"),
-                (self.log_every >= 1, f"log_every: given {self.log_every}, expected 1 or more"),
-                (self.checkpoint_every >= 0, f"checkpoint_every: given {self.checkpoint_every}, expected 0 or more"),
-                (self.timeout > 0, f"timeout: given {self.timeout}, expected above 0"),
-            ]
+            self,
+            name=(is_plain(self.name), "a directory name, not a path"),
+            timeout=(self.timeout > 0, "above 0"),
+            **at_least(0, self, "seed", "checkpoint_every"),
+            **at_least(1, self, "log_every"),
         )
 
 
@@ -101,17 +104,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(
-            [
-                (self.source != "files" or bool(self.files), "files: given none, expected paths when source is files"),
-                (0 < self.val_fraction < 1, f"val_fraction: given {self.val_fraction}, expected above 0 and below 1"),
-                (self.min_chars >= 1, f"min_chars: given {self.min_chars}, expected 1 or more"),
-                (
-                    self.max_chars is None or self.max_chars >= 1,
-                    f"max_chars: given {self.max_chars}, expected 1 or more",
-                ),
-                (self.shard_chars >= 1024, f"shard_chars: given {self.shard_chars}, expected 1024 or more"),
-                (not set(self.name) & set("/\\"), f"name: given {self.name!r}, expected a directory name, not a path"),
-            ]
+            self,
+            files=(self.source != "files" or bool(self.files), "paths when source is files"),
+            name=(is_plain(self.name), "a directory name, not a path"),
+            val_fraction=(0 < self.val_fraction < 1, "above 0 and below 1"),
+            **at_least(1, self, "min_chars", "max_chars"),
+            **at_least(1024, self, "shard_chars"),
         )
         if not self.name:
             named = {"huggingface": f"{self.dataset} {self.subset}".strip(), "files": "files"}.get(
@@ -132,16 +130,10 @@ class TokenizerConfig:
     """Characters taken of each document, so that a few long ones do not rule."""
 
     def __post_init__(self) -> None:
-        low, high = 512, 65_536
         require(
-            [
-                (
-                    low <= self.vocab_size <= high,
-                    f"vocab_size: given {self.vocab_size}, expected {low} to {high} (uint16)",
-                ),
-                (self.train_chars >= 1, f"train_chars: given {self.train_chars}, expected 1 or more"),
-                (self.doc_chars >= 1, f"doc_chars: given {self.doc_chars}, expected 1 or more"),
-            ]
+            self,
+            vocab_size=(512 <= self.vocab_size <= 65_536, "512 to 65536 (uint16)"),
+            **at_least(1, self, "train_chars", "doc_chars"),
         )
 
 
@@ -184,28 +176,19 @@ class GPTConfig:
             object.__setattr__(self, "n_embd", 64 * self.depth)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", HEAD_DIM if self.n_embd % HEAD_DIM == 0 else 64)
+        # Other fields' problems are told where they are, not here too.
+        divides = self.head_dim > 0 and self.n_embd % self.head_dim == 0
         require(
-            [
-                (self.depth >= 1, f"depth: given {self.depth}, expected 1 or more"),
-                (
-                    self.attention in ("softmax", "gka"),
-                    f"attention: given {self.attention!r}, expected 'softmax' or 'gka'",
-                ),
-                (self.vocab_size >= 2, f"vocab_size: given {self.vocab_size}, expected 2 or more"),
-                (self.sequence_len >= 2, f"sequence_len: given {self.sequence_len}, expected 2 or more"),
-                (
-                    bool(self.window_pattern) and not set(self.window_pattern) - set("SL"),
-                    f"window_pattern: given {self.window_pattern!r}, expected letters S and L",
-                ),
-                (
-                    self.head_dim >= 2 and self.head_dim % 2 == 0,
-                    f"head_dim: given {self.head_dim}, expected an even number, 2 or more",
-                ),
-                (
-                    self.depth < 1 or (self.n_embd >= 16 and self.head_dim > 0 and self.n_embd % self.head_dim == 0),
-                    f"n_embd: given {self.n_embd}, expected 16 or more and a multiple of head_dim {self.head_dim}",
-                ),
-            ]
+            self,
+            attention=(self.attention in ("softmax", "gka"), "'softmax' or 'gka'"),
+            window_pattern=(bool(self.window_pattern) and set(self.window_pattern) <= set("SL"), "letters S and L"),
+            head_dim=(self.head_dim >= 2 and self.head_dim % 2 == 0, "an even number, 2 or more"),
+            n_embd=(
+                self.depth < 1 or (self.n_embd >= 16 and divides),
+                f"16 or more and a multiple of head_dim {self.head_dim}",
+            ),
+            **at_least(1, self, "depth"),
+            **at_least(2, self, "vocab_size", "sequence_len"),
         )
 
     @property
@@ -255,33 +238,16 @@ class TrainConfig:
     """Tokens of train and of val that these are measured on; scripts.base_eval measures all of val."""
 
     def __post_init__(self) -> None:
-        optional = ("baseline_tokens", "total_tokens", "total_batch_size")
-        positive = [*(name for name in optional if getattr(self, name) is not None), "eval_tokens", "max_skipped"]
-        if isinstance(self.device_batch_size, int):
-            positive.append("device_batch_size")
+        batch = self.device_batch_size
         require(
-            [(getattr(self, n) >= 1, f"{n}: given {getattr(self, n)}, expected 1 or more") for n in positive]
-            + [
-                (
-                    isinstance(self.device_batch_size, int) or self.device_batch_size == "auto",
-                    f"device_batch_size: given {self.device_batch_size!r}, expected a number of rows, or auto",
-                ),
-                (
-                    self.clip_norm is None or self.clip_norm > 0,
-                    f"clip_norm: given {self.clip_norm}, expected above 0",
-                ),
-                (self.tokens_per_param > 0, f"tokens_per_param: given {self.tokens_per_param}, expected above 0"),
-                (self.warmup_steps >= 0, f"warmup_steps: given {self.warmup_steps}, expected 0 or more"),
-                (self.eval_every >= 0, f"eval_every: given {self.eval_every}, expected 0 or more"),
-                (
-                    0 <= self.warmdown_fraction <= 1,
-                    f"warmdown_fraction: given {self.warmdown_fraction}, expected 0 to 1",
-                ),
-                (
-                    0 <= self.final_lr_fraction <= 1,
-                    f"final_lr_fraction: given {self.final_lr_fraction}, expected 0 to 1",
-                ),
-            ]
+            self,
+            device_batch_size=(batch == "auto" if isinstance(batch, str) else batch >= 1, "1 or more rows, or auto"),
+            tokens_per_param=(self.tokens_per_param > 0, "above 0"),
+            clip_norm=(self.clip_norm is None or self.clip_norm > 0, "above 0"),
+            warmdown_fraction=(0 <= self.warmdown_fraction <= 1, "0 to 1"),
+            final_lr_fraction=(0 <= self.final_lr_fraction <= 1, "0 to 1"),
+            **at_least(0, self, "warmup_steps", "eval_every"),
+            **at_least(1, self, "baseline_tokens", "total_tokens", "total_batch_size", "eval_tokens", "max_skipped"),
         )
 
 
@@ -321,11 +287,9 @@ class OptimConfig:
     """Let weight decay act only where it pulls the same way as the step."""
 
     def __post_init__(self) -> None:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        require(
-            [(v is None or v >= 0, f"{n}: given {v}, expected 0 or more") for n, v in values.items()]
-            + [(self.momentum is None or self.momentum < 1, f"momentum: given {self.momentum}, expected below 1")]
-        )
+        names = [f.name for f in dataclasses.fields(self) if f.name != "momentum"]
+        in_range = self.momentum is None or 0 <= self.momentum < 1
+        require(self, momentum=(in_range, "0 or more and below 1"), **at_least(0, self, *names))
 
 
 @dataclass(frozen=True)
@@ -350,181 +314,3 @@ class Config:
 def home() -> Path:
     """Where everything that is written goes: $GKACHAT_HOME, or ~/.cache/gkachat."""
     return Path(os.environ.get("GKACHAT_HOME") or Path.home() / ".cache" / "gkachat")
-
-
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file (None: all defaults) and lay `--section.field value` overrides over it.
-
-    Raises FileNotFoundError for a missing file, ConfigError with every problem otherwise.
-    """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = tomllib.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no config file {path}; configs/ has the shipped ones") from None
-        except ValueError as error:  # not UTF-8, not TOML, or a number of thousands of digits
-            raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
-    problems: list[str] = []
-    _lay_over(tree, overrides, problems)
-    _default_vocab(tree)
-    config = _build(Config, tree, "", problems)
-    if problems:
-        raise ConfigError(problems)
-    if config.model.vocab_size < config.tokenizer.vocab_size:
-        raise ConfigError(
-            [f"model.vocab_size: given {config.model.vocab_size}, expected at least "
-             f"tokenizer.vocab_size {config.tokenizer.vocab_size}"]
-        )  # fmt: skip
-    return config
-
-
-def build(cls: type, tree: dict[str, Any]) -> Any:
-    """A dataclass from a nested dict, as from JSON; ConfigError with every problem."""
-    problems: list[str] = []
-    built = _build(cls, tree, "", problems)
-    if problems:
-        raise ConfigError(problems)
-    return built
-
-
-def to_toml(config: Any) -> str:
-    """The config as TOML that `load_config` reads back; fields that are None are left out."""
-    lines: list[str] = []
-
-    def table(prefix: str, node: Any) -> None:
-        subtables = []
-        if prefix:
-            lines.append(f"[{prefix}]")
-        for f in dataclasses.fields(node):
-            value = getattr(node, f.name)
-            if dataclasses.is_dataclass(value):
-                subtables.append((f"{prefix}.{f.name}" if prefix else f.name, value))
-            elif value is not None:
-                lines.append(f"{f.name} = {_toml_value(value)}")
-        for name, value in subtables:
-            lines.append("")
-            table(name, value)
-
-    table("", config)
-    return "\n".join(lines).strip() + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    return repr(value)
-
-
-def _default_vocab(tree: dict[str, Any]) -> None:
-    """The model's vocabulary is the tokenizer's, unless the model says otherwise."""
-    tokenizer, model = tree.get("tokenizer", {}), tree.setdefault("model", {})
-    if isinstance(tokenizer, dict) and isinstance(model, dict) and type(tokenizer.get("vocab_size")) is int:
-        model.setdefault("vocab_size", tokenizer["vocab_size"])
-
-
-def _lay_over(tree: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> None:
-    """Write `--a.b value` (or `--a.b=value`) into the tree as text of the field's type."""
-    words = list(overrides)
-    while words:
-        flag, equals, value = words.pop(0).partition("=")
-        values = [value] if equals else []
-        while words and not words[0].startswith("--"):
-            values.append(words.pop(0))
-        keys = flag.removeprefix("--").replace("-", "_").split(".")
-        kind: Any = Config
-        for key in keys:
-            kind = typing.get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
-        if not flag.startswith("--") or kind is None or dataclasses.is_dataclass(kind):
-            problems.append(f"{flag}: unknown option, expected --section.field value{_suggest('.'.join(keys))}")
-            continue
-        if len(values) != 1 and get_origin(kind) is not tuple:
-            problems.append(f"{'.'.join(keys)}: given {len(values)} values, expected one")
-            continue
-        node = tree
-        for key in keys[:-1]:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):  # the file has a value where a section belongs: _build names it
-                node = {}
-        node[keys[-1]] = values if get_origin(kind) is tuple else _from_text(values[0], kind)
-
-
-def _from_text(text: str, kind: Any) -> Any:
-    """Command-line text as the TOML value it stands for; what does not parse stays text, for `_check` to name."""
-    kinds = get_args(kind) if get_origin(kind) is types.UnionType else (kind,)
-    if types.NoneType in kinds and text.lower() == "none":
-        return None
-    if bool in kinds and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for number in (int, float):
-        if number in kinds:
-            try:
-                return number(text)
-            except ValueError:
-                pass
-    return text
-
-
-def _all_fields(cls: type = Config, prefix: str = "") -> list[str]:
-    names = []
-    for name, kind in typing.get_type_hints(cls).items():
-        names += _all_fields(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
-    return names
-
-
-def _suggest(name: str) -> str:
-    close = difflib.get_close_matches(name, _all_fields(), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _build(cls: type, tree: Any, prefix: str, problems: list[str]) -> Any:
-    """Build `cls` from `tree`, adding to `problems`; None when that fails."""
-    if not isinstance(tree, dict):
-        problems.append(f"{prefix.rstrip('.')}: given {tree!r}, expected a table")
-        return None
-    hints, before = typing.get_type_hints(cls), len(problems)
-    kwargs = {}
-    for key, value in tree.items():
-        name, so_far = prefix + key, len(problems)
-        if key not in hints:
-            problems.append(f"{name}: unknown field{_suggest(name)}")
-            continue
-        if dataclasses.is_dataclass(hints[key]):
-            value = _build(hints[key], value, name + ".", problems)
-        else:
-            value = _check(value, hints[key], name, problems)
-        if len(problems) == so_far:
-            kwargs[key] = value
-    try:  # also with some fields left out, for what is wrong with the others
-        built = cls(**kwargs)
-    except ConfigError as error:
-        named = {problem.split(":")[0] for problem in problems[before:]}
-        problems += [p for p in (prefix + problem for problem in error.problems) if p.split(":")[0] not in named]
-    return built if len(problems) == before else None
-
-
-def _check(value: Any, kind: Any, name: str, problems: list[str]) -> Any:
-    """`value` as a field of type `kind` holds it, or a problem."""
-    origin, kinds = get_origin(kind), (kind,)
-    if origin is Literal:
-        if value not in get_args(kind):
-            problems.append(f"{name}: given {value!r}, expected {' or '.join(map(repr, get_args(kind)))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            problems.append(f"{name}: given {value!r}, expected a list of strings")
-            return value
-        return tuple(value)
-    if origin is types.UnionType:
-        kinds = get_args(kind)
-    if float in kinds and type(value) is int and abs(value) < 2**53:
-        return float(value)
-    if type(value) not in kinds:
-        wanted = " or ".join("nothing" if k is types.NoneType else k.__name__ for k in kinds)
-        problems.append(f"{name}: given {value!r}, expected {wanted}")
-    return value

@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 
 from gkachat.checkpoint import find_run, load_model
-from gkachat.config import Config, DataConfig, TokenizerConfig, build, home
+from gkachat.config import Config, DataConfig, TokenizerConfig, home
+from gkachat.config_file import build
 from gkachat.data.loader import val_batches
 from gkachat.data.shards import open_split, read_manifest
 from gkachat.eval.bpb import evaluate_bpb, unigram_bpb

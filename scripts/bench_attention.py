@@ -21,7 +21,7 @@ from gkachat.attention.layers import ATTENTION
 from gkachat.bench import contest, facts, markdown_table, measured_peaks, write_results
 from gkachat.config import GKAConfig, GPTConfig
 from gkachat.machine import pick_device, pick_dtype
-from scripts.cli import run
+from scripts.cli import benchmark_parser, run
 
 VARIANTS = {"gka": GKAConfig(), "gka normalised": GKAConfig(normalize=True)}
 NAIVE_BYTES = 16 * 2**30  # the naive operator is left out where its T x T tensors would take more
@@ -161,26 +161,21 @@ def table(rows: list[dict]) -> str:
 
 
 def parse(args: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
     parser.add_argument("--heads", type=int, nargs="+", default=[4])
     parser.add_argument("--head-dim", type=int, nargs="+", default=[128])
     parser.add_argument("--windows", nargs="+", default=["full"], help="positions seen, self included, or full")
     parser.add_argument("--levels", nargs="+", choices=["operator", "sublayer"], default=["operator", "sublayer"])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
-    parser.add_argument("--compile", action="store_true", help="torch.compile all but naive GKA")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, help="of a CPU; by default all")
-    parser.add_argument("--out", help="write OUT.json and OUT.md")
-    return parser.parse_args(args)
+    options = parser.parse_args(args)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options
 
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    if options.threads:
-        torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     windows = [None if w == "full" else _window(w) for w in options.windows]

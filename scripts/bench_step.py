@@ -17,7 +17,7 @@ from gkachat.gpt import GPT
 from gkachat.machine import device_name, peak_flops, pick_device, pick_dtype
 from gkachat.train.optim import Optimizers
 from gkachat.train.recipe import resolve
-from scripts.cli import run
+from scripts.cli import benchmark_parser, run
 
 VARIANTS = {
     "softmax": ("softmax", GKAConfig()),
@@ -44,8 +44,6 @@ def training_step(config: GPTConfig, batch: int, device, dtype, compiled: bool) 
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    if options.threads:
-        torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     steps, models, configs = {}, {}, {}
@@ -97,19 +95,16 @@ def table(rows: list[dict]) -> str:
 
 
 def parse(args: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4, help="rows")
     parser.add_argument("--tokens", type=int, default=512, help="of a row")
     parser.add_argument("--vocab-size", type=int, default=32_768)
     parser.add_argument("--window-pattern", default="SSSL")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
-    parser.add_argument("--compile", action="store_true", help="torch.compile the models")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, help="of a CPU; by default all")
-    parser.add_argument("--out", help="write OUT.json and OUT.md")
-    return parser.parse_args(args)
+    options = parser.parse_args(args)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What the scripts share: a config from the command line, help made from its fields, errors as one line."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from gkachat.config import Config, ConfigError, load_config
+from gkachat.config import Config, ConfigError
+from gkachat.config_file import load_config
 
 T = TypeVar("T")
 
@@ -53,6 +55,18 @@ def with_progress(items: Iterable[T], what: str, characters: Callable[[T], int],
         for item in items:
             yield item
             progress.advance(task, characters(item))
+
+
+def benchmark_parser(description: str) -> argparse.ArgumentParser:
+    """What all benchmarks ask. Python's own parser: they run where only torch is installed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    parser.add_argument("--compile", action="store_true", help="torch.compile the contestants")
+    parser.add_argument("--rounds", type=int, default=10, help="how often each takes its turn")
+    parser.add_argument("--threads", type=int, help="of a CPU; by default all")
+    parser.add_argument("--out", help="write OUT.json and OUT.md")
+    return parser
 
 
 def print_help(path: str | None, description: str, flags: dict[str, str]) -> None:

@@ -13,7 +13,8 @@ from typing import Annotated
 import tyro
 
 from gkachat.bench import markdown_table
-from gkachat.config import GPTConfig, load_config
+from gkachat.config import GPTConfig
+from gkachat.config_file import load_config
 from gkachat.cost import (
     PUBLISHED_FLOPS_RATIO,
     PUBLISHED_PARAMS_RATIO,

@@ -5,7 +5,7 @@ import torch
 from conftest import TINY
 
 from gkachat.checkpoint import checkpoint_steps, find_run, load_model
-from gkachat.config import load_config
+from gkachat.config_file import load_config
 from gkachat.train.trainer import Trainer
 
 

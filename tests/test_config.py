@@ -17,11 +17,9 @@ from gkachat.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
-    build,
     home,
-    load_config,
-    to_toml,
 )
+from gkachat.config_file import build, load_config, to_toml
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.toml"))
 PROPERTY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -313,7 +311,7 @@ def test_the_bounds_of_the_vocabulary_are_allowed():
 
 def test_files_are_asked_for_when_they_are_the_source():
     assert given_on_the_command_line("--data.source", "files") == [
-        "data.files: given none, expected paths when source is files"
+        "data.files: given (), expected paths when source is files"
     ]
 
 
@@ -405,8 +403,8 @@ def test_an_unknown_field_does_not_hide_what_is_wrong_with_the_others(tmp_path):
     assert [problem.split(":")[0] for problem in caught.value.problems] == [
         "model.dept",
         "model.vocab_size",
-        "model.head_dim",
         "model.n_embd",
+        "model.head_dim",
     ]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, call
 
-from gkachat.config import load_config
+from gkachat.config_file import load_config
 from gkachat.cost import PROTOCOLS, account, activation_bytes, compare_accounts, horizon, state_bytes
 from gkachat.gpt import GPT, GPTConfig
 from gkachat.train.optim import Optimizers

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gkachat.config import build
+from gkachat.config_file import build
 from gkachat.files import atomic_write, sha256, write_text
 from gkachat.tokenizer import Tokenizer
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gkachat.checkpoint import MODEL, load_tensors, read_meta
-from gkachat.config import GPTConfig, build
+from gkachat.config import GPTConfig
+from gkachat.config_file import build
 from gkachat.cost import PUBLISHED_FLOPS_RATIO, PUBLISHED_PARAMS_RATIO, account
 from gkachat.files import atomic_write, write_text
 from gkachat.train.metrics import read_metrics

@@ -19,7 +19,8 @@ from functools import cached_property
 import torch
 
 from gkachat import checkpoint
-from gkachat.config import Config, home, load_config
+from gkachat.config import Config, home
+from gkachat.config_file import load_config
 from gkachat.cost import account
 from gkachat.data.loader import Batch, Loader, Prefetcher, val_batches
 from gkachat.data.shards import open_split

@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY, call
 
 from gkachat.checkpoint import find_run
-from gkachat.config import load_config
+from gkachat.config_file import load_config
 from gkachat.cost import account
 from gkachat.eval.compare import compare_runs, markdown, write_comparison
 

@@ -10,7 +10,8 @@ import torch
 from conftest import ROOT, TINY
 
 from gkachat.checkpoint import MODEL, OPTIMIZER, load_model, load_tensors, read_meta
-from gkachat.config import ConfigError, load_config
+from gkachat.config import ConfigError
+from gkachat.config_file import load_config
 from gkachat.train import distributed
 from gkachat.train.distributed import Watchdog, World
 from gkachat.train.metrics import read_metrics

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from gkachat.config import OptimConfig, load_config
+from gkachat.config import OptimConfig
+from gkachat.config_file import load_config
 from gkachat.gpt import GPT, GPTConfig
 from gkachat.train.distributed import World
 from gkachat.train.optim import POLAR_EXPRESS, Muon, Optimizers, orthogonalize

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from gkachat.config import load_config
+from gkachat.config_file import load_config
 from gkachat.cost import PROTOCOLS, account
 from gkachat.train.recipe import decay_multiplier, lr_multiplier, muon_momentum, n_steps, resolve
 

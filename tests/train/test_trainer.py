@@ -9,7 +9,8 @@ import torch
 from conftest import TINY
 
 from gkachat.checkpoint import checkpoint_steps, load_model, read_meta
-from gkachat.config import ConfigError, load_config
+from gkachat.config import ConfigError
+from gkachat.config_file import load_config
 from gkachat.eval.bpb import evaluate_bpb
 from gkachat.gpt import GPT
 from gkachat.train.metrics import read_metrics
