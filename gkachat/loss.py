@@ -8,6 +8,8 @@ Axes: N tokens, C channels, V vocabulary.
 import torch
 from torch import Tensor
 
+from gkachat.attention.features import cast
+
 LOGIT_CAP = 15.0
 IGNORE = -1  # a target that is not scored
 LOGITS_AT_A_TIME = 2**26
@@ -27,7 +29,7 @@ def head_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, with_gradients: bool) -> Tensor:
-        weight = weight_VC.to(x_NC.dtype)
+        weight = cast(weight_VC, x_NC.dtype)
         scored_N = targets_N != IGNORE
         count = scored_N.sum()
         total = torch.zeros((), dtype=torch.float32, device=x_NC.device)
@@ -44,7 +46,7 @@ class _HeadLoss(torch.autograd.Function):
                 d.scatter_add_(-1, at, d.new_full((), -1.0).expand_as(at))
                 # Through the cap: the derivative of 15 tanh(u / 15) is 1 - tanh^2.
                 d.mul_(logits.div_(LOGIT_CAP).square_().neg_().add_(1)).mul_(scored[:, None])
-                d = d.to(x.dtype)
+                d = cast(d, x.dtype)
                 dx.append(d @ weight)
                 dweight += d.mT @ x
         if with_gradients:
@@ -55,4 +57,4 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight, count = ctx.saved_tensors
         scale = dloss / count
-        return dx * scale.to(dx.dtype), dweight * scale.to(dweight.dtype), None, None
+        return dx * cast(scale, dx.dtype), dweight * cast(scale, dweight.dtype), None, None

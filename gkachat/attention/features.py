@@ -12,6 +12,12 @@ Rope = tuple[Tensor, Tensor]
 """(cos, sin), each (T, D/2)."""
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, but for the case where it does nothing: what a compiled autograd.Function then returns has lost
+    its gradient in torch 2.11."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def rms_norm(x: Tensor) -> Tensor:
     """Divide the last axis by its root mean square; no learned scale."""
     return _RMSNorm.apply(x)
@@ -28,7 +34,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = (norm.square() / x.size(-1) + torch.finfo(wide).eps).rsqrt()
-        y = (x * scale).to(x.dtype)
+        y = cast(x * scale, x.dtype)
         ctx.save_for_backward(y, scale)
         return y
 
@@ -36,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> Tensor:
         y, scale = ctx.saved_tensors
         along = (dy * y).sum(dim=-1, keepdim=True, dtype=scale.dtype) / y.size(-1)
-        return ((dy - y * along) * scale).to(y.dtype)
+        return cast((dy - y * along) * scale, y.dtype)
 
 
 def rope_table(seq_len: int, head_dim: int, device: torch.device | str | None = None) -> Rope:

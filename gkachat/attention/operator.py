@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkachat.attention.features import Rope, apply_rope, rms_norm
+from gkachat.attention.features import Rope, apply_rope, cast, rms_norm
 from gkachat.attention.fused import masked_attention, visible
 
 TRITON_HEAD_DIMS = (64, 128)
@@ -69,6 +69,11 @@ def gaussian_kernel_attention(
     return BACKENDS[name](x, sigma, window, causal, rope, include_self)
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace what it does
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def choose(
     device: torch.device,
     dtype: torch.dtype,
@@ -82,7 +87,7 @@ def choose(
     obstacles = [
         text
         for holds, text in (
-            (importlib.util.find_spec("triton") is None, "triton is not installed"),
+            (not _has_triton(), "triton is not installed"),
             (device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1", f"the device is {device.type}"),
             (dtype not in TRITON_DTYPES, f"the dtype is {dtype}"),
             (head_dim not in TRITON_HEAD_DIMS, f"heads have {head_dim} channels, not 64 or 128"),
@@ -141,19 +146,19 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, f: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(f.dtype, torch.float32)
-        q = (f.to(wide) / sigma.to(wide)[:, None]).to(f.dtype)
+        q = cast(cast(f, wide) / cast(sigma, wide)[:, None], f.dtype)
         ctx.save_for_backward(q, sigma)
         # The norm is that of the very numbers that enter the dot product: only then do rounding errors cancel.
-        return q, -0.5 * q.to(wide).square().sum(dim=-1, keepdim=True)
+        return q, -0.5 * cast(q, wide).square().sum(dim=-1, keepdim=True)
 
     @staticmethod
     def backward(ctx, dq: Tensor, dbias: Tensor) -> tuple[Tensor, Tensor]:
         q, sigma = ctx.saved_tensors
         wide = dbias.dtype
-        dq, q = dq.to(wide), q.to(wide)
+        dq, q = cast(dq, wide), cast(q, wide)
         dq = dq - dbias * q
         dsigma = -(dq * q).sum((0, 1, 3)) / sigma
-        return (dq / sigma.to(wide)[:, None]).to(ctx.saved_tensors[0].dtype), dsigma.to(sigma.dtype)
+        return cast(dq / cast(sigma, wide)[:, None], ctx.saved_tensors[0].dtype), cast(dsigma, sigma.dtype)
 
 
 def _sdpa(x: Tensor, sigma: Tensor, window: int | None, causal: bool, rope: Rope | None, include_self: bool) -> Tensor:

@@ -201,18 +201,21 @@ COMPILED = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("attention", "options"), COMPILED)
-def test_a_model_compiles_to_one_graph_without_breaks(attention, options):
+def test_a_model_compiles_to_one_graph_without_breaks(attention, options, dtype):
     torch._dynamo.reset()
     torch.manual_seed(0)
     config = GPTConfig(
         depth=2, attention=attention, vocab_size=64, sequence_len=160, n_embd=32, head_dim=16, window_pattern="SL",
         gka=GKAConfig(**options),
     )  # fmt: skip
-    model = GPT(config)
+    model = GPT(config, dtype)
     assert model.config.window(0) == 128
     for block in model.blocks:
         torch.nn.init.normal_(block.attn.c_proj.weight, std=0.2)
+        torch.nn.init.normal_(block.mlp.c_proj.weight, std=0.2)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.2)  # gradients of a size that counts
     idx = torch.randint(64, (2, 160))
     graphs = []
 
@@ -229,8 +232,9 @@ def test_a_model_compiles_to_one_graph_without_breaks(attention, options):
     expected.backward()
     assert len(graphs) == 1
     torch.testing.assert_close(loss, expected)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2  # the same products, perhaps added up in another order
     for name, p in model.named_parameters():
-        torch.testing.assert_close(gradients[name], p.grad, msg=name)
+        assert p.grad.any() and (gradients[name] - p.grad).norm() <= tolerance * p.grad.norm(), name
 
 
 def test_the_fused_kernel_stays_in_the_graph_and_can_be_exported():
