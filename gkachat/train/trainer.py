@@ -31,6 +31,9 @@ from gkachat.train import distributed, recipe
 from gkachat.train.learner import Learner, Outcome
 from gkachat.train.metrics import Metrics, Phases, duration
 
+# Options of a run that do not change what it learns: another value is no reason to refuse to go on with it.
+FREE_TO_CHANGE = ("device_batch_size", "recompute_blocks", "eval_every", "eval_tokens", "max_skipped")
+
 
 class Trainer:
     """One run. FileExistsError: the name is taken; ValueError, FileNotFoundError: data or options do not fit."""
@@ -105,7 +108,7 @@ class Trainer:
                 for f in dataclasses.fields(getattr(stored, section))
                 if (now := getattr(getattr(self.config, section), f.name))
                 != (then := getattr(getattr(stored, section), f.name))
-                and f.name not in ("device_batch_size", "eval_every", "eval_tokens")
+                and f.name not in FREE_TO_CHANGE
             ]
             if changed:
                 raise ValueError(
