@@ -136,8 +136,11 @@ def load_model(
     directory, meta = read_meta(run_dir, step)
     tokenizer = load_tokenizer(run_dir, meta)
     tensors = load_tensors(directory, MODEL, meta)
+    config = build(GPTConfig, meta["config"]["model"])
+    # What computed the operator in training may not run here, and is no part of the model.
+    config = dataclasses.replace(config, gka=dataclasses.replace(config.gka, backend="auto"))
     with torch.device("meta"):  # no weights are drawn only to be overwritten
-        model = GPT(build(GPTConfig, meta["config"]["model"]))
+        model = GPT(config)
     model.load_state_dict(tensors, assign=True)
     model.prepare(model.compute_dtype)  # rotation tables are no weights: they are still on the meta device
     return model.to(device).eval(), tokenizer, meta

@@ -66,6 +66,7 @@ def activation_bytes(config: GPTConfig, rows: int) -> int:
     An upper bound: bfloat16 copies of the weights are among them, a compiled model computes again what is cheap, and
     GKA is counted on its softmax route, which keeps more than the fused kernel.
     """
+    config = dataclasses.replace(config, gka=dataclasses.replace(config.gka, backend="sdpa"))
     with FakeTensorMode():
         model = GPT(config, torch.bfloat16)
         idx = torch.zeros(rows, config.sequence_len, dtype=torch.long)

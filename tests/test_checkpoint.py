@@ -1,5 +1,7 @@
 """Checkpoints that do not match their hashes, and runs that are not there."""
 
+import json
+
 import pytest
 import torch
 from conftest import TINY
@@ -21,6 +23,16 @@ def test_a_run_is_found_by_name_and_by_path(run_dir):
     assert find_run("d2_gka") == find_run(run_dir) == run_dir
     with pytest.raises(FileNotFoundError, match=r"no run 'd3_gka'.*there are: d2_gka"):
         find_run("d3_gka")
+
+
+def test_a_run_trained_on_a_kernel_that_cannot_run_here_loads(run_dir, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    path = run_dir / "checkpoints" / "step_000008" / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["config"]["model"]["gka"]["backend"] = "triton"
+    path.write_text(json.dumps(meta))
+    model, _, _ = load_model(run_dir)
+    assert torch.isfinite(model(torch.zeros(1, 5, dtype=torch.long))).all()
 
 
 def test_a_flipped_bit_in_the_weights_is_noticed(run_dir):

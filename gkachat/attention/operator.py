@@ -88,7 +88,11 @@ def choose(
         text
         for holds, text in (
             (not _has_triton(), "triton is not installed"),
-            (device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1", f"the device is {device.type}"),
+            (
+                # Nothing runs on the meta device: models are counted there.
+                device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1",
+                f"the device is {device.type}",
+            ),
             (dtype not in TRITON_DTYPES, f"the dtype is {dtype}"),
             (head_dim not in TRITON_HEAD_DIMS, f"heads have {head_dim} channels, not 64 or 128"),
             (not causal, "it is not causal"),

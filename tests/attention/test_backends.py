@@ -1,5 +1,6 @@
 """Which kernel is chosen, that all of them compute the same, and what they keep for the backward."""
 
+import dataclasses
 import sys
 import types
 
@@ -12,6 +13,7 @@ from gkachat.attention.backends import gka_backend, softmax_backend
 from gkachat.attention.features import apply_rope, rms_norm, rope_table
 from gkachat.attention.operator import gaussian_kernel_attention, normalised_kernel_attention
 from gkachat.config import GKAConfig
+from gkachat.cost import account, activation_bytes
 from gkachat.gpt import GPT, GPTConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -132,6 +134,14 @@ def test_asking_for_triton_where_it_cannot_run_is_an_error(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="given 'triton', which cannot run here: the device is cpu"):
         GPT(GPTConfig(depth=2, attention="gka", gka=GKAConfig(backend="triton")))
+
+
+def test_a_model_for_triton_is_counted_anywhere(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    plain = GPTConfig(depth=2, attention="gka", vocab_size=64, sequence_len=32)
+    config = dataclasses.replace(plain, gka=GKAConfig(backend="triton"))
+    assert account(config) == account(plain)
+    assert activation_bytes(config, 1) == activation_bytes(plain, 1)
 
 
 def test_kernels_follow_the_weights(monkeypatch):
