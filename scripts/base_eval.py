@@ -19,6 +19,8 @@ from gkachat.files import write_text
 from gkachat.machine import pick_device, pick_dtype
 from scripts.cli import run
 
+ROWS = 4  # that go through a device at a time; training's own number may be too many for this one
+
 
 def main(
     run_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
@@ -35,14 +37,14 @@ def main(
     run_dir = find_run(run_name)
     model, tokenizer, meta = load_model(run_dir, pick_device(device), step)
     model.prepare(pick_dtype("auto", pick_device(device)))
-    stored, rows = meta["config"], meta["config"]["train"]["device_batch_size"]
+    stored = meta["config"]
     sections = {"data": build(DataConfig, stored["data"]), "tokenizer": build(TokenizerConfig, stored["tokenizer"])}
     tokens_dir = home() / "tokens" / Config(**sections).data_name
     splits = {name: open_split(tokens_dir, name, tokenizer.sha256) for name in ("train", "val")}
     n_val, token_bytes = int(splits["val"].length.sum()), tokenizer.token_bytes()
 
     def bpb(name: str, tokens: int | None) -> float:
-        shape = {"sequence_len": model.config.sequence_len, "batch_rows": rows, "bos": tokenizer.bos}
+        shape = {"sequence_len": model.config.sequence_len, "batch_rows": ROWS, "bos": tokenizer.bos}
         return evaluate_bpb(model, val_batches(splits[name], tokens=tokens, **shape), token_bytes)
 
     result = {

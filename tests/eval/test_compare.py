@@ -19,8 +19,8 @@ def finished(corpus_home, tmp_path_factory):
     for name in ("tokenizer", "tokens"):
         (home / name).symlink_to(corpus_home / name)
     for attention in ("softmax", "gka"):
-        for args in (("base_train", "configs/laptop.toml", *TINY, f"--model.attention={attention}"),
-                     ("base_eval", f"d2_{attention}")):  # fmt: skip
+        options = [*TINY, f"--model.attention={attention}", "--train.device_batch_size=auto"]
+        for args in (("base_train", "configs/laptop.toml", *options), ("base_eval", f"d2_{attention}")):
             result = call(*args, home=home)
             assert result.returncode == 0, result.stderr
     return home
