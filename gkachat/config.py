@@ -169,6 +169,8 @@ class GPTConfig:
     """Channels; by default 64 * depth."""
     head_dim: int | None = None
     """Channels a head; by default 128, or n_embd where that does not divide by 128."""
+    value_embeddings: bool = True
+    """softmax: on every other layer, a learned vector per token is added to the values."""
     gka: GKAConfig = field(default_factory=GKAConfig)
 
     def __post_init__(self) -> None:

@@ -123,6 +123,12 @@ def test_value_embeddings_are_on_alternating_layers_and_always_the_last():
         assert has[-1] and all(a != b for a, b in itertools.pairwise(has))
 
 
+def test_a_softmax_model_without_value_embeddings_keeps_its_three_projections():
+    groups, usual = build("softmax", value_embeddings=False).parameter_groups(), build("softmax").parameter_groups()
+    assert usual.keys() - groups.keys() == {"value_embeddings", "value_gates"}
+    assert len(groups["matrices"]) == len(usual["matrices"])
+
+
 @BOTH
 def test_parameter_groups_add_up_and_every_parameter_learns(attention):
     model, idx = build(attention), tokens()

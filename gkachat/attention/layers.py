@@ -43,8 +43,8 @@ def uniform_(weight: Tensor, std: float) -> None:
 class SoftmaxAttention(nn.Module):
     """Scaled dot-product attention with rotary positions, normalised queries and keys, and gated value embeddings.
 
-    Value embeddings, on every other layer and always the last, add a learned vector per token to the values,
-    gated per head by 3 sigmoid(W x[:12]).
+    Value embeddings, where the config has them on every other layer and always the last, add a learned vector per
+    token to the values, gated per head by 3 sigmoid(W x[:12]).
     """
 
     cache_tensors = 2  # C numbers each that decoding keeps for a token and layer: keys, values
@@ -54,7 +54,7 @@ class SoftmaxAttention(nn.Module):
         C = config.n_embd
         self.config, self.window = config, config.window(index)
         self.c_q, self.c_k, self.c_v, self.c_proj = (Linear(C, C) for _ in range(4))
-        has_value_embedding = (config.depth - 1 - index) % 2 == 0
+        has_value_embedding = config.value_embeddings and (config.depth - 1 - index) % 2 == 0
         self.value_embedding = nn.Embedding(config.vocab_size, C) if has_value_embedding else None
         self.value_gate = Linear(GATE_CHANNELS, config.n_head) if has_value_embedding else None
 
