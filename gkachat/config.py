@@ -52,6 +52,8 @@ class RunConfig:
     """A torch device, or auto: cuda where there is one, else cpu."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What activations are computed in; auto: bfloat16 where the device multiplies it in hardware."""
+    fp8: bool = False
+    """Multiply the blocks' matrices in fp8 (needs torchao, and a GPU that can); FLOPs are counted all the same."""
     compile: bool | None = None
     """torch.compile the model; by default on cuda only."""
     log_every: int = 10

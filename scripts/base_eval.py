@@ -12,7 +12,7 @@ from gkachat.checkpoint import find_run, load_model
 from gkachat.config import Config, DataConfig, TokenizerConfig, home
 from gkachat.config_file import build
 from gkachat.data.loader import val_batches
-from gkachat.data.shards import open_split, read_manifest
+from gkachat.data.shards import Split, read_manifest
 from gkachat.eval.bpb import evaluate_bpb, unigram_bpb
 from gkachat.eval.compare import EVAL_FILE
 from gkachat.files import write_text
@@ -40,8 +40,8 @@ def main(
     stored = meta["config"]
     sections = {"data": build(DataConfig, stored["data"]), "tokenizer": build(TokenizerConfig, stored["tokenizer"])}
     tokens_dir = home() / "tokens" / Config(**sections).data_name
-    splits = {name: open_split(tokens_dir, name, tokenizer.sha256) for name in ("train", "val")}
-    n_val, token_bytes = int(splits["val"].length.sum()), tokenizer.token_bytes()
+    splits = {name: Split(tokens_dir, name, tokenizer) for name in ("train", "val")}
+    n_val, token_bytes = sum(int(documents.length.sum()) for documents in splits["val"]), tokenizer.token_bytes()
 
     def bpb(name: str, tokens: int | None) -> float:
         shape = {"sequence_len": model.config.sequence_len, "batch_rows": ROWS, "bos": tokenizer.bos}

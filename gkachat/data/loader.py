@@ -3,30 +3,36 @@
 A row has sequence_len + 1 tokens: inputs are all but the last, targets all but the first. Documents are cut into pieces
 of at most sequence_len tokens, each of which gets a BOS in front; pieces are packed into rows best-fit, longest first:
 a row takes the longest piece left, then again and again the longest that still fits. What stays free at its end is
-not scored. Only lengths decide how rows are made up, so an epoch is planned over a histogram of lengths and not piece
-by piece; which piece of a length goes where, and the order of rows, is the seed's.
+not scored. Only lengths decide how rows are made up, so they are planned over a histogram of lengths and not piece by
+piece; which piece of a length goes where, and the order of rows, is the seed's. An epoch takes the shards in order,
+each planned by itself: nothing depends on shards that come later, and these may still be in the making.
 """
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gkachat.data.shards import Split
+from gkachat.data.shards import Documents, Split
 
 IGNORE = -1  # target of a position that is not scored
 
 Batch = tuple[Tensor, Tensor]
 """inputs and targets, each (rows, sequence_len) int64."""
 
+Row = tuple[Documents, "Plan", int]
+"""A row of the plan of a shard's documents."""
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Which pieces of which documents fill each row of an epoch: row r has pieces[row_start[r] : row_start[r + 1]]."""
+    """Which pieces of which documents fill each row: row r has pieces[row_start[r] : row_start[r + 1]]."""
 
     document: np.ndarray
     offset: np.ndarray  # of a piece within its document
@@ -37,6 +43,15 @@ class Plan:
     @property
     def n_rows(self) -> int:
         return len(self.row_start) - 1
+
+    def in_row(self, row: int) -> np.ndarray:
+        """Its pieces."""
+        return self.pieces[self.row_start[row] : self.row_start[row + 1]]
+
+    def filled(self, row: int) -> int:
+        """How many of its tokens there are, each piece's BOS included."""
+        pieces = self.in_row(row)
+        return int(self.length[pieces].sum()) + len(pieces)
 
 
 def cut(lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,6 +87,12 @@ def pack_histogram(counts: np.ndarray, capacity: int) -> list[tuple[list[int], i
             if not left[size]:
                 sizes.remove(size)
     return patterns
+
+
+def count_rows(lengths: np.ndarray, sequence_len: int) -> int:
+    """Of any plan for documents of these lengths."""
+    _, _, length = cut(lengths, sequence_len)
+    return sum(times for _, times in pack_histogram(np.bincount(length + 1), sequence_len + 1))
 
 
 def make_plan(lengths: np.ndarray, sequence_len: int, rng: np.random.Generator | None) -> Plan:
@@ -118,48 +139,80 @@ class Loader:
     ):
         """`batch_rows` is what one rank gets a step. Raises ValueError when the split does not fill a single step."""
         self.split, self.sequence_len, self.batch_rows, self.bos = split, sequence_len, batch_rows, bos
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self._epoch, self._plan = 0, self._make_plan(0)
-        if self._plan.n_rows < batch_rows * world_size:
+        self.seed, self.rank, self.rows_a_step = seed, rank, batch_rows * world_size
+        self._ends: list[int] = []  # of the shards looked at so far: their last row, counted from the epoch's start
+        self._plan = lru_cache(2)(self._make_plan)  # a step may begin in one shard and end in the next
+        if not self._has_rows(self.rows_a_step):
             raise ValueError(
-                f"the split fills {self._plan.n_rows} rows of {sequence_len} tokens, a step takes "
-                f"{batch_rows * world_size}: give more data, or a smaller train.total_batch_size"
+                f"the split fills {self._n_rows} rows of {sequence_len} tokens, a step takes "
+                f"{self.rows_a_step}: give more data, or a smaller train.total_batch_size"
             )
-        # The number of rows depends on lengths alone, so that it is the same every epoch.
-        self.steps_per_epoch = self._plan.n_rows // (batch_rows * world_size)
 
-    def _make_plan(self, epoch: int) -> Plan:
-        return make_plan(self.split.length, self.sequence_len, np.random.default_rng((self.seed, epoch)))
+    @property
+    def _n_rows(self) -> int:
+        return self._ends[-1] if self._ends else 0
 
-    def _seek(self, step: int) -> int:
-        """Have the plan of the step's epoch at hand; the first row of the step, over all ranks."""
-        epoch, step = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._plan = epoch, self._make_plan(epoch)
-        return step * self.world_size * self.batch_rows
+    def _has_rows(self, number: int) -> bool:
+        """Whether an epoch has that many; looks at no more shards than it takes to say so."""
+        while self._n_rows < number:
+            documents = self.split.shard(len(self._ends))
+            if documents is None:
+                return False
+            # The number of rows depends on lengths alone, so that it is the same every epoch.
+            self._ends.append(self._n_rows + count_rows(documents.length, self.sequence_len))
+        return True
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Looks at all shards, and so waits for those that are still being made."""
+        while self._has_rows(self._n_rows + 1):
+            pass
+        return self._n_rows // self.rows_a_step
+
+    @property
+    def knows_epoch(self) -> bool:
+        """Whether all shards have been looked at."""
+        return len(self._ends) == self.split.n_shards
+
+    def _make_plan(self, epoch: int, shard: int) -> tuple[Documents, Plan]:
+        documents = self.split.shard(shard)
+        return documents, make_plan(
+            documents.length, self.sequence_len, np.random.default_rng((self.seed, epoch, shard))
+        )
+
+    def _rows(self, step: int, first: int, number: int) -> Iterator[Row]:
+        """`number` rows of a step, beginning at its row `first`."""
+        epoch = 0
+        if not self._has_rows((step + 1) * self.rows_a_step):
+            epoch, step = divmod(step, self.steps_per_epoch)
+        first += step * self.rows_a_step
+        for row in range(first, first + number):
+            shard = bisect.bisect_right(self._ends, row)
+            yield *self._plan(epoch, shard), row - (self._ends[shard - 1] if shard else 0)
 
     def batch(self, step: int) -> Batch:
         """This rank's batch of any step, counted from the start of training."""
-        first = self._seek(step) + self.rank * self.batch_rows
-        return read_rows(self.split, self._plan, range(first, first + self.batch_rows), self.sequence_len, self.bos)
+        return read_rows(self._rows(step, self.rank * self.batch_rows, self.batch_rows), self.sequence_len, self.bos)
 
     def n_targets(self, step: int) -> int:
         """How many targets all ranks score in a step: known from the plan, no rank needs to ask another."""
-        first, n_rows = self._seek(step), self.world_size * self.batch_rows
-        start, end = self._plan.row_start[first], self._plan.row_start[first + n_rows]
         # Each piece is scored whole, and its BOS too unless it starts the row.
-        return int(self._plan.length[self._plan.pieces[start:end]].sum() + (end - start) - n_rows)
+        return sum(plan.filled(row) - 1 for _, plan, row in self._rows(step, 0, self.rows_a_step))
 
     @property
     def loss_report(self) -> dict[str, float]:
-        """Shares of an epoch: tokens never trained on (rows that fill no whole step), and positions not scored."""
-        plan = self._plan
-        used = self.steps_per_epoch * self.batch_rows * self.world_size
-        in_rows = np.add.reduceat(plan.length[plan.pieces], plan.row_start[:-1])
-        filled = in_rows + np.diff(plan.row_start)
+        """Shares of the shards looked at so far: tokens that the first epoch leaves out (rows at its end that fill no
+        whole step), and positions not scored."""
+        shards = [self._plan(0, shard) for shard in range(len(self._ends))]
+        filled = sum(int(plan.length.sum()) + len(plan.length) for _, plan in shards)
+        tokens, lost = sum(int(plan.length.sum()) for _, plan in shards), 0
+        if self.knows_epoch:
+            left = self._n_rows % self.rows_a_step
+            rows = [(plan, row) for _, plan in reversed(shards) for row in reversed(range(plan.n_rows))]
+            lost = sum(int(plan.length[plan.in_row(row)].sum()) for plan, row in rows[:left])
         return {
-            "tokens_lost": 1 - in_rows[:used].sum() / in_rows.sum(),
-            "positions_unused": 1 - filled.sum() / (plan.n_rows * (self.sequence_len + 1)),
+            "tokens_lost": lost / tokens,
+            "positions_unused": 1 - filled / (self._n_rows * (self.sequence_len + 1)),
         }
 
 
@@ -188,26 +241,31 @@ def val_batches(
     split: Split, *, sequence_len: int, batch_rows: int, bos: int, tokens: int | None = None
 ) -> Iterator[Batch]:
     """The whole split once, in a fixed order; with `tokens`, only so many rows as hold that many."""
-    plan = make_plan(split.length, sequence_len, None)
-    # Rows come longest piece first: a fixed shuffle makes any first part a fair sample.
-    order = np.random.default_rng(0).permutation(plan.n_rows)
-    if tokens is not None:
-        order = order[: -(-tokens // sequence_len)]
-    for first in range(0, len(order), batch_rows):
-        yield read_rows(split, plan, order[first : first + batch_rows], sequence_len, bos)
+
+    def rows() -> Iterator[Row]:
+        for index, documents in enumerate(split):
+            plan = make_plan(documents.length, sequence_len, None)
+            # Rows come longest piece first: a fixed shuffle makes any first part a fair sample.
+            for row in np.random.default_rng((0, index)).permutation(plan.n_rows):
+                yield documents, plan, row
+
+    chosen = rows() if tokens is None else islice(rows(), -(-tokens // sequence_len))
+    while batch := list(islice(chosen, batch_rows)):
+        yield read_rows(batch, sequence_len, bos)
 
 
-def read_rows(split: Split, plan: Plan, rows: range | np.ndarray, sequence_len: int, bos: int) -> Batch:
-    """Gather rows of a plan from the shards."""
-    tokens = np.full((len(rows), sequence_len + 1), IGNORE, dtype=np.int64)
-    for into, row in zip(tokens, rows, strict=True):
+def read_rows(rows: Iterable[Row], sequence_len: int, bos: int) -> Batch:
+    """Gather rows from their shards."""
+    read = []
+    for documents, plan, row in rows:
+        read.append(into := np.full(sequence_len + 1, IGNORE, dtype=np.int64))
         at = 0
-        for piece in plan.pieces[plan.row_start[row] : plan.row_start[row + 1]]:
-            document, length = plan.document[piece], plan.length[piece]
-            start = split.start[document] + plan.offset[piece]
+        for piece in plan.in_row(row):
+            length = plan.length[piece]
+            start = documents.start[plan.document[piece]] + plan.offset[piece]
             into[at] = bos
-            into[at + 1 : at + 1 + length] = split.shards[split.shard_of[document]][start : start + length]
+            into[at + 1 : at + 1 + length] = documents.tokens[start : start + length]
             at += 1 + length
-    tokens = torch.from_numpy(tokens)
+    tokens = torch.from_numpy(np.stack(read))
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
     return inputs.clamp(min=0), targets

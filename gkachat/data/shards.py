@@ -6,21 +6,25 @@ tokens/<dataset>/
     train_00000.idx            uint64 offsets: document i is bin[idx[i] : idx[i + 1]]
     val_00000.bin, ...
 
-A shard is made of the next `shard_chars` characters of its split, so an interrupted run that starts over meets the same
-boundaries: it reads the texts again, and tokenizes only the shards that are not in the manifest yet.
+A train shard is made of the next `shard_chars` characters, a val shard of the val documents met meanwhile. An
+interrupted run that starts over meets the same boundaries: it reads the texts again, and tokenizes only the shards that
+are not in the manifest yet. Shards are read in order, each whole and against its hash, so that training can begin while
+later ones are still being made.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from gkachat.config_file import build
-from gkachat.files import atomic_write, sha256, write_text
+from gkachat.files import atomic_write, write_text
 from gkachat.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
@@ -91,14 +95,14 @@ def write_shards(
         before = read_manifest(directory)
         if (before.source, before.tokenizer_sha256) != (source, tokenizer.sha256):
             raise ValueError(f"{directory} was made from another source or tokenizer; delete it or set data.name")
-        finished = {shard.name: shard for shard in before.shards if _problem(directory, shard) is None}
+        finished = {shard.name: shard for shard in before.shards if _sound(directory, shard)}
         if before.complete and len(finished) == len(before.shards) and not reread:
             for shard in before.shards:
                 progress(shard, True)
             return before
 
     pending: dict[str, list[str]] = {split: [] for split in SPLITS}
-    characters = dict.fromkeys(SPLITS, 0)
+    characters = 0  # of train, that are pending
 
     def flush(split: str, pool: ThreadPoolExecutor) -> None:
         if not pending[split]:
@@ -116,16 +120,18 @@ def write_shards(
         ahead = [later for later in finished.values() if later.name not in {s.name for s in manifest.shards}]
         Manifest(source, tokenizer.sha256, False, {}, manifest.shards + ahead).save(directory)
         progress(shard, reused)
-        pending[split], characters[split] = [], 0
+        pending[split] = []
 
     with ThreadPoolExecutor(threads) as pool:  # tiktoken lets go of the interpreter lock
         for split, text in documents:
             pending[split].append(text)
-            characters[split] += len(text)
-            if characters[split] >= shard_chars:
-                flush(split, pool)
-        for split in SPLITS:
-            flush(split, pool)
+            characters += len(text) if split == "train" else 0
+            if characters >= shard_chars:
+                for each in SPLITS:
+                    flush(each, pool)
+                characters = 0
+        for each in SPLITS:
+            flush(each, pool)
     for split in SPLITS:
         if not manifest.total(split, "tokens"):
             raise ValueError(f"the {split} split is empty; give more documents, or another data.val_fraction")
@@ -156,50 +162,117 @@ def _write_shard(
     return Shard(split, name, len(tokens), int(offsets[-1]), n_bytes, text_sha256, **hashes)
 
 
-def _problem(directory: Path, shard: Shard) -> str | None:
-    """What is wrong with a shard's files, or None."""
-    sizes = {"bin": 2 * shard.tokens, "idx": 8 * (shard.documents + 1)}
-    for suffix, size in sizes.items():
-        path = directory / f"{shard.name}.{suffix}"
-        if not path.exists():
-            return f"{path} is missing"
-        if path.stat().st_size != size:
-            return f"{path} has {path.stat().st_size} bytes, its manifest says {size}"
-        if sha256(path) != getattr(shard, f"{suffix}_sha256"):
-            return f"{path} does not match the hash in its manifest"
-    return None
+FILES = {"idx": np.dtype(np.uint64), "bin": np.dtype(np.uint16)}
 
 
-@dataclass(frozen=True)
+def _check_size(directory: Path, shard: Shard, suffix: str) -> Path:
+    """The path of one of a shard's two files. ValueError when it has not the size that the manifest says."""
+    size = FILES[suffix].itemsize * (shard.tokens if suffix == "bin" else shard.documents + 1)
+    path = directory / f"{shard.name}.{suffix}"
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, its manifest says {size}")
+    return path
+
+
+def _read(directory: Path, shard: Shard, suffix: str) -> np.ndarray:
+    """One of a shard's two files, whole. ValueError when it is not what its manifest says."""
+    path = _check_size(directory, shard, suffix)
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != getattr(shard, f"{suffix}_sha256"):
+        raise ValueError(f"{path} does not match the hash in its manifest")
+    return np.frombuffer(data, FILES[suffix])
+
+
+def _sound(directory: Path, shard: Shard) -> bool:
+    try:
+        return all(_read(directory, shard, suffix) is not None for suffix in FILES)
+    except ValueError:
+        return False
+
+
+class Documents:
+    """The documents of a shard; the tokens of document i are tokens[start[i] : start[i] + length[i]]."""
+
+    def __init__(self, offsets: np.ndarray, read: Callable[[], np.ndarray]):
+        """`read` gives the tokens, when they are asked for."""
+        self.start, self.length, self._read = offsets[:-1], np.diff(offsets), read
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        return self._read()
+
+
 class Split:
-    """One split of a corpus, memory-mapped. Document i is shards[shard_of[i]][start[i] : start[i] + length[i]]."""
+    """One split of a corpus, shard by shard."""
 
-    shards: list[np.ndarray]
-    shard_of: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
+    def __init__(self, directory: Path, split: str, tokenizer: Tokenizer, patience: float = 0.0):
+        """`patience`: seconds to wait for a shard that is still being made; 0: the corpus must be complete.
 
+        Raises FileNotFoundError or ValueError that says what to run.
+        """
+        self.directory, self.split, self.tokenizer, self.patience = directory, split, tokenizer, patience
+        self._records: dict[str, Shard] = {}
+        self.n_shards: int | None = None
+        self._look()
+        if self.n_shards is None and not patience:
+            raise ValueError(f"{directory} is not complete; run scripts.data_prep again to finish it")
 
-def open_split(directory: Path, split: str, tokenizer_sha256: str) -> Split:
-    """Check a corpus against its manifest and the tokenizer, then map one split of it.
+    def _look(self) -> None:
+        """See how far the corpus has come. A shard that has been seen may not change any more."""
+        manifest = read_manifest(self.directory)
+        if manifest.tokenizer_sha256 != self.tokenizer.sha256:
+            raise ValueError(
+                f"{self.directory} was made with another tokenizer than the one in use; run scripts.data_prep again"
+            )
+        for shard in manifest.shards:
+            if shard.split == self.split and shard.name not in self._records:
+                try:  # hashes are compared when it is read
+                    for suffix in FILES:
+                        _check_size(self.directory, shard, suffix)
+                except ValueError as error:
+                    raise self._damaged(error) from None
+                self._records[shard.name] = shard
+        self.n_shards = len(self._records) if manifest.complete else None
 
-    Raises FileNotFoundError or ValueError that says what to run.
-    """
-    manifest = read_manifest(directory)
-    remedy = "run scripts.data_prep again"
-    if not manifest.complete:
-        raise ValueError(f"{directory} is not complete; {remedy} to finish it")
-    if manifest.tokenizer_sha256 != tokenizer_sha256:
-        raise ValueError(f"{directory} was made with another tokenizer than the one in use; {remedy}")
-    records = [shard for shard in manifest.shards if shard.split == split]
-    with ThreadPoolExecutor() as pool:
-        for problem in pool.map(lambda shard: _problem(directory, shard), records):
-            if problem is not None:
-                raise ValueError(f"{problem}; {remedy} to mend it")
-    offsets = [np.fromfile(directory / f"{shard.name}.idx", dtype=np.uint64).astype(np.int64) for shard in records]
-    return Split(
-        shards=[np.memmap(directory / f"{shard.name}.bin", dtype=np.uint16, mode="r") for shard in records],
-        shard_of=np.repeat(np.arange(len(records)), [shard.documents for shard in records]),
-        start=np.concatenate([o[:-1] for o in offsets]),
-        length=np.concatenate([np.diff(o) for o in offsets]),
-    )
+    def shard(self, index: int) -> Documents | None:
+        """None after the last. TimeoutError when a shard is not made in time, ValueError when it is damaged."""
+        name, since = f"{self.split}_{index:05d}", time.monotonic()
+        while name not in self._records:
+            if self.n_shards is not None:
+                return None
+            self._look()
+            if name in self._records or self.n_shards is not None:
+                continue
+            if time.monotonic() - since >= self.patience:
+                raise TimeoutError(
+                    f"{self.directory}: no {name} after {self.patience:.0f} s of waiting; is scripts.data_prep running?"
+                )
+            time.sleep(min(1.0, self.patience))
+        record = self._records[name]
+        try:
+            offsets = _read(self.directory, record, "idx").astype(np.int64)
+            if offsets[0] != 0 or offsets[-1] != record.tokens or (np.diff(offsets) < 0).any():
+                raise ValueError(f"{self.directory / name}.idx: its offsets do not rise from 0 to {record.tokens}")
+            return Documents(offsets, lambda: self._tokens(record))
+        except ValueError as error:
+            raise self._damaged(error) from None
+
+    def _tokens(self, record: Shard) -> np.ndarray:
+        try:
+            tokens = _read(self.directory, record, "bin")
+            if tokens.size and tokens.max() >= self.tokenizer.vocab_size:
+                raise ValueError(f"{self.directory / record.name}.bin: token {tokens.max()} is not in the vocabulary")
+            return tokens
+        except ValueError as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: ValueError) -> ValueError:
+        return ValueError(f"{error}; run scripts.data_prep again to mend it")
+
+    def __iter__(self) -> Iterator[Documents]:
+        index = 0
+        while (documents := self.shard(index)) is not None:
+            yield documents
+            index += 1

@@ -65,7 +65,8 @@ def unigram_bpb(train: Split, val: Split, token_bytes: np.ndarray, max_tokens: i
 
 def _counts(split: Split, vocab_size: int, max_tokens: int) -> np.ndarray:
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for shard in split.shards:
-        taken = shard[: max(0, max_tokens - counts.sum())]
-        counts += np.bincount(taken, minlength=vocab_size)
+    for documents in split:
+        counts += np.bincount(documents.tokens[: max_tokens - counts.sum()], minlength=vocab_size)
+        if counts.sum() >= max_tokens:
+            break
     return counts

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gkachat.config import Config
 from gkachat.data.loader import Batch
 from gkachat.gpt import GPT
-from gkachat.machine import pick_dtype
+from gkachat.machine import device_name, pick_dtype
 from gkachat.train import recipe
 from gkachat.train.distributed import World, sum_over_world
 from gkachat.train.metrics import Phases
@@ -35,6 +35,22 @@ class Outcome:
     """Some process has been asked to stop."""
 
 
+def use_fp8(model: GPT, emulate: bool = False) -> None:
+    """Have the blocks' matrices multiplied in fp8, scaled tensor by tensor; weights stay in float32.
+
+    `emulate`: with the same rounding, on any device. Raises ValueError where torchao is not installed.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError:
+        raise ValueError("run.fp8: torchao is not installed; pip install 'gkachat[fp8]'") from None
+
+    def has_kernel(module: nn.Module, name: str) -> bool:  # the head's loss takes its weight in parts
+        return name != "lm_head" and module.in_features % 16 == 0 and module.out_features % 16 == 0
+
+    convert_to_float8_training(model, module_filter_fn=has_kernel, config=Float8LinearConfig(emulate=emulate))
+
+
 class Learner:
     def __init__(self, config: Config, rows: int, device: torch.device, world: World, phases: Phases):
         """`config` resolved; `rows` of a step in this process."""
@@ -42,6 +58,10 @@ class Learner:
         torch.manual_seed(config.run.seed)  # the same weights in every process
         with device:
             self.model = GPT(config.model, pick_dtype(config.run.dtype, device))
+        if config.run.fp8:
+            if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+                raise ValueError(f"run.fp8: {device_name(device)} has no fp8 arithmetic: leave it out")
+            use_fp8(self.model)
         self.model.recompute_blocks = config.train.recompute_blocks
         self.optimizers = Optimizers(self.model, config.optim, world)
         size = config.train.device_batch_size
@@ -63,7 +83,12 @@ class Learner:
             idx = torch.zeros(n, T, dtype=torch.long, device=self.device)
             try:
                 self.model(idx, idx).backward()
-            except torch.cuda.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError as error:
+                if n == 1:
+                    raise ValueError(
+                        f"train.device_batch_size: not even one row of {T} tokens fits {device_name(self.device)}; "
+                        "set train.recompute_blocks, or a smaller model"
+                    ) from error
                 break
             if n == 1:  # what the optimizers remember takes memory too; with ok = 0 the step does nothing else
                 self.optimizers.step(0.0, 0.0, ok=torch.zeros((), device=self.device))

@@ -23,7 +23,7 @@ from gkachat.config import Config, home
 from gkachat.config_file import load_config
 from gkachat.cost import account
 from gkachat.data.loader import Batch, Loader, Prefetcher, val_batches
-from gkachat.data.shards import open_split
+from gkachat.data.shards import Split
 from gkachat.eval.bpb import bpb_sums
 from gkachat.machine import device_name, peak_flops, peak_memory, pick_device
 from gkachat.tokenizer import Tokenizer
@@ -63,8 +63,9 @@ class Trainer:
                 "so many tokens has the tokenizer"
             )
         tokens_dir = home() / "tokens" / config.data_name
+        # Shards may still be being made; the watchdog's patience is the longer one.
         self.train_split, self.val_split = (
-            open_split(tokens_dir, split, self.tokenizer.sha256) for split in ("train", "val")
+            Split(tokens_dir, split, self.tokenizer, patience=config.run.timeout / 2) for split in ("train", "val")
         )
         train, model = self.config.train, self.config.model
         self.rows = train.total_batch_size // model.sequence_len // self.world.size  # of one process, a step
@@ -205,7 +206,11 @@ class Trainer:
                 bos=self.tokenizer.bos,
                 tokens=self.config.train.eval_tokens,
             )
-            found[name] = [b for i, b in enumerate(batches) if i % self.world.size == self.world.rank]
+            found[name] = []
+            for index, batch in enumerate(batches):
+                self.watchdog.heard(f"the evaluation at step {self.step}, reading {name.removesuffix('_bpb')} shards")
+                if index % self.world.size == self.world.rank:
+                    found[name].append(batch)
         return found
 
     def _evaluate(self) -> None:
@@ -271,7 +276,7 @@ class Trainer:
             distributed.barrier(self.world)
 
     def _report_start(self) -> None:
-        config, counted, lost = self.config, account(self.config.model), self.loader.loss_report
+        config, counted = self.config, account(self.config.model)
         groups = ", ".join(f"{name} {n:,}" for name, n in counted.params.items() if name != "total")
         dtype = str(self.model.compute_dtype).removeprefix("torch.")
         for line in (
@@ -279,11 +284,17 @@ class Trainer:
             f"{config.model.attention}, depth {config.model.depth}: {counted.params['total']:,} parameters ({groups})",
             f"{self.n_steps:,} steps of {config.train.total_batch_size:,} tokens, {config.train.protocol}; "
             f"{counted.flops_per_token * config.train.total_tokens:.3g} FLOPs",
-            f"an epoch has {self.loader.steps_per_epoch:,} steps; {100 * lost['tokens_lost']:.2f} % of its tokens are "
-            f"left out, {100 * lost['positions_unused']:.2f} % of its positions stay empty",
+            self._data_line(),
             *(f"layers {', '.join(map(str, layers))}: {why}" for why, layers in self.model.backends().items()),
         ):
             self.report(line)
+
+    def _data_line(self) -> str:
+        empty = f"{100 * self.loader.loss_report['positions_unused']:.2f} % of the positions stay empty"
+        if not self.loader.knows_epoch:  # to look at all shards of a large corpus takes a while; some may not be there
+            return f"data: shard by shard; in the first, {empty}"
+        lost, steps = 100 * self.loader.loss_report["tokens_lost"], self.loader.steps_per_epoch
+        return f"data: an epoch has {steps:,} steps; {lost:.2f} % of its tokens are left out, {empty}"
 
     def _report_end(self) -> None:
         if self.world.is_main:

@@ -1,17 +1,19 @@
 """Tokenized corpora on disk: content, interruption, damage, full disks."""
 
 import errno
+import hashlib
 import io
 import json
 import os
 import random
 import shutil
+import threading
 
 import numpy as np
 import pytest
 
 from gkachat import files
-from gkachat.data.shards import MANIFEST, open_split, read_manifest, write_shards
+from gkachat.data.shards import MANIFEST, SPLITS, Split, read_manifest, write_shards
 from gkachat.tokenizer import FILE_NAME, train_tokenizer
 from scripts import data_prep, tok_train
 
@@ -42,12 +44,16 @@ def write_and_hear(directory, documents=DOCUMENTS, **options):
 
 
 def open_(directory, split="train"):
-    return open_split(directory, split, TOKENIZER.sha256)
+    """All shards of a split, read."""
+    shards = list(Split(directory, split, TOKENIZER))
+    assert all(shard.tokens is not None for shard in shards)
+    return shards
 
 
 def texts_of(split):
-    for shard, start, length in zip(split.shard_of, split.start, split.length, strict=True):
-        yield TOKENIZER.decode(split.shards[shard][start : start + length].tolist())
+    for shard in split:
+        for start, length in zip(shard.start, shard.length, strict=True):
+            yield TOKENIZER.decode(shard.tokens[start : start + length].tolist())
 
 
 def content(directory):
@@ -78,12 +84,12 @@ def corpus(whole, tmp_path):
 def test_documents_come_back_in_order(whole, split):
     opened = open_(whole, split)
     assert list(texts_of(opened)) == [text for s, text in DOCUMENTS if s == split]
-    assert len(opened.shards) > 1
-    assert {shard.dtype for shard in opened.shards} == {np.dtype(np.uint16)}
+    assert len(opened) > 1
+    assert {shard.tokens.dtype for shard in opened} == {np.dtype(np.uint16)}
 
 
 def test_no_special_token_is_stored(whole):
-    assert all(shard.max() < TOKENIZER.bos for split in ("train", "val") for shard in open_(whole, split).shards)
+    assert all(shard.tokens.max() < TOKENIZER.bos for split in ("train", "val") for shard in open_(whole, split))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -117,6 +123,73 @@ def test_a_shard_ends_once_it_has_enough_characters(whole):
         assert sum(lengths[:-1]) < SHARD_CHARS
         assert sum(lengths) >= SHARD_CHARS or shard is shards[-1]
     assert not texts
+
+
+def test_val_shards_end_with_those_of_train(whole):
+    documents = {split: [s.documents for s in read_manifest(whole).shards if s.split == split] for split in SPLITS}
+    assert len(documents["train"]) > 2
+    trained = np.cumsum(documents["train"])
+    # Where the last of a train shard's documents stands in the source, and how many of val were met up to there.
+    positions = [i for i, (split, _) in enumerate(DOCUMENTS) if split == "train"]
+    met = [sum(split == "val" for split, _ in DOCUMENTS[: positions[n - 1]]) for n in trained[:-1]]
+    assert list(np.cumsum(documents["val"])[:-1]) == met
+
+
+def test_shards_are_read_while_later_ones_are_still_being_made(tmp_path, whole):
+    expected = list(Split(whole, "train", TOKENIZER))
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly():
+        for number, document in enumerate(DOCUMENTS):
+            if (tmp_path / "train_00000.bin").exists() and number < len(DOCUMENTS) - 1:
+                begun.set()
+                go_on.wait(30)
+            yield document
+
+    writer = threading.Thread(target=write, args=(tmp_path, slowly()))
+    writer.start()
+    assert begun.wait(30)
+    split = Split(tmp_path, "train", TOKENIZER, patience=30)
+    assert split.n_shards is None
+    first = split.shard(0)
+    assert np.array_equal(first.tokens, expected[0].tokens) and np.array_equal(first.start, expected[0].start)
+    threading.Timer(0.5, go_on.set).start()
+    assert [shard.tokens.tolist() for shard in split] == [shard.tokens.tolist() for shard in expected]
+    assert split.n_shards == len(expected)
+    writer.join()
+
+
+def test_a_shard_that_does_not_come_is_missed_in_time(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, stopping_after(39))
+    split = Split(tmp_path, "train", TOKENIZER, patience=0.1)
+    with pytest.raises(TimeoutError, match=r"no train_\d+ after 0 s of waiting; is scripts\.data_prep running\?"):
+        list(split)
+
+
+def test_a_shard_that_changes_while_it_is_in_use_is_an_error(corpus):
+    split = Split(corpus, "train", TOKENIZER)
+    first = split.shard(0)
+    flip("train_00000.bin")(corpus)
+    with pytest.raises(ValueError, match=r"train_00000\.bin does not match the hash in its manifest; run"):
+        first.tokens  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("suffix", "number", "value", "message"),
+    [("idx", 1, 2**40, "do not rise"), ("idx", 0, 1, "do not rise"), ("bin", 3, 60_000, "token 60000 is not in the")],
+)
+def test_a_hostile_shard_with_a_manifest_to_match_is_an_error(corpus, suffix, number, value, message):
+    path = corpus / f"train_00000.{suffix}"
+    numbers = np.frombuffer(path.read_bytes(), np.uint64 if suffix == "idx" else np.uint16).copy()
+    numbers[number] = value
+    path.write_bytes(numbers.tobytes())
+    manifest = json.loads((corpus / MANIFEST).read_text())
+    record = next(shard for shard in manifest["shards"] if shard["name"] == "train_00000")
+    record[f"{suffix}_sha256"] = hashlib.sha256(numbers.tobytes()).hexdigest()
+    (corpus / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=message):
+        open_(corpus)
 
 
 def test_the_number_of_threads_makes_no_difference(whole, tmp_path):
@@ -284,7 +357,7 @@ def test_an_incomplete_corpus_is_not_opened(tmp_path):
 
 def test_a_corpus_of_another_tokenizer_is_not_opened(whole):
     with pytest.raises(ValueError, match="made with another tokenizer"):
-        open_split(whole, "train", OTHER_TOKENIZER.sha256)
+        Split(whole, "train", OTHER_TOKENIZER)
 
 
 @pytest.mark.parametrize("other", [{"tokenizer": OTHER_TOKENIZER}, {"source": SOURCE | {"val_fraction": 0.5}}])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gkachat.data.shards import Split
+from gkachat.data.shards import Documents
 from gkachat.eval.bpb import evaluate_bpb, unigram_bpb
 
 
@@ -64,7 +64,7 @@ def test_nothing_to_score_is_an_error():
 
 def as_split(tokens):
     tokens = np.array(tokens, dtype=np.uint16)
-    return Split([tokens], np.array([0]), np.array([0]), np.array([len(tokens)]))
+    return [Documents(np.array([0, len(tokens)]), lambda: tokens)]
 
 
 def test_unigram_model_by_hand():

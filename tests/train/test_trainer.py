@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import TINY
 
+from gkachat.attention.layers import Linear
 from gkachat.checkpoint import checkpoint_steps, load_model, read_meta
 from gkachat.config import ConfigError
 from gkachat.config_file import load_config
 from gkachat.eval.bpb import evaluate_bpb
-from gkachat.gpt import GPT
+from gkachat.gpt import GPT, GPTConfig
+from gkachat.train.learner import use_fp8
 from gkachat.train.metrics import read_metrics
 from gkachat.train.trainer import Trainer
 
@@ -57,6 +59,33 @@ def test_the_same_seed_trains_to_the_same_weights(tiny_home):
     c = weights(train("--run.name=c", "--run.seed=1").run_dir)
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+
+
+def test_fp8_rounds_products_and_leaves_weights_names_and_the_count_of_flops_alone(tiny_home):
+    """Emulated here: the same rounding, on any device."""
+    pytest.importorskip("torchao")
+    options = GPTConfig(depth=2, vocab_size=512, sequence_len=32, n_embd=32, head_dim=16)
+    torch.manual_seed(0)
+    model = GPT(options)
+    for name, p in model.named_parameters():
+        if name.endswith("c_proj.weight"):  # they start at zero
+            torch.nn.init.normal_(p, std=0.1)
+    weights, names, idx = list(model.parameters()), list(model.state_dict()), torch.randint(512, (4, 32))
+    exact = model(idx, idx)
+    exact_grads = torch.autograd.grad(exact, model.parameter_groups()["matrices"])
+    use_fp8(model, emulate=True)
+    rounded = model(idx, idx)
+    rounded_grads = torch.autograd.grad(rounded, model.parameter_groups()["matrices"])
+    assert list(model.state_dict()) == names and all(a is b for a, b in zip(weights, model.parameters(), strict=True))
+    assert type(model.lm_head) is Linear and type(model.blocks[0].mlp.c_fc) is not Linear
+    assert 0 < abs(rounded - exact) < 0.05
+    for a, b in zip(rounded_grads, exact_grads, strict=True):
+        assert 0.001 < (a - b).norm() / b.norm() < 0.3  # 3 bits of mantissa
+
+
+def test_fp8_is_refused_where_there_is_none(tiny_home):
+    with pytest.raises(ValueError, match=r"run\.fp8: cpu, \d+ threads has no fp8 arithmetic"):
+        train("--run.fp8=true")
 
 
 def test_accumulating_gradients_changes_nothing_but_rounding(tiny_home):
