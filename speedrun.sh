@@ -12,6 +12,8 @@ overrides=("$@")
 source scripts/setup.sh
 export GKACHAT_HOME=${GKACHAT_HOME:-$HOME/.cache/gkachat}
 
+trap 'echo "speedrun: interrupted; run it again to go on" >&2; exit 130' INT TERM  # training ends well when asked to
+
 step() {
     local name=$1 status=0
     shift
@@ -33,11 +35,9 @@ else
 fi
 
 train() {
-    local attention=$1 config=$2 run=$GKACHAT_HOME/runs/d${depth}_$1 flags=()
-    # A run with a checkpoint is gone on with (finished, it has nothing left to do); without one it starts anew.
-    if [[ " ${overrides[*]-} " != *" --overwrite "* ]]; then
-        if compgen -G "$run/checkpoints/step_*" >/dev/null; then flags=(--resume); else flags=(--overwrite); fi
-    fi
+    local attention=$1 config=$2 flags=()
+    # A run with a checkpoint is gone on with (finished, it has nothing left to do); without one it begins.
+    if [[ " ${overrides[*]-} " != *" --overwrite "* ]]; then flags=(--resume); fi
     "${launch[@]}" "$config" ${flags[@]+"${flags[@]}"} --model.attention "$attention" --run.name "d${depth}_$attention" \
         ${overrides[@]+"${overrides[@]}"}
 }

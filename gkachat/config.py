@@ -59,7 +59,11 @@ class RunConfig:
     log_every: int = 10
     """Steps between printed lines."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0 writes the last one only."""
+    """Steps between checkpoints, besides those before each evaluation and at the end; 0: none."""
+    keep_last: int = 2
+    """How many of the latest checkpoints are kept ..."""
+    keep_every: int = 0
+    """... besides those of every so many steps; 0: none."""
     timeout: float = 600.0
     """Seconds without progress after which a run ends itself, naming the step: a process is gone, or hangs."""
     wandb: str = ""
@@ -70,8 +74,8 @@ class RunConfig:
             self,
             name=(is_plain(self.name), "a directory name, not a path"),
             timeout=(self.timeout > 0, "above 0"),
-            **at_least(0, self, "seed", "checkpoint_every"),
-            **at_least(1, self, "log_every"),
+            **at_least(0, self, "seed", "checkpoint_every", "keep_every"),
+            **at_least(1, self, "log_every", "keep_last"),
         )
 
 
@@ -191,8 +195,9 @@ class GPTConfig:
                 self.depth < 1 or (self.n_embd >= 16 and divides),
                 f"16 or more and a multiple of head_dim {self.head_dim}",
             ),
+            sequence_len=(2 <= self.sequence_len <= 2**20, f"2 to {2**20}"),
             **at_least(1, self, "depth"),
-            **at_least(2, self, "vocab_size", "sequence_len"),
+            **at_least(2, self, "vocab_size"),
         )
 
     @property

@@ -9,19 +9,18 @@ import sys
 from scripts.cli import config_from_args, run
 
 FLAGS = {
-    "resume": "go on with the run of this name from its last checkpoint",
+    "resume": "go on with the run of this name from its newest sound checkpoint, or begin it",
     "overwrite": "delete the run of this name and start anew",
 }
 
 
-def main() -> int:
+def main() -> None:
     config, flags = config_from_args(sys.argv[1:], __doc__, FLAGS)
     if len(flags) > 1:
         raise ValueError("given --resume and --overwrite, expected one of them")
     from gkachat.train.trainer import Trainer  # torch takes seconds to import, --help should not
 
-    finished = Trainer(config, resume="resume" in flags, overwrite="overwrite" in flags).run()
-    return 0 if finished else 130
+    Trainer(config, resume="resume" in flags, overwrite="overwrite" in flags).run()
 
 
 if __name__ == "__main__":

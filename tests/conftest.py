@@ -65,3 +65,15 @@ def call(script, *args, home, stdin=None, **env):
         text=True,
         timeout=300,
     )
+
+
+def launch(n, *options, home, script="scripts.base_train", timeout=300):
+    """A script, or another module, in n processes."""
+    return subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+            "-m", script, *options,
+        ],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "GKACHAT_HOME": str(home)},
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip

@@ -40,7 +40,7 @@ def test_a_flipped_bit_in_the_weights_is_noticed(run_dir):
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"does not match the hash.*use an earlier one"):
+    with pytest.raises(ValueError, match=r"does not match the hash.*delete .* to use an earlier one"):
         load_model(run_dir)
     assert load_model(run_dir, step=4)[2]["step"] == 4
 

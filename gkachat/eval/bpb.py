@@ -42,14 +42,29 @@ def bpb_sums(
     n_bytes = torch.zeros((), dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
-    for whole in batches:
-        rows = max(1, LOGITS_AT_A_TIME // (whole[0].size(1) * len(token_bytes)))
-        for idx, targets in zip(*(t.to(device).split(rows) for t in whole), strict=True):
-            target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
-            losses = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-            nats += losses.view_as(targets)[target_bytes > 0].double().sum()
-            n_bytes += target_bytes.sum()
-    model.train(was_training)
+    most = LOGITS_AT_A_TIME // len(token_bytes)  # positions
+    try:
+        for whole in batches:
+            pending = [tuple(t.to(device) for t in whole)]
+            while pending:
+                idx, targets = pending.pop()
+                if len(idx) > 1 and idx.numel() > most:
+                    pending += reversed(list(zip(idx.chunk(2), targets.chunk(2), strict=True)))
+                    continue
+                try:
+                    logits = model(idx).flatten(0, 1)
+                    losses = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
+                except torch.OutOfMemoryError:
+                    if len(idx) == 1:
+                        raise
+                    most = idx.numel() - 1  # from now on in halves
+                    pending.append((idx, targets))
+                    continue
+                target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
+                nats += losses.view_as(targets)[target_bytes > 0].double().sum()
+                n_bytes += target_bytes.sum()
+    finally:
+        model.train(was_training)
     return nats.item(), int(n_bytes.item())
 
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gkachat.checkpoint import MODEL, load_tensors, read_meta
-from gkachat.config import GPTConfig
-from gkachat.config_file import build
+from gkachat.checkpoint import MODEL, load_weights, model_config, open_checkpoint
 from gkachat.cost import PUBLISHED_FLOPS_RATIO, PUBLISHED_PARAMS_RATIO, account
 from gkachat.files import atomic_write, write_text
 from gkachat.train.metrics import read_metrics
@@ -77,14 +75,14 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
 
 
 def _read_run(run_dir: Path) -> dict[str, Any]:
-    directory, meta = read_meta(run_dir)
+    directory, meta = open_checkpoint(run_dir, None, MODEL)
     if not (run_dir / EVAL_FILE).exists():
         raise FileNotFoundError(f"{run_dir} was not evaluated; run python -m scripts.base_eval {run_dir.name}")
     evaluated = json.loads((run_dir / EVAL_FILE).read_text())
     if evaluated["step"] != meta["step"]:
         raise ValueError(f"{run_dir} has trained on since it was evaluated; run python -m scripts.base_eval again")
-    counted = account(build(GPTConfig, meta["config"]["model"]))
-    weights = load_tensors(directory, MODEL, meta)
+    counted = account(model_config(meta))
+    weights = load_weights(directory)
     log_sigma = [weights[k] for k in sorted(weights, key=_layer) if k.endswith("log_sigma")]
     train = meta["config"]["train"]
     return {

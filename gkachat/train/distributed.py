@@ -57,6 +57,15 @@ def sum_over_world(tensor: Tensor, world: World) -> Tensor:
     return tensor
 
 
+def told_by_main(number: int, world: World, device: torch.device) -> int:
+    """The main process's number, in all of them."""
+    if world.size == 1:
+        return number
+    told = torch.tensor(number, dtype=torch.int64, device=device)
+    dist.broadcast(told, 0)
+    return int(told)
+
+
 class Watchdog:
     """Ends the process when nothing was heard for too long: a collective that waits for a process that is gone or
     stuck never returns by itself, least of all on a GPU."""

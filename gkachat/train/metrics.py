@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ class Metrics:
         """`upto`: the step a resumed run continues from; records after it are forgotten."""
         self.path = run_dir / "metrics.jsonl"
         kept = [r for r in read_metrics(run_dir) if r["step"] <= upto] if self.path.exists() else []
+        self.evaluated = {r["step"] for r in kept if r["kind"] == "eval"}
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = open(self.path, "a")  # noqa: SIM115 (closed by close)
         self.wandb = None
@@ -38,6 +40,10 @@ class Metrics:
         if self.wandb is not None:
             numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
             self.wandb.log(numbers, step=step)
+
+    def to_disk(self) -> None:
+        """Have all that was written survive a power failure, as a checkpoint does."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()

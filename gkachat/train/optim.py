@@ -10,6 +10,7 @@ rows of the large embeddings, remembers what that takes and nothing more, and ha
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -138,9 +139,6 @@ class _Stack:
     def hand_round(self, world: World) -> dist.Work:
         return dist.all_gather_into_tensor(self.all, self.all[self.mine].clone(), async_op=True)
 
-    def owner(self, index: int) -> int:
-        return index // (self.mine.stop - self.mine.start)
-
 
 class Optimizers:
     """Both optimizers as one."""
@@ -216,42 +214,26 @@ class Optimizers:
         return [*(p for stack in self.muon.stacks for p in stack.params), *self.stepped]
 
     def state_tensors(self, model: GPT) -> dict[str, Tensor]:
-        """Everything that is remembered, named `parameter/what`, whole whatever the world's size.
-
-        All processes must call it; only the main one is given anything.
-        """
+        """What this process remembers, named `parameter/what`: its matrices, its rows, and, of the main process alone,
+        what all have. The parts of all processes, equal names joined by rows in their order, are the whole."""
         names = {p: name for name, p in model.named_parameters()}
         found = {}
         for stack in self.muon.stacks:
-            for what in ("momentum", "variance"):
-                if (own := getattr(stack, what)) is None:
-                    continue
-                shape = (1, *own.shape[1:])
-                for index, p in enumerate(stack.params):
-                    owner = stack.owner(index)
-                    at = index - stack.mine.start
-                    tensor = own[at].clone() if owner == self.world.rank else own.new_empty(shape[1:])
-                    if self.world.size > 1:
-                        dist.broadcast(tensor, owner)
-                    found[f"{names[p]}/{what}"] = self._keep(tensor)
+            for index, p in enumerate(stack.own):
+                found[f"{names[p]}/momentum"] = stack.momentum[index]
+                if stack.variance is not None:
+                    found[f"{names[p]}/variance"] = stack.variance[index]
         for p, rows in self.stepped.items():
             for what, tensor in self.adamw.state.get(rows, {}).items():
-                if rows is not p and tensor.ndim:
-                    whole = torch.empty_like(p)
-                    dist.all_gather_into_tensor(whole, tensor)
-                    tensor = whole
-                found[f"{names[p]}/{what}"] = self._keep(tensor)
-        return {key: tensor for key, tensor in found.items() if tensor is not None}
+                if self.world.is_main or (rows is not p and tensor.ndim):
+                    found[f"{names[p]}/{what}"] = tensor
+        return found
 
-    def _keep(self, tensor: Tensor) -> Tensor | None:
-        """On the main process, and off the device at once: whole, all of it may not fit there."""
-        return tensor.cpu() if self.world.is_main else None
-
-    def load_state_tensors(self, model: GPT, tensors: dict[str, Tensor]) -> None:
-        """Take this process's part of what `state_tensors` gave, in a world of any size."""
+    def load_state_tensors(self, model: GPT, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take this process's part of the whole that `state_tensors` gave, in a world of any size."""
         named = dict(model.named_parameters())
         place = {p: (stack, index) for stack in self.muon.stacks for index, p in enumerate(stack.own)}
-        for key, tensor in tensors.items():
+        for key, tensor in tensors:
             name, what = key.split("/")
             p = named[name]
             if p in place:

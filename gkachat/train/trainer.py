@@ -2,19 +2,23 @@
 
     Trainer(load_config("configs/laptop.toml")).run()
 
-Interrupted by Ctrl-C or SIGTERM it finishes its step, saves and stops; `resume=True` goes on exactly from there:
-batches are a function of the step, and the optimizers' memory is part of the checkpoint.
+A run can end at any moment. Asked to (Ctrl-C, SIGTERM, SIGUSR1) it finishes its step, saves and stops; `resume=True`
+goes on from the newest sound checkpoint as if nothing had happened: batches are a function of the step, the optimizers'
+memory is part of the checkpoint, and nothing else has a state.
 """
 
 import dataclasses
 import gc
 import math
+import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import takewhile
 
 import torch
 
@@ -25,6 +29,7 @@ from gkachat.cost import account
 from gkachat.data.loader import Batch, Loader, Prefetcher, val_batches
 from gkachat.data.shards import Split
 from gkachat.eval.bpb import bpb_sums
+from gkachat.files import lock
 from gkachat.machine import device_name, peak_flops, peak_memory, pick_device
 from gkachat.tokenizer import Tokenizer
 from gkachat.train import distributed, recipe
@@ -34,9 +39,15 @@ from gkachat.train.metrics import Metrics, Phases, duration
 # Options of a run that do not change what it learns: another value is no reason to refuse to go on with it.
 FREE_TO_CHANGE = ("device_batch_size", "recompute_blocks", "eval_every", "eval_tokens", "max_skipped")
 
+SAME_SIGNAL = 1.0  # seconds: a terminal, a launcher and a scheduler may each pass the same one on
+
 
 class Trainer:
-    """One run. FileExistsError: the name is taken; ValueError, FileNotFoundError: data or options do not fit."""
+    """One run. FileExistsError: the name is taken, or another process trains it; ValueError, FileNotFoundError: data or
+    options do not fit.
+
+    `resume` goes on with the run of this name, or begins it where there is none.
+    """
 
     def __init__(
         self,
@@ -54,8 +65,10 @@ class Trainer:
         self.n_steps = recipe.n_steps(self.config)
         self.report = report if self.world.is_main else lambda line: None
         self.run_dir = home() / "runs" / self.config.run_name
-        self._check_run_dir(resume, overwrite)
-
+        self.lock = None
+        if self.world.is_main:
+            self.lock = lock(self.run_dir.with_name(f".{self.run_dir.name}.lock"), f"run {self.run_dir.name!r}")
+            self._check_run_dir(resume, overwrite)
         self.tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
         if self.tokenizer.vocab_size > config.model.vocab_size:
             raise ValueError(
@@ -83,25 +96,17 @@ class Trainer:
         self.learner = Learner(self.config, self.rows, self.device, self.world, self.phases)
         self.model, self.optimizers = self.learner.model, self.learner.optimizers
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
-        self.asked_to_stop = self.interrupted = False
-        if resume:
-            self._load()
-        elif self.world.is_main:
-            shutil.rmtree(self.run_dir, ignore_errors=True)  # empty or, with overwrite, given up
-            checkpoint.start_run(self.run_dir, self.config, self.tokenizer)
-        distributed.barrier(self.world)
+        self.asked_to_stop, self.interrupted = 0.0, False  # when, by the monotonic clock
+        self._prepare_run_dir(resume)
 
     def _check_run_dir(self, resume: bool, overwrite: bool) -> None:
-        metrics = self.run_dir / "metrics.jsonl"
-        taken = metrics.exists() and metrics.stat().st_size > 0
-        if taken and not (resume or overwrite):
+        steps, run = checkpoint.checkpoint_steps(self.run_dir), self.run_dir.name
+        if (steps or (self.run_dir / "config.toml").exists()) and not (resume or overwrite):
             raise FileExistsError(
-                f"run {self.run_dir.name!r} exists in {self.run_dir.parent}: give --resume to go on with it, "
+                f"run {run!r} exists in {self.run_dir.parent}: give --resume to go on with it, "
                 "--overwrite to start anew, or another --run.name"
             )
-        if resume:
-            if not taken:
-                raise FileNotFoundError(f"run {self.run_dir.name!r} is not in {self.run_dir.parent}: nothing to resume")
+        if resume and steps:
             stored = load_config(self.run_dir / "config.toml")
             changed = [
                 f"{section}.{f.name}: given {now!r}, the run has {then!r}"
@@ -113,67 +118,106 @@ class Trainer:
             ]
             if changed:
                 raise ValueError(
-                    f"cannot resume {self.run_dir.name!r} with other options ({'; '.join(changed)}): take them back, "
+                    f"cannot resume {run!r} with other options ({'; '.join(changed)}): take them back, "
                     "give --overwrite to start anew, or another --run.name"
                 )
 
-    def _load(self) -> None:
-        directory, meta = checkpoint.read_meta(self.run_dir)
+    def _prepare_run_dir(self, resume: bool) -> None:
+        """Go on from the newest checkpoint that is sound, or make a new directory."""
+        found = -1
+        if self.world.is_main:
+            found = checkpoint.newest_sound(self.run_dir, self.report) if resume else -1
+            if found < 0:
+                if resume:
+                    self.report(f"run {self.run_dir.name!r} has no checkpoint yet: it begins")
+                else:
+                    shutil.rmtree(self.run_dir, ignore_errors=True)  # with overwrite, given up
+                checkpoint.start_run(self.run_dir, self.config, self.tokenizer)
+        found = distributed.told_by_main(found, self.world, self.device)
+        self.saver = checkpoint.Saver(
+            self.run_dir, self.config, self.tokenizer, self.report, self.world.rank, self.world.size
+        )
+        self.resumed = found >= 0
+        if not self.resumed:
+            return
+        directory, meta = checkpoint.open_checkpoint(self.run_dir, found)
         if checkpoint.load_tokenizer(self.run_dir, meta).sha256 != self.tokenizer.sha256:
             raise ValueError(f"cannot resume {self.run_dir.name!r}: the tokenizer has been trained anew since")
-        self.model.load_state_dict(checkpoint.load_tensors(directory, checkpoint.MODEL, meta))
-        state = checkpoint.load_tensors(directory, checkpoint.OPTIMIZER, meta)
-        self.optimizers.load_state_tensors(self.model, state)
+        self.model.load_state_dict(checkpoint.load_weights(directory))
+        self.optimizers.load_state_tensors(self.model, checkpoint.load_optimizer(directory, meta["world_size"]))
         self.step, self.seconds, self.skipped = meta["step"], meta["seconds"], meta["skipped"]
         self.phases.seconds.update(meta["phases"])
+        self.saver.step = self.step
 
     def run(self) -> bool:
         """Train to the end; false when interrupted before it. Either way the last step is in a checkpoint."""
+        try:
+            self._run()
+        finally:
+            if self.world.is_main:
+                self.lock.close()
+        return not self.interrupted
+
+    def _run(self) -> None:
         self._report_start()
-        run, train = self.config.run, self.config.train
+        evaluated = False
         if self.world.is_main:
             self.metrics = Metrics(
                 self.run_dir,
-                wandb_project=run.wandb,
-                name=run.name,
+                wandb_project=self.config.run.wandb,
+                name=self.config.run.name,
                 config=dataclasses.asdict(self.config),
-                upto=self.step,
+                upto=self.step if self.resumed else -1,
             )
+            evaluated = self.step in self.metrics.evaluated
+        evaluated = bool(distributed.told_by_main(int(evaluated), self.world, self.device))
         self.logged = self.step, self.seconds
         with interruptible(self), self.watchdog.watching(), without_garbage_collection():
-            if self.step == 0:
+            if self._is_due(self.config.train.eval_every) and not evaluated:
                 self._evaluate()
-            while self.step < self.n_steps and not self.interrupted:
-                self.watchdog.heard(f"step {self.step}")
-                start = time.perf_counter()
-                last = self.step + 1 == self.n_steps
-                to_log = last or (self.step + 1) % run.log_every == 0
-                try:
-                    self._train_step()
-                    if to_log:
-                        for outcome in self.learner.outcomes():
-                            self._hear(outcome)
-                except FloatingPointError:
-                    self._save()
-                    raise
-                self.seconds += time.perf_counter() - start
-                if to_log:
-                    self._log_step()
-                if last or (train.eval_every and self.step % train.eval_every == 0):
-                    self._evaluate()
-                if last or (run.checkpoint_every and self.step % run.checkpoint_every == 0):
-                    self._save()
-                    gc.collect()
-            if self.interrupted and self.step < self.n_steps:
+            try:
+                while self.step < self.n_steps and not self.interrupted:
+                    self._go_on()
+            except (FloatingPointError, OSError, ValueError):  # the numbers, or the data, are no good
                 self._save()
+                self.saver.wait()
+                raise
+            self._save()
+            self.saver.finish()
+            distributed.barrier(self.world)
         self._report_end()
+        # What averages gradients would, as the last to hold the process group, wait for its threads with the
+        # interpreter locked, which these may be waiting for.
+        self.learner.forward = self.model
         distributed.stop()
-        return self.step == self.n_steps
+
+    def _is_due(self, every: int) -> bool:
+        """At this step, what is done at the start, at the end, and every so many steps."""
+        return self.step in (0, self.n_steps) or (every > 0 and self.step % every == 0)
+
+    def _go_on(self) -> None:
+        """A step, and what is due after it."""
+        self.watchdog.heard(f"step {self.step}")
+        start, run = time.perf_counter(), self.config.run
+        to_log = self.step + 1 == self.n_steps or (self.step + 1) % run.log_every == 0
+        self._train_step()
+        if to_log:
+            for outcome in self.learner.outcomes():
+                self._hear(outcome)
+        self.seconds += time.perf_counter() - start
+        if to_log:
+            self._log_step()
+        to_evaluate = self._is_due(self.config.train.eval_every)
+        if to_evaluate or self._is_due(run.checkpoint_every):
+            self._save()
+            gc.collect()
+        if to_evaluate:
+            self._evaluate()
 
     def _train_step(self) -> None:
         with self.phases("data"):
             batch, n_targets = self.batches.get(self.step)
-        for outcome in self.learner.step(self.step, batch, n_targets, self.asked_to_stop):
+        for outcome in self.learner.step(self.step, batch, n_targets, self.asked_to_stop > 0):
             self._hear(outcome)
         self.step += 1
 
@@ -214,16 +258,34 @@ class Trainer:
         return found
 
     def _evaluate(self) -> None:
+        """Never the end of a run that has begun: what goes wrong is told, and the checkpoint is already written."""
         self.watchdog.heard(f"the evaluation at step {self.step}")
+        sums, bpb = torch.zeros(3, 2, dtype=torch.float64), {}
         with self.phases("evaluation"):
-            token_bytes, bpb = self.tokenizer.token_bytes(), {}
-            for name, batches in self._eval_batches.items():
-                sums = torch.tensor(bpb_sums(self.model, batches, token_bytes), dtype=torch.float64, device=self.device)
-                nats, n_bytes = distributed.sum_over_world(sums, self.world).tolist()
+            try:
+                token_bytes = self.tokenizer.token_bytes()
+                for place, batches in zip(sums, self._eval_batches.values(), strict=False):
+                    heard = takewhile(lambda _: not self.asked_to_stop, batches)
+                    place.copy_(torch.tensor(bpb_sums(self.model, heard, token_bytes), dtype=torch.float64))
+            except Exception as error:
+                if self.step == 0:  # nothing to lose yet, and it would go wrong every time
+                    raise
+                sums[2, 0] = 1
+                print(f"evaluation at step {self.step} failed: {error!r}; training goes on", file=sys.stderr)
+            sums[2, 1] = self.asked_to_stop > 0
+            sums = distributed.sum_over_world(sums.to(self.device), self.world).tolist()
+        *measured, (failed, stopped) = sums
+        if stopped:
+            self.interrupted = True
+        elif failed:
+            if self.world.is_main:
+                self.metrics.write("evaluation_failed", self.step)
+        else:
+            for name, (nats, n_bytes) in zip(self._eval_batches, measured, strict=True):
                 bpb[name] = nats / (math.log(2) * n_bytes)
-        if self.world.is_main:
-            self.metrics.write("eval", self.step, tokens=self._tokens(), seconds=self.seconds, **bpb)
-        self.report(f"step {self.step:6d} | val bpb {bpb['val_bpb']:.4f} | train bpb {bpb['train_bpb']:.4f}")
+            if self.world.is_main:
+                self.metrics.write("eval", self.step, tokens=self._tokens(), seconds=self.seconds, **bpb)
+            self.report(f"step {self.step:6d} | val bpb {bpb['val_bpb']:.4f} | train bpb {bpb['train_bpb']:.4f}")
 
     def _tokens(self) -> int:
         return self.step * self.config.train.total_batch_size
@@ -253,27 +315,22 @@ class Trainer:
         self.report(" | ".join(words))
 
     def _save(self) -> None:
+        """Begin to write a checkpoint of this step, unless there is one."""
         self.watchdog.heard(f"the checkpoint at step {self.step}")
         with self.phases("checkpoint"):
-            state = self.optimizers.state_tensors(self.model)
             if self.world.is_main:
-                meta = {
-                    "tokens": self._tokens(),
-                    "seconds": self.seconds,
-                    "skipped": self.skipped,
-                    "phases": dict(self.phases.seconds),
-                    "peak_memory_bytes": peak_memory(self.device),
-                    "device": device_name(self.device),
-                    "world_size": self.world.size,
-                    "dtype": str(self.model.compute_dtype).removeprefix("torch."),
-                    "torch": torch.__version__,
-                    "n_steps": self.n_steps,
-                }
-                path = checkpoint.save_checkpoint(
-                    self.run_dir, self.step, self.model.state_dict(), state, self.config, meta
-                )
-                self.report(f"step {self.step:6d} | saved {path}")
-            distributed.barrier(self.world)
+                self.metrics.to_disk()
+            meta = {
+                "tokens": self._tokens(),
+                "seconds": self.seconds,
+                "skipped": self.skipped,
+                "phases": dict(self.phases.seconds),
+                "peak_memory_bytes": peak_memory(self.device),
+                "device": device_name(self.device),
+                "dtype": str(self.model.compute_dtype).removeprefix("torch."),
+                "n_steps": self.n_steps,
+            }
+            self.saver.save(self.step, self.model.state_dict(), self.optimizers.state_tensors(self.model), meta)
 
     def _report_start(self) -> None:
         config, counted = self.config, account(self.config.model)
@@ -302,7 +359,7 @@ class Trainer:
         seconds = self.phases.seconds
         total = sum(seconds.values()) or 1.0
         shares = ", ".join(f"{name} {100 * s / total:.1f} %" for name, s in seconds.items())
-        if self.interrupted and self.step < self.n_steps:
+        if self.interrupted:
             self.report(f"interrupted at step {self.step}; give --resume to go on")
         self.report(f"wall clock: {shares}; in training steps {duration(self.seconds)}")
 
@@ -320,15 +377,17 @@ def without_garbage_collection() -> Iterator[None]:
 
 @contextmanager
 def interruptible(trainer: Trainer) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the trainer to stop after its step; a second Ctrl-C stops at once."""
+    """Ctrl-C, SIGTERM and SIGUSR1 ask the trainer to stop after its step; another one exits at once."""
 
     def ask(number: int, frame: object) -> None:
-        if trainer.asked_to_stop:
-            raise KeyboardInterrupt
-        trainer.asked_to_stop = True
-        trainer.report("stopping after this step; once more to stop at once")
+        now = time.monotonic()
+        if not trainer.asked_to_stop:
+            trainer.asked_to_stop = now
+            trainer.report("stopping after this step; once more to stop at once")
+        elif now - trainer.asked_to_stop > SAME_SIGNAL:
+            os._exit(128 + number)
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:

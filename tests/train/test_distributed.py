@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, launch
 
-from gkachat.checkpoint import MODEL, OPTIMIZER, load_model, load_tensors, read_meta
+from gkachat.checkpoint import load_model, load_optimizer, load_weights, open_checkpoint
 from gkachat.config import ConfigError
 from gkachat.config_file import load_config
 from gkachat.train import distributed
@@ -32,17 +32,6 @@ OPTIONS = [
 ]
 
 
-def launch(n, *options, home, script="scripts.base_train", timeout=300):
-    return subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-            "-m", script, *options,
-        ],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "GKACHAT_HOME": str(home)},
-        capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
-
-
 def losses(home, name):
     return torch.tensor([r["loss"] for r in read_metrics(home / "runs" / name) if r["kind"] == "train"])
 
@@ -57,9 +46,10 @@ def test_one_two_and_four_processes_have_the_same_losses(tiny_home, attention):
         assert len(losses(tiny_home, f"n{n}")) == 20
     for n in (2, 4):
         torch.testing.assert_close(losses(tiny_home, f"n{n}"), losses(tiny_home, "n1"), rtol=0, atol=1e-5)
-    whole, parts = (read_meta(tiny_home / "runs" / name) for name in ("n1", "n4"))
-    for file in (MODEL, OPTIMIZER):  # what each remembered of its share is whole again in the checkpoint
-        a, b = (load_tensors(directory, file, meta) for directory, meta in (whole, parts))
+    whole, parts = (open_checkpoint(tiny_home / "runs" / name) for name in ("n1", "n4"))
+    # What each process remembered of its share is whole again when it is loaded.
+    for load in (lambda at, meta: load_weights(at), lambda at, meta: dict(load_optimizer(at, meta["world_size"]))):
+        a, b = load(*whole), load(*parts)
         assert a.keys() == b.keys()
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-3, msg=key)

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY
 
 from gkachat.attention.layers import Linear
-from gkachat.checkpoint import checkpoint_steps, load_model, read_meta
+from gkachat.checkpoint import checkpoint_steps, load_model, open_checkpoint
 from gkachat.config import ConfigError
 from gkachat.config_file import load_config
 from gkachat.eval.bpb import evaluate_bpb
@@ -41,7 +41,9 @@ def test_training_lowers_the_loss_and_leaves_a_whole_run_directory(tiny_home, at
     assert trainer.run_dir == run_dir
     names = {p.relative_to(run_dir).as_posix() for p in run_dir.rglob("*") if p.is_file()}
     assert names == {"config.toml", "tokenizer.json", "metrics.jsonl"} | {
-        f"checkpoints/step_000064/{name}" for name in ("model.safetensors", "optimizer.safetensors", "meta.json")
+        f"checkpoints/step_{step:06d}/{name}"
+        for step in (60, 64)
+        for name in ("model.safetensors", "optimizer_0-of-1.safetensors", "meta.json")
     }
     evals = [r for r in read_metrics(run_dir) if r["kind"] == "eval"]
     assert [r["step"] for r in evals] == list(range(0, 65, 4))
@@ -103,7 +105,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights_and_metrics(tiny_home):
             signal.raise_signal(signal.SIGINT)
 
     half = train("--run.name=half", report=interrupt)
-    assert half.interrupted and checkpoint_steps(half.run_dir) == [half.step] and half.step < 8
+    assert half.interrupted and checkpoint_steps(half.run_dir)[-1] == half.step < 8
     resumed = train("--run.name=half", resume=True)
     assert resumed.step == 8 and not resumed.interrupted
     a, b = weights(whole.run_dir), weights(resumed.run_dir)
@@ -140,15 +142,33 @@ def test_resume_names_the_options_that_changed(tiny_home):
     train()
     with pytest.raises(ValueError, match=r"model\.depth: given 3, the run has 2.*optim\.matrix_lr"):
         Trainer(config("--run.name=d2_softmax", "--model.depth=3", "--optim.matrix_lr=0.5"), resume=True)
-    with pytest.raises(FileNotFoundError, match="nothing to resume"):
-        Trainer(config("--run.name=other"), resume=True)
+
+
+def test_resuming_a_run_that_is_not_there_begins_it_and_says_so(tiny_home):
+    lines = []
+    assert train(resume=True, report=lines.append).step == 8
+    assert any("'d2_softmax' has no checkpoint yet: it begins" in line for line in lines)
 
 
 def test_checkpoints_come_as_often_as_asked_and_each_loads(tiny_home):
-    run_dir = train("--run.checkpoint_every=3").run_dir
-    assert checkpoint_steps(run_dir) == [3, 6, 8]
+    run_dir = train("--run.checkpoint_every=3", "--run.keep_last=10").run_dir
+    assert checkpoint_steps(run_dir) == [3, 4, 6, 8]  # and before each evaluation
     assert load_model(run_dir, step=3)[2]["step"] == 3
     assert load_model(run_dir)[2]["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (["--run.keep_last=1"], [8]),
+        (["--run.keep_last=2"], [7, 8]),
+        (["--run.keep_last=1", "--run.keep_every=3"], [3, 6, 8]),
+    ],
+)
+def test_no_more_checkpoints_are_kept_than_asked(tiny_home, options, steps):
+    run_dir = train("--run.checkpoint_every=1", *options).run_dir
+    assert checkpoint_steps(run_dir) == steps
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {f"step_{step:06d}" for step in steps}
 
 
 def test_a_loaded_model_predicts_what_the_trained_one_did(tiny_home):
@@ -181,7 +201,7 @@ def test_a_loss_that_is_not_finite_is_skipped_counted_and_harms_nothing(tiny_hom
     assert [r["skipped"] for r in records] == [0, 0, 1, 1, 1, 2, 2, 2]
     assert records[2]["loss"] is None and math.isfinite(records[3]["loss"])
     assert all(torch.isfinite(t).all() for t in weights(trainer.run_dir).values())
-    assert read_meta(trainer.run_dir)[1]["skipped"] == 2
+    assert open_checkpoint(trainer.run_dir)[1]["skipped"] == 2
 
 
 def test_too_many_of_them_stop_training_with_a_checkpoint_from_before(tiny_home, monkeypatch):
@@ -227,7 +247,7 @@ def test_bfloat16_trains_too(tiny_home):
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     evals = [r["val_bpb"] for r in read_metrics(trainer.run_dir) if r["kind"] == "eval"]
     assert evals[-1] < 0.9 * evals[0]
-    assert read_meta(trainer.run_dir)[1]["dtype"] == "bfloat16"
+    assert open_checkpoint(trainer.run_dir)[1]["dtype"] == "bfloat16"
 
 
 def test_the_data_order_is_the_seeds(tiny_home):

@@ -1,0 +1,86 @@
+"""Check a run directory from end to end, and say what is wrong with it.
+
+python -m scripts.verify_run d4_gka
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import tyro
+
+from gkachat.checkpoint import (
+    CHECKPOINTS,
+    checkpoint_steps,
+    find_run,
+    load_model,
+    load_optimizer,
+    load_tokenizer,
+    step_dir,
+    verify,
+)
+from gkachat.config_file import load_config
+from scripts.cli import run
+
+
+def problems(run_dir: Path) -> Iterator[str]:
+    """One line for each."""
+    try:
+        load_config(run_dir / "config.toml")
+    except (ValueError, FileNotFoundError) as error:
+        yield f"config.toml: {error}"
+    steps = checkpoint_steps(run_dir)
+    if not steps:
+        yield "there is no checkpoint"
+    for step in steps:
+        directory = step_dir(run_dir, step)
+        try:
+            meta = verify(directory)
+            if meta["step"] != step:
+                raise ValueError(f"meta.json says step {meta['step']}")
+            load_tokenizer(run_dir, meta)
+            names = {name for name, _ in load_model(run_dir, step=step)[0].named_parameters()}
+            for name, tensor in load_optimizer(directory, meta["world_size"]):
+                if name.split("/")[0] not in names or not torch.isfinite(tensor).all():
+                    raise ValueError(f"what the optimizers remember of {name} belongs to no parameter or is not finite")
+        except (ValueError, FileNotFoundError) as error:
+            yield f"{directory.name}: {error}"
+    for leftover in sorted((run_dir / CHECKPOINTS).glob("[.d]*")):
+        yield f"{leftover.name}: set aside as damaged" if leftover.name[0] == "d" else f"{leftover.name}: a leftover"
+    yield from _metrics_problems(run_dir, steps)
+
+
+def _metrics_problems(run_dir: Path, steps: list[int]) -> Iterator[str]:
+    path, seen, last = run_dir / "metrics.jsonl", set(), -1
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            record = json.loads(line)
+            kind, step = record["kind"], record["step"]
+        except (ValueError, TypeError, KeyError):
+            yield f"metrics.jsonl, line {number}: not a record"
+            continue
+        if (kind, step) in seen or step < last:
+            yield f"metrics.jsonl, line {number}: {kind} of step {step} comes twice or late"
+        seen.add((kind, step))
+        last = step
+    if steps and last < steps[-1]:
+        yield f"metrics.jsonl ends at step {last}, the checkpoints at {steps[-1]}"
+
+
+def main(run_name: tyro.conf.Positional[str], /) -> int:
+    """Exit code 1 when something is wrong.
+
+    Args:
+        run_name: A run's name, or the path of its directory.
+    """
+    run_dir = find_run(run_name)
+    found = list(problems(run_dir))
+    for problem in found:
+        print(problem)
+    print(f"{run_dir}: {len(found) or 'no'} problem{'' if len(found) == 1 else 's'}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    run(lambda: tyro.cli(main, description=__doc__))
