@@ -306,11 +306,11 @@ def load_model(
     tensors, config = load_weights(directory), model_config(meta)
     if config.depth > len(tensors):  # nobody waits for a million layers to be built before they are missed
         raise ValueError(f"{directory}: given {len(tensors)} tensors, expected those of {config.depth} layers")
-    with torch.device("meta"):  # no weights are drawn only to be overwritten
-        model = GPT(config)
     try:
+        with torch.device("meta"):  # no weights are drawn only to be overwritten
+            model = GPT(config)
         model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, OverflowError) as error:
         raise ValueError(f"{directory / MODEL} is not of the shape in its meta.json: {error}") from None
     model.prepare(model.compute_dtype)  # rotation tables are no weights: they are still on the meta device
     return model.to(device).eval(), tokenizer, meta

@@ -28,7 +28,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             tree = tomllib.loads(Path(path).read_text())
         except FileNotFoundError:
             raise FileNotFoundError(f"no config file {path}; configs/ has the shipped ones") from None
-        except ValueError as error:  # not UTF-8, not TOML, or a number of thousands of digits
+        except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or a number of thousands of digits
             raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
     problems: list[str] = []
     _lay_over(tree, overrides, problems)

@@ -73,7 +73,7 @@ class Tokenizer:
             raise FileNotFoundError(f"no tokenizer at {path}; train one with python -m scripts.tok_train CONFIG")
         try:
             return cls(path.read_text())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} is not a gkachat tokenizer ({error!r}); train it anew") from None
 
     def save(self, directory: str | Path) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from gkachat.config_file import build
-from gkachat.files import atomic_write, write_text
+from gkachat.files import atomic_write, read_json, write_text
 from gkachat.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
@@ -65,7 +65,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.exists():
         raise FileNotFoundError(f"no tokenized corpus at {directory}; make one with python -m scripts.data_prep CONFIG")
     try:
-        tree = json.loads(path.read_text())
+        tree = read_json(path)
         return Manifest(**tree | {"shards": [build(Shard, shard) for shard in tree["shards"]]})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run scripts.data_prep again") from None

@@ -52,15 +52,16 @@ class Metrics:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Records of a run; a last line cut short by a crash is left out. FileNotFoundError where there are none."""
+    """Records of a run, up to a line that a crash cut short. FileNotFoundError where there are none."""
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"no metrics at {path}; train the run first")
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+            records.append(record | {"kind": str(record["kind"]), "step": int(record["step"])})
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             break
     return records
 

@@ -1,8 +1,6 @@
 """Any number of processes trains as one does; what goes wrong in one ends all, with a word."""
 
 import os
-import subprocess
-import sys
 import time
 
 import pytest

@@ -171,7 +171,7 @@ def test_state_survives_a_round_trip_by_name():
     b = GPT(shape)
     b.load_state_dict(a.state_dict())
     optimizers_b = Optimizers(b, config.optim)
-    optimizers_b.load_state_tensors(b, {k: t.clone() for k, t in optimizers_a.state_tensors(a).items()})
+    optimizers_b.load_state_tensors(b, {k: t.clone() for k, t in optimizers_a.state_tensors(a).items()}.items())
     steps(a, optimizers_a, 2)
     steps(b, optimizers_b, 2)
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
