@@ -5,7 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -24,7 +24,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        flush(path.parent)
+        with suppress(OSError):  # the new content is in place; not every file system flushes directories
+            flush(path.parent)
     except OSError as error:
         raise OSError(
             f"cannot write {path}: {error.strerror or error}; what stood there before is untouched"

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gkachat.attention.features import Rope, rms_norm, rope_table
+from gkachat.attention.cache import Cache, Step
+from gkachat.attention.features import Rope, rms_norm, rope_at, rope_table
 from gkachat.attention.layers import ATTENTION, Groups, Linear, uniform_
 from gkachat.config import GKAConfig, GPTConfig
 from gkachat.loss import capped_logits, head_loss
@@ -46,6 +47,10 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Tensor:
         x_BTC = x_BTC + self.attn(rms_norm(x_BTC), idx_BT, rope)
+        return x_BTC + self.mlp(rms_norm(x_BTC))
+
+    def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
+        x_BTC = x_BTC + self.attn.decode(rms_norm(x_BTC), idx_BT, rope, step)
         return x_BTC + self.mlp(rms_norm(x_BTC))
 
 
@@ -132,8 +137,7 @@ class GPT(nn.Module):
         rope = (self.cos[:T], self.sin[:T])
         x_BTC = x0_BTC = rms_norm(self.wte(idx).to(self.compute_dtype))
         for index, block in enumerate(self.blocks):
-            scale, mix = self.residual_scale[index].to(x_BTC.dtype), self.x0_mix[index].to(x_BTC.dtype)
-            x_BTC = scale * x_BTC + mix * x0_BTC
+            x_BTC = self._mixed(index, x_BTC, x0_BTC)
             if self.recompute_blocks:
                 x_BTC = checkpoint(block, x_BTC, idx, rope, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -142,3 +146,26 @@ class GPT(nn.Module):
         if targets is None:
             return capped_logits(x_BTC, self.lm_head.weight)
         return head_loss(x_BTC.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    def _mixed(self, index: int, x_BTC: Tensor, x0_BTC: Tensor) -> Tensor:
+        """The residual stream as a block is given it."""
+        scale, mix = self.residual_scale[index].to(x_BTC.dtype), self.x0_mix[index].to(x_BTC.dtype)
+        return scale * x_BTC + mix * x0_BTC
+
+    def make_cache(self, rows: int, length: int, **options) -> Cache:
+        """For `decode`; see Cache for the options."""
+        widths = self.blocks[0].attn.cache_widths
+        device = self.wte.weight.device
+        return Cache(self.config, widths, rows, length, dtype=self.compute_dtype, device=device, **options)
+
+    def decode(self, idx: Tensor, cache: Cache, rows: slice, every: bool = False) -> Tensor:
+        """Go on with some rows of a cache by T tokens each, idx (B, T).
+
+        Returns the logits of the last of them, (B, V) in float32; with `every` of all, (B, T, V).
+        """
+        step = cache.step(rows, idx.size(1))
+        rope = rope_at(step.positions, self.config.head_dim)
+        x_BTC = x0_BTC = rms_norm(self.wte(idx).to(self.compute_dtype))
+        for index, block in enumerate(self.blocks):
+            x_BTC = block.decode(self._mixed(index, x_BTC, x0_BTC), idx, rope, step)
+        return capped_logits(rms_norm(x_BTC if every else x_BTC[:, -1]), self.lm_head.weight)

@@ -162,6 +162,7 @@ def table(rows: list[dict]) -> str:
 
 def parse(args: list[str]) -> argparse.Namespace:
     parser = benchmark_parser(__doc__)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the contestants")
     parser.add_argument("--batch", type=int, nargs="+", default=[2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
     parser.add_argument("--heads", type=int, nargs="+", default=[4])

@@ -96,6 +96,7 @@ def table(rows: list[dict]) -> str:
 
 def parse(args: list[str]) -> argparse.Namespace:
     parser = benchmark_parser(__doc__)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the contestants")
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4, help="rows")
     parser.add_argument("--tokens", type=int, default=512, help="of a row")

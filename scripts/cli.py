@@ -62,7 +62,6 @@ def benchmark_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
-    parser.add_argument("--compile", action="store_true", help="torch.compile the contestants")
     parser.add_argument("--rounds", type=int, default=10, help="how often each takes its turn")
     parser.add_argument("--threads", type=int, help="of a CPU; by default all")
     parser.add_argument("--out", help="write OUT.json and OUT.md")

@@ -9,7 +9,7 @@ from torch import Tensor
 ROPE_BASE = 100_000.0
 
 Rope = tuple[Tensor, Tensor]
-"""(cos, sin), each (T, D/2)."""
+"""(cos, sin), each (T, D/2), or (B, T, D/2) where rows are at positions of their own."""
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -47,13 +47,22 @@ class _RMSNorm(torch.autograd.Function):
 
 def rope_table(seq_len: int, head_dim: int, device: torch.device | str | None = None) -> Rope:
     """Angles of positions 0 .. seq_len-1, float32: position times base^(-2i/D) (RoFormer, arXiv 2104.09864)."""
-    frequencies = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies)
+    return rope_at(torch.arange(seq_len, device=device), head_dim)
+
+
+def rope_at(positions: Tensor, head_dim: int) -> Rope:
+    """The same for any positions (..., T): (cos, sin), each (..., T, D/2)."""
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    angles = positions.float()[..., None] * ROPE_BASE ** (-channels / head_dim)
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x_BTHD: Tensor, rope: Rope) -> Tensor:
     """Rotate channel i against channel i + D/2 by the position's angle; norms and dot products at a distance stay."""
-    cos, sin = (table[:, None, :] for table in rope)
-    a, b = x_BTHD.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x_BTHD.dtype)
+    return rotate(x_BTHD, *(table.unsqueeze(-2) for table in rope))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same with tables that broadcast against half of x."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)

@@ -4,9 +4,10 @@
     layer.choose_backend(device, dtype)
     y_BTC = layer(x_BTC, idx_BT, rope)
 
-x_BTC is the block input after the pre-norm, idx_BT the tokens, rope the tables for T positions. Each layer knows its
-window, initialises itself, sorts its parameters into the groups that the optimizer and the accounts work with, and
-tells what is worth watching (`statistics`: least, median and largest of each).
+x_BTC is the block input after the pre-norm, idx_BT the tokens, rope the tables for T positions. `decode` takes a step
+of a cache besides, which holds what came before. Each layer knows its window, initialises itself, sorts its parameters
+into the groups that the optimizer and the accounts work with, and tells what is worth watching (`statistics`: least,
+median and largest of each).
 """
 
 import math
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkachat.attention.backends import gka_backend, softmax_backend
-from gkachat.attention.features import Rope, apply_rope, rms_norm
+from gkachat.attention.cache import Step, attend
+from gkachat.attention.features import Rope, apply_rope, rms_norm, rotate
 from gkachat.config import GPTConfig
 
 QK_SCALE = 1.2  # sharpens the logits of unit queries and keys
@@ -58,6 +60,10 @@ class SoftmaxAttention(nn.Module):
         self.value_embedding = nn.Embedding(config.vocab_size, C) if has_value_embedding else None
         self.value_gate = Linear(GATE_CHANNELS, config.n_head) if has_value_embedding else None
 
+    @property
+    def cache_widths(self) -> tuple[int, ...]:
+        return (self.config.head_dim, self.config.head_dim)
+
     def choose_backend(self, device: torch.device, dtype: torch.dtype) -> None:
         config = self.config
         self.backend = softmax_backend(device, dtype, config.head_dim, self.window, config.sequence_len)
@@ -76,15 +82,24 @@ class SoftmaxAttention(nn.Module):
             groups["value_gates"] = [self.value_gate.weight]
         return groups
 
-    def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Tensor:
+    def _projected(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         heads = (*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
         q, k, v = self.c_q(x_BTC).view(heads), self.c_k(x_BTC).view(heads), self.c_v(x_BTC).view(heads)
         if self.value_embedding is not None:
             gate = 3 * torch.sigmoid(self.value_gate(x_BTC[..., :GATE_CHANNELS]))
             v = v + gate[..., None] * self.value_embedding(idx_BT).to(v.dtype).view(heads)
         q, k = (QK_SCALE * rms_norm(apply_rope(t, rope)) for t in (q, k))
+        return q, k, v
+
+    def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Tensor:
+        q, k, v = self._projected(x_BTC, idx_BT, rope)
         y = self.backend.attend(q, k, v, window=self.window, scale=self.config.head_dim**-0.5)
         return self.c_proj(y.flatten(2))
+
+    def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
+        q, k, v = self._projected(x_BTC, idx_BT, rope)
+        spans = [(*span.tensors, span.mask) for span in step.extend(k, v)]
+        return self.c_proj(attend(q, spans, self.config.head_dim**-0.5).flatten(2))
 
     def statistics(self) -> dict[str, Tensor]:
         return {}
@@ -97,13 +112,17 @@ class GaussianKernelAttention(nn.Module):
     learned as their logarithm, in float32, so that they stay above 0.
     """
 
-    cache_tensors = 1  # the block input serves as keys and as values
+    cache_tensors = 1  # the block input serves as keys and as values; a head's squared norm is kept besides
 
     def __init__(self, config: GPTConfig, index: int):
         super().__init__()
         self.config, self.window = config, config.window(index)
         self.log_sigma = nn.Parameter(torch.empty(config.n_head))
         self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    @property
+    def cache_widths(self) -> tuple[int, ...]:
+        return (self.config.head_dim, 1)
 
     def choose_backend(self, device: torch.device, dtype: torch.dtype) -> None:
         config = self.config
@@ -124,6 +143,25 @@ class GaussianKernelAttention(nn.Module):
     def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Tensor:
         x_BTHD = x_BTC.view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
         return self.c_proj(self.backend.attend(x_BTHD, self.sigma, rope).flatten(2))
+
+    def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
+        """Keeps the block input (with gka.normalize, normalised) alone; rotations and norms are made anew."""
+        options = self.config.gka
+        x = x_BTC.view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
+        x = rms_norm(x) if options.normalize else x
+        inverse = self.sigma.square().reciprocal()
+        q = ((apply_rope(x, rope) if options.rope else x) * inverse[:, None]).to(x.dtype)
+        norm = x.float().square().sum(dim=-1, keepdim=True)  # a rotation leaves it
+        spans = []
+        for span in step.extend(x, norm):
+            (values, norms), mask = span.tensors, span.mask
+            keys = rotate(values, *step.rope(span, values.size(-1))) if options.rope else values
+            if not options.include_self:
+                mask = mask.masked_fill(
+                    span.positions[:, None, None, :] == step.positions[:, None, :, None], -torch.inf
+                )
+            spans.append((keys, values, mask - (0.5 * inverse[:, None, None] * norms).mT))
+        return self.c_proj(attend(q, spans, 1.0).flatten(2))
 
     def statistics(self) -> dict[str, Tensor]:
         sigma = self.sigma.detach()
