@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,14 +105,30 @@ def facts(device: torch.device) -> dict[str, str]:
     }
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Markdown. `columns` has, under its header, how a row's figures are shown: "{step_ms:.1f}". One that no row has
+    figures for is left out."""
+
+    def show(template: str, row: dict[str, Any]) -> str:
+        try:
+            return template.format(**row)
+        except TypeError:  # None has no decimals
+            return ""
+
+    shown = {header: [show(template, row) for row in rows] for header, template in columns.items()}
+    shown = {header: column for header, column in shown.items() if any(column)}
+    lines = [[*shown], ["---", *["---:"] * (len(shown) - 1)], *zip(*shown.values(), strict=True)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def write_results(out: str | Path, title: str, command: str, result: dict[str, Any], table: str) -> None:
-    """OUT.json and OUT.md: the figures, and beside them the command and the machine that they come from."""
-    out = Path(out)
-    write_text(out.with_suffix(".json"), json.dumps({"command": command, **result}, indent=1) + "\n")
-    where = ", ".join(f"{key} {value}" for key, value in result["facts"].items())
-    write_text(out.with_suffix(".md"), f"# {title}\n\n{table}\n`{command}`\n\n{where}\n")
+def publish(title: str, result: dict[str, Any], table: str, device: torch.device, out: str | None) -> None:
+    """Print a benchmark's table; with `out`, write OUT.json and OUT.md: the figures, the command, the machine."""
+    where = facts(device)
+    print(f"\n{table}\n{', '.join(f'{key} {value}' for key, value in where.items())}")
+    if out is None:
+        return
+    command = f"python -m scripts.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}"
+    told = {"command": command, "facts": where, **result}
+    write_text(Path(out).with_suffix(".json"), json.dumps(told, indent=1) + "\n")
+    where = ", ".join(f"{key} {value}" for key, value in where.items())
+    write_text(Path(out).with_suffix(".md"), f"# {title}\n\n{table}\n`{command}`\n\n{where}\n")

@@ -149,15 +149,6 @@ class Engine:
             logits = self.model.decode(idx, cache, slice(row, row + 1))
         return logits
 
-    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Text of tokens as they come; a character whose bytes are still on their way waits for them."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in tokens:
-            if text := decoder.decode(self.tokenizer.decode_bytes([token])):
-                yield text
-        if text := decoder.decode(b"", final=True):
-            yield text
-
 
 class _Text:
     """A request that is being answered."""

@@ -4,10 +4,8 @@ python -m scripts.bench_attention
 python -m scripts.bench_attention --batch 16 --tokens 2048 --heads 10 --windows 512 full --compile --out results/h200
 """
 
-import argparse
 import itertools
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -18,10 +16,9 @@ from gkachat.attention.backends import gka_backend, softmax_backend
 from gkachat.attention.features import rms_norm, rope_table
 from gkachat.attention.fused import visible
 from gkachat.attention.layers import ATTENTION
-from gkachat.bench import contest, facts, markdown_table, measured_peaks, write_results
+from gkachat.bench import contest, measured_peaks, publish, table
 from gkachat.config import GKAConfig, GPTConfig
-from gkachat.machine import pick_device, pick_dtype
-from scripts.cli import benchmark_parser, run
+from scripts.cli import benchmark_parser, parse_benchmark, run
 
 VARIANTS = {"gka": GKAConfig(), "gka normalised": GKAConfig(normalize=True)}
 NAIVE_BYTES = 16 * 2**30  # the naive operator is left out where its T x T tensors would take more
@@ -131,36 +128,26 @@ def measure(level: str, shape, window: int | None, device, dtype, peaks, compile
                 "both_ms": 1e3 * both.median, "both_low_ms": 1e3 * both.low, "both_high_ms": 1e3 * both.high,
                 "time_over_softmax": both.median / timings[baseline, "both"].median,
                 "tflops": flops / both.median / 1e12, "of_matrix_peak": flops / both.median / peaks[0],
-                "of_bound": least / both.median, "peak_bytes": both.peak_bytes,
+                "of_bound": least / both.median, "peak_mib": both.peak_bytes and both.peak_bytes / 2**20,
             }
         )  # fmt: skip
     return rows
 
 
-HEADER = ["", "forward ms", "backward ms", "both ms (low to high)", "over softmax", "TFLOP/s", "of peak", "of bound"]
+COLUMNS = {
+    "": "{name}",
+    "forward ms": "{forward_ms:.2f}",
+    "backward ms": "{backward_ms:.2f}",
+    "both ms (low to high)": "{both_ms:.2f} ({both_low_ms:.2f} to {both_high_ms:.2f})",
+    "over softmax": "{time_over_softmax:.3f}",
+    "TFLOP/s": "{tflops:.3g}",
+    "of peak": "{of_matrix_peak:.2f}",
+    "of bound": "{of_bound:.2f}",
+    "peak MiB": "{peak_mib:.0f}",
+}
 
 
-def table(rows: list[dict]) -> str:
-    """A Markdown table for each level, shape and window."""
-    blocks = []
-    for key in dict.fromkeys((r["level"], tuple(r["shape"]), r["window"]) for r in rows):
-        level, (B, T, H, D), window = key
-        lines = [
-            [
-                r["name"], f"{r['forward_ms']:.2f}", f"{r['backward_ms']:.2f}",
-                f"{r['both_ms']:.2f} ({r['both_low_ms']:.2f} to {r['both_high_ms']:.2f})",
-                f"{r['time_over_softmax']:.3f}", f"{r['tflops']:.3g}", f"{r['of_matrix_peak']:.2f}",
-                f"{r['of_bound']:.2f}", *([f"{r['peak_bytes'] / 2**20:.0f}"] if r["peak_bytes"] is not None else []),
-            ]
-            for r in rows if (r["level"], tuple(r["shape"]), r["window"]) == key
-        ]  # fmt: skip
-        header = HEADER + ["peak MiB"] * (len(lines[0]) - len(HEADER))
-        title = f"{level}, batch {B}, {T} tokens, {H} heads of {D}, window {window or 'full'}"
-        blocks.append(f"{title}\n\n{markdown_table(header, lines)}")
-    return "\n".join(blocks)
-
-
-def parse(args: list[str]) -> argparse.Namespace:
+def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--compile", action="store_true", help="torch.compile the contestants")
     parser.add_argument("--batch", type=int, nargs="+", default=[2])
@@ -169,30 +156,22 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, nargs="+", default=[128])
     parser.add_argument("--windows", nargs="+", default=["full"], help="positions seen, self included, or full")
     parser.add_argument("--levels", nargs="+", choices=["operator", "sublayer"], default=["operator", "sublayer"])
-    options = parser.parse_args(args)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    return options
-
-
-def main() -> None:
-    options = parse(sys.argv[1:])
-    device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
+    options, device, dtype = parse_benchmark(parser)
     windows = [None if w == "full" else _window(w) for w in options.windows]
     torch.manual_seed(0)
     peaks = measured_peaks(device, dtype)
-    rows = []
+    rows, blocks = [], []
     shapes = itertools.product(options.batch, options.tokens, options.heads, options.head_dim)
     for shape, window, level in itertools.product(shapes, windows, options.levels):
         found = measure(level, shape, window, device, dtype, peaks, options.compile, options.rounds)
-        print(table(found), flush=True)
+        B, T, H, D = shape
+        title = f"{level}, batch {B}, {T} tokens, {H} heads of {D}, window {window or 'full'}"
+        blocks.append(f"{title}\n\n{table(found, COLUMNS)}")
+        print(blocks[-1], flush=True)
         rows += found
-    result = {"facts": facts(device), "dtype": str(dtype), "flops_per_second": peaks[0], "bytes_per_second": peaks[1]}
-    print(f"measured peaks: {peaks[0] / 1e12:.3g} TFLOP/s, {peaks[1] / 1e9:.3g} GB/s; {result['facts']}")
-    if options.out:
-        command = "python -m scripts.bench_attention " + " ".join(sys.argv[1:])
-        write_results(options.out, "Attention, timed", command, {**result, "rows": rows}, table(rows))
+    print(f"measured peaks: {peaks[0] / 1e12:.3g} TFLOP/s, {peaks[1] / 1e9:.3g} GB/s")
+    result = {"dtype": str(dtype), "flops_per_second": peaks[0], "bytes_per_second": peaks[1], "rows": rows}
+    publish("Attention, timed", result, "\n".join(blocks), device, options.out)
 
 
 def _window(text: str) -> int:

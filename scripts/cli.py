@@ -4,10 +4,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from gkachat.config import Config, ConfigError
 from gkachat.config_file import load_config
+
+if TYPE_CHECKING:  # takes seconds to import
+    import torch
 
 T = TypeVar("T")
 
@@ -66,6 +69,19 @@ def benchmark_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="of a CPU; by default all")
     parser.add_argument("--out", help="write OUT.json and OUT.md")
     return parser
+
+
+def parse_benchmark(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, "torch.device", "torch.dtype"]:
+    """Its options, with the device and the dtype that they come to."""
+    import torch
+
+    from gkachat.machine import pick_device, pick_dtype
+
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = pick_device(options.device)
+    return options, device, pick_dtype(options.dtype, device)
 
 
 def print_help(path: str | None, description: str, flags: dict[str, str]) -> None:

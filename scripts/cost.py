@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from gkachat.bench import markdown_table
+from gkachat.bench import table
 from gkachat.config import GPTConfig
 from gkachat.config_file import load_config
 from gkachat.cost import (
@@ -69,7 +69,6 @@ def main(
 
 def training_plan(config: str | None, overrides: list[str], depths: Sequence[int]) -> str:
     """A Markdown table of what training takes, for both attentions at each depth."""
-    header = ["", "parameters", "tokens", "steps of tokens", "FLOPs", "state GiB", "GiB a row at most", "GPU hours"]
     rows = []
     for depth, attention in itertools.product(depths, ("softmax", "gka")):
         one = resolve(load_config(config, [*overrides, f"--model.depth={depth}", f"--model.attention={attention}"]))
@@ -77,14 +76,15 @@ def training_plan(config: str | None, overrides: list[str], depths: Sequence[int
         flops = counted.flops_per_token * train.total_tokens
         a_row = activation_bytes(one.model, 2) - activation_bytes(one.model, 1)
         rows.append(
-            [
-                f"d{depth} {attention}", f"{counted.params['total'] / 1e6:,.0f} M", f"{train.total_tokens / 1e9:.2f} B",
-                f"{n_steps(one):,} of {train.total_batch_size:,}", f"{flops:.2e}",
-                f"{state_bytes(one.model) / 2**30:.1f}", f"{a_row / 2**30:.2f}",
-                f"{flops / (ASSUMED_MFU * peak_flops('H100')) / 3600:,.1f}",
-            ]
+            {
+                "run": f"d{depth} {attention}", "parameters": f"{counted.params['total'] / 1e6:,.0f} M",
+                "tokens": f"{train.total_tokens / 1e9:.2f} B",
+                "steps of tokens": f"{n_steps(one):,} of {train.total_batch_size:,}", "FLOPs": f"{flops:.2e}",
+                "state GiB": f"{state_bytes(one.model) / 2**30:.1f}", "GiB a row at most": f"{a_row / 2**30:.2f}",
+                "GPU hours": f"{flops / (ASSUMED_MFU * peak_flops('H100')) / 3600:,.1f}",
+            }
         )  # fmt: skip
-    return markdown_table(header, rows)
+    return table(rows, {"" if header == "run" else header: f"{{{header}}}" for header in rows[0]})
 
 
 def _print_tables(counted: dict) -> None:

@@ -10,16 +10,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from gkachat.checkpoint import (
-    CHECKPOINTS,
-    checkpoint_steps,
-    find_run,
-    load_model,
-    load_optimizer,
-    load_tokenizer,
-    step_dir,
-    verify,
-)
+from gkachat import checkpoint
 from gkachat.config_file import load_config
 from scripts.cli import run
 
@@ -30,23 +21,23 @@ def problems(run_dir: Path) -> Iterator[str]:
         load_config(run_dir / "config.toml")
     except (ValueError, FileNotFoundError) as error:
         yield f"config.toml: {error}"
-    steps = checkpoint_steps(run_dir)
+    steps = checkpoint.checkpoint_steps(run_dir)
     if not steps:
         yield "there is no checkpoint"
     for step in steps:
-        directory = step_dir(run_dir, step)
+        directory = checkpoint.step_dir(run_dir, step)
         try:
-            meta = verify(directory)
+            meta = checkpoint.verify(directory)
             if meta["step"] != step:
                 raise ValueError(f"meta.json says step {meta['step']}")
-            load_tokenizer(run_dir, meta)
-            names = {name for name, _ in load_model(run_dir, step=step)[0].named_parameters()}
-            for name, tensor in load_optimizer(directory, meta["world_size"]):
+            checkpoint.load_tokenizer(run_dir, meta)
+            names = {name for name, _ in checkpoint.load_model(run_dir, step=step)[0].named_parameters()}
+            for name, tensor in checkpoint.load_optimizer(directory, meta["world_size"]):
                 if name.split("/")[0] not in names or not torch.isfinite(tensor).all():
                     raise ValueError(f"what the optimizers remember of {name} belongs to no parameter or is not finite")
         except (ValueError, FileNotFoundError) as error:
             yield f"{directory.name}: {error}"
-    for leftover in sorted((run_dir / CHECKPOINTS).glob("[.d]*")):
+    for leftover in sorted((run_dir / checkpoint.CHECKPOINTS).glob("[.d]*")):
         yield f"{leftover.name}: set aside as damaged" if leftover.name[0] == "d" else f"{leftover.name}: a leftover"
     yield from _metrics_problems(run_dir, steps)
 
@@ -74,7 +65,7 @@ def main(run_name: tyro.conf.Positional[str], /) -> int:
     Args:
         run_name: A run's name, or the path of its directory.
     """
-    run_dir = find_run(run_name)
+    run_dir = checkpoint.find_run(run_name)
     found = list(problems(run_dir))
     for problem in found:
         print(problem)

@@ -46,6 +46,7 @@ def test_the_bound_counts_products_and_traffic():
     [
         ("bench_attention", ["--tokens", 48, "--heads", 2, "--head-dim", 16, "--windows", 8, "full", "--rounds", 2]),
         ("bench_step", ["--depth", 1, "--tokens", 32, "--batch", 2, "--vocab-size", 64, "--rounds", 2]),
+        ("bench_decode", ["--depth", 1, "--tokens", 32, 40, "--batch", 1, 2, "--vocab-size", 64, "--rounds", 2]),
     ],
 )
 def test_a_benchmark_prints_a_table_and_leaves_its_figures(script, args, tmp_path):
@@ -53,13 +54,13 @@ def test_a_benchmark_prints_a_table_and_leaves_its_figures(script, args, tmp_pat
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["facts"]["torch"] == torch.__version__ and script in figures["command"]
-    assert len(figures["rows"]) == (14 if script == "bench_attention" else 3)
+    assert len(figures["rows"]) == {"bench_attention": 14, "bench_step": 3, "bench_decode": 8}[script]
     written = (tmp_path / "out.md").read_text()
     for row in figures["rows"]:
         assert f"| {row['name']} |" in result.stdout and f"| {row['name']} |" in written
 
 
-@pytest.mark.parametrize("script", ["bench_attention", "bench_step"])
+@pytest.mark.parametrize("script", ["bench_attention", "bench_step", "bench_decode"])
 def test_a_device_that_is_not_there_gets_one_line(script, tmp_path):
     result = call(script, "--device", "warp", home=tmp_path)
     assert result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

@@ -1,5 +1,6 @@
 """The scripts as users call them, with right and with wrong input; and what the README says."""
 
+import json
 import os
 import re
 import shlex
@@ -92,6 +93,19 @@ def test_chat_keeps_its_history(trained):
     turns = conversation.stdout.split("> ")
     # Two turns of four tokens write what one of eight does.
     assert "import" + turns[1].removesuffix("\n") + turns[2].removesuffix("\n") == longer.removesuffix("\n")
+
+
+def test_chat_takes_the_newest_run_and_keeps_turns_that_fit(trained, tmp_path):
+    lines = ["import", "/stats", f"/save {tmp_path / 'talk.json'}", "/reset", f"/load {tmp_path / 'talk.json'}"]
+    lines += ["/load /no/such/file", "/help", "x = 1 " * 40, "/stats", "/quit"]
+    talk = call("chat_cli", "--max-tokens=4", home=trained, stdin="\n".join(lines) + "\n")
+    assert talk.returncode == 0, talk.stderr
+    assert talk.stdout.startswith("d2_gka, step 8, gka.")
+    assert "ended by" in talk.stdout and "/load /no/such/file: [Errno 2]" in talk.stdout
+    assert json.loads((tmp_path / "talk.json").read_text())[0] == "import"
+    assert "27 tokens read" in talk.stdout  # of a turn that is too long, its end: 32 less BOS and 4 to come
+    nothing = call("chat_cli", home=tmp_path)
+    assert nothing.returncode == 1 and "no run with a checkpoint" in nothing.stderr
 
 
 def test_weights_and_biases_works_offline(tiny_home):
