@@ -12,7 +12,7 @@ overrides=("$@")
 source scripts/setup.sh
 export GKACHAT_HOME=${GKACHAT_HOME:-$HOME/.cache/gkachat}
 
-trap 'echo "speedrun: interrupted; run it again to go on" >&2; exit 130' INT TERM  # training ends well when asked to
+trap 'echo "speedrun: interrupted; run it again to go on" >&2; exit 130' INT  # training itself ends well when asked to
 
 step() {
     local name=$1 status=0

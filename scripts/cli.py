@@ -4,13 +4,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 from gkachat.config import Config, ConfigError
 from gkachat.config_file import load_config
-
-if TYPE_CHECKING:  # takes seconds to import
-    import torch
 
 T = TypeVar("T")
 
@@ -71,9 +68,9 @@ def benchmark_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_benchmark(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, "torch.device", "torch.dtype"]:
-    """Its options, with the device and the dtype that they come to."""
-    import torch
+def parse_benchmark(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Any, Any]:
+    """Its options, with the torch device and dtype that they come to."""
+    import torch  # takes seconds
 
     from gkachat.machine import pick_device, pick_dtype
 
