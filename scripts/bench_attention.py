@@ -18,7 +18,7 @@ from gkachat.attention.fused import visible
 from gkachat.attention.layers import ATTENTION
 from gkachat.bench import contest, measured_peaks, publish, table
 from gkachat.config import GKAConfig, GPTConfig
-from scripts.cli import benchmark_parser, parse_benchmark, run
+from scripts.cli import benchmark_parser, parse_benchmark, positive, run
 
 VARIANTS = {"gka": GKAConfig(), "gka normalised": GKAConfig(normalize=True)}
 NAIVE_BYTES = 16 * 2**30  # the naive operator is left out where its T x T tensors would take more
@@ -150,19 +150,19 @@ COLUMNS = {
 def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--compile", action="store_true", help="torch.compile the contestants")
-    parser.add_argument("--batch", type=int, nargs="+", default=[2])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
-    parser.add_argument("--heads", type=int, nargs="+", default=[4])
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[128])
-    parser.add_argument("--windows", nargs="+", default=["full"], help="positions seen, self included, or full")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[2])
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[1024])
+    parser.add_argument("--heads", type=positive, nargs="+", default=[4])
+    parser.add_argument("--head-dim", type=positive, nargs="+", default=[128])
+    seen = lambda text: None if text == "full" else positive(text)  # noqa: E731
+    parser.add_argument("--windows", type=seen, nargs="+", default=[None], help="positions seen, or full")
     parser.add_argument("--levels", nargs="+", choices=["operator", "sublayer"], default=["operator", "sublayer"])
     options, device, dtype = parse_benchmark(parser)
-    windows = [None if w == "full" else _window(w) for w in options.windows]
     torch.manual_seed(0)
     peaks = measured_peaks(device, dtype)
     rows, blocks = [], []
     shapes = itertools.product(options.batch, options.tokens, options.heads, options.head_dim)
-    for shape, window, level in itertools.product(shapes, windows, options.levels):
+    for shape, window, level in itertools.product(shapes, options.windows, options.levels):
         found = measure(level, shape, window, device, dtype, peaks, options.compile, options.rounds)
         B, T, H, D = shape
         title = f"{level}, batch {B}, {T} tokens, {H} heads of {D}, window {window or 'full'}"
@@ -172,12 +172,6 @@ def main() -> None:
     print(f"measured peaks: {peaks[0] / 1e12:.3g} TFLOP/s, {peaks[1] / 1e9:.3g} GB/s")
     result = {"dtype": str(dtype), "flops_per_second": peaks[0], "bytes_per_second": peaks[1], "rows": rows}
     publish("Attention, timed", result, "\n".join(blocks), device, options.out)
-
-
-def _window(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"--windows: given {text!r}, expected a number of positions, or full")
-    return int(text)
 
 
 if __name__ == "__main__":

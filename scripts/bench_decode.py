@@ -14,7 +14,7 @@ from gkachat.bench import contest, measured_peaks, publish, table
 from gkachat.config import GPTConfig
 from gkachat.engine import BLOCK, Sampling, sample
 from gkachat.gpt import GPT
-from scripts.cli import benchmark_parser, parse_benchmark, run
+from scripts.cli import benchmark_parser, parse_benchmark, positive, run
 
 
 def filled(model: GPT, idx: torch.Tensor, room: int) -> Cache:
@@ -87,11 +87,11 @@ COLUMNS = {
 
 def main() -> None:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--n-embd", type=int)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024], help="of context")
-    parser.add_argument("--vocab-size", type=int, default=32_768)
+    parser.add_argument("--depth", type=positive, default=4)
+    parser.add_argument("--n-embd", type=positive)
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8])
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[1024], help="of context")
+    parser.add_argument("--vocab-size", type=positive, default=32_768)
     options, device, dtype = parse_benchmark(parser)
     models = {}
     for attention in ("softmax", "gka"):

@@ -15,7 +15,7 @@ from gkachat.gpt import GPT
 from gkachat.machine import device_name, peak_flops
 from gkachat.train.optim import Optimizers
 from gkachat.train.recipe import resolve
-from scripts.cli import benchmark_parser, parse_benchmark, run
+from scripts.cli import benchmark_parser, parse_benchmark, positive, run
 
 VARIANTS = {
     "softmax": ("softmax", GKAConfig()),
@@ -53,10 +53,10 @@ COLUMNS = {
 def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--compile", action="store_true", help="torch.compile the contestants")
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=4, help="rows")
-    parser.add_argument("--tokens", type=int, default=512, help="of a row")
-    parser.add_argument("--vocab-size", type=int, default=32_768)
+    parser.add_argument("--depth", type=positive, default=4)
+    parser.add_argument("--batch", type=positive, default=4, help="rows")
+    parser.add_argument("--tokens", type=positive, default=512, help="of a row")
+    parser.add_argument("--vocab-size", type=positive, default=32_768)
     parser.add_argument("--window-pattern", default="SSSL")
     options, device, dtype = parse_benchmark(parser)
     steps, models, configs = {}, {}, {}

@@ -62,10 +62,17 @@ def benchmark_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
-    parser.add_argument("--rounds", type=int, default=10, help="how often each takes its turn")
-    parser.add_argument("--threads", type=int, help="of a CPU; by default all")
+    parser.add_argument("--rounds", type=positive, default=10, help="how often each takes its turn")
+    parser.add_argument("--threads", type=positive, help="of a CPU; by default all")
     parser.add_argument("--out", help="write OUT.json and OUT.md")
     return parser
+
+
+def positive(text: str) -> int:
+    """For argparse."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"given {text!r}, expected a number above 0")
+    return int(text)
 
 
 def parse_benchmark(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Any, Any]:

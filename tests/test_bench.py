@@ -64,3 +64,18 @@ def test_a_benchmark_prints_a_table_and_leaves_its_figures(script, args, tmp_pat
 def test_a_device_that_is_not_there_gets_one_line(script, tmp_path):
     result = call(script, "--device", "warp", home=tmp_path)
     assert result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [
+        ("bench_attention", "--windows"),
+        ("bench_step", "--batch"),
+        ("bench_decode", "--tokens"),
+        ("bench_step", "--rounds"),
+    ],
+)
+def test_a_number_that_is_none_is_named(script, option, tmp_path):
+    for value in ("0", "-3", "many"):
+        result = call(script, f"{option}={value}", home=tmp_path)
+        assert result.returncode == 2 and f"{option}: given '{value}', expected a number above 0" in result.stderr
