@@ -56,7 +56,6 @@ def download(
             report(f"{url}: {error}; again in {wait:.0f} s")
             time.sleep(wait)
             wait *= 2
-    raise AssertionError("not reached")
 
 
 def _fetch(url: str, partial: Path, timeout: float) -> None:

@@ -207,7 +207,7 @@ class _Rows:
                 prefix=None if self.prefix is None else self.prefix.cache,
             )
         row = len(self.texts)
-        self.cache.clear(row)
+        self.cache.lengths[row] = self.cache.first  # whoever was there before
         logits = self.engine._prefill(self.cache, row, tokens)
         if self.logits is None:
             self.logits = logits.new_zeros(self.n_rows, logits.size(-1))

@@ -85,9 +85,6 @@ class Cache:
                 tensor[target] = tensor[source]
         self.lengths[target] = self.lengths[source]
 
-    def clear(self, row: int) -> None:
-        self.lengths[row] = self.first
-
 
 class Step:
     """New tokens of some rows on their way through the layers."""

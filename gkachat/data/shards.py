@@ -29,6 +29,7 @@ from gkachat.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
+REMEDY = "run scripts.data_prep again to mend it"
 
 
 @dataclass
@@ -232,7 +233,7 @@ class Split:
                     for suffix in FILES:
                         _check_size(self.directory, shard, suffix)
                 except ValueError as error:
-                    raise self._damaged(error) from None
+                    raise ValueError(f"{error}; {REMEDY}") from None
                 self._records[shard.name] = shard
         self.n_shards = len(self._records) if manifest.complete else None
 
@@ -257,7 +258,7 @@ class Split:
                 raise ValueError(f"{self.directory / name}.idx: its offsets do not rise from 0 to {record.tokens}")
             return Documents(offsets, lambda: self._tokens(record))
         except ValueError as error:
-            raise self._damaged(error) from None
+            raise ValueError(f"{error}; {REMEDY}") from None
 
     def _tokens(self, record: Shard) -> np.ndarray:
         try:
@@ -266,10 +267,7 @@ class Split:
                 raise ValueError(f"{self.directory / record.name}.bin: token {tokens.max()} is not in the vocabulary")
             return tokens
         except ValueError as error:
-            raise self._damaged(error) from None
-
-    def _damaged(self, error: ValueError) -> ValueError:
-        return ValueError(f"{error}; run scripts.data_prep again to mend it")
+            raise ValueError(f"{error}; {REMEDY}") from None
 
     def __iter__(self) -> Iterator[Documents]:
         index = 0

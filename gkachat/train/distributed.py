@@ -57,6 +57,14 @@ def sum_over_world(tensor: Tensor, world: World) -> Tensor:
     return tensor
 
 
+def gather(whole: Tensor, part: Tensor) -> dist.Work:
+    """Have the parts of all processes, one after the other, in `whole`; to be waited for."""
+    gather_single = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )  # its name before torch 2.13
+    return gather_single(whole, part, async_op=True)
+
+
 def told_by_main(number: int, world: World, device: torch.device) -> int:
     """The main process's number, in all of them."""
     if world.size == 1:

@@ -13,12 +13,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gkachat.config import OptimConfig
 from gkachat.gpt import GPT
-from gkachat.train.distributed import World
+from gkachat.train.distributed import World, gather
 
 # Polar Express for five steps: p(X) = a X + b (X X^T) X + c (X X^T)^2 X, one triple a step.
 POLAR_EXPRESS = (
@@ -98,7 +97,7 @@ class Muon:
             if stack.own:
                 self._step(stack, lr, weight_decay, momentum, ok)
             if self.world.size > 1:
-                handed_round.append(stack.hand_round(self.world))
+                handed_round.append(gather(stack.all, stack.all[stack.mine].clone()))
         for work in handed_round:
             work.wait()
 
@@ -135,9 +134,6 @@ class _Stack:
         rows, columns = params[0].shape
         shape = (rows, 1) if rows >= columns else (1, columns)
         self.variance = self.weights.new_zeros(len(self.own), *shape) if variance_norm else None
-
-    def hand_round(self, world: World) -> dist.Work:
-        return dist.all_gather_into_tensor(self.all, self.all[self.mine].clone(), async_op=True)
 
 
 class Optimizers:
@@ -202,7 +198,7 @@ class Optimizers:
             rows.grad = p.grad.chunk(self.world.size)[self.world.rank]
         self.adamw.found_inf = 1 - ok  # how torch's fused kernel is told to leave everything as it is
         self.adamw.step()
-        works = [dist.all_gather_into_tensor(p.data, rows.data.clone(), async_op=True) for p, rows in shared]
+        works = [gather(p.data, rows.data.clone()) for p, rows in shared]
         for work in works:
             work.wait()
         for p in self.parameters():
