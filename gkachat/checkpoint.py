@@ -82,6 +82,7 @@ class Saver:
     ):
         self.run_dir, self.config, self.tokenizer, self.report = run_dir, config, tokenizer, report
         self.rank, self.world_size = rank, world_size
+        self.version = commit()  # of the code that runs, whatever is edited meanwhile
         self.thread: threading.Thread | None = None
         self.error: OSError | None = None
         self.step = -1  # of the last one that was begun
@@ -139,7 +140,7 @@ class Saver:
             content = {
                 "step": step,
                 "world_size": self.world_size,
-                "version": commit(),
+                "version": self.version,
                 "torch": torch.__version__,
                 **meta,
                 "config": dataclasses.asdict(self.config),
