@@ -163,7 +163,10 @@ class GPT(nn.Module):
 
         Returns the logits of the last of them, (B, V) in float32; with `every` of all, (B, T, V).
         """
-        step = cache.step(rows, idx.size(1))
+        return self.decode_step(idx, cache.step(rows, idx.size(1)), every)
+
+    def decode_step(self, idx: Tensor, step: Step, every: bool = False) -> Tensor:
+        """The same for a step that the cache was asked for before."""
         rope = rope_at(step.positions, self.config.head_dim)
         x_BTC = x0_BTC = rms_norm(self.wte(idx).to(self.compute_dtype))
         for index, block in enumerate(self.blocks):

@@ -27,6 +27,24 @@ class Span:
     """(B or 1, K)"""
     mask: Tensor
     """(B, 1, T, K): what is added to scores, 0 or minus infinity."""
+    key: tuple
+    """Spans of the same one have the same positions and mask."""
+
+
+@dataclass
+class Keys:
+    """What `attend` makes of a span."""
+
+    keys: Tensor
+    """(B or 1, H, K, D)"""
+    values: Tensor
+    """The same shape; where keys and values are one, the same object."""
+    mask: Tensor
+    """(B, 1, T, K)"""
+    norms: Tensor | None = None
+    """(B or 1, H, K, 1), float32: squared lengths of the keys, half of which is taken from their products."""
+    rope: Rope | None = None
+    """Tables (B or 1, 1, K, D/2) that the keys are yet to be rotated with."""
 
 
 class Cache:
@@ -73,10 +91,11 @@ class Cache:
         """Make place for `n_new` tokens in each of the rows; they count from now on."""
         if n_new > self.block:
             raise ValueError(f"given {n_new} tokens at once, expected at most {self.block}")
-        step = Step(self, rows, n_new)
+        before = self.lengths[rows]
         for row in range(*rows.indices(len(self.lengths))):
             self.lengths[row] += n_new
-        return step
+        longest = max(before) + n_new - self.first
+        return Step(self, rows, torch.tensor(before, device=self.device), n_new, longest)
 
     def move(self, source: int, target: int) -> None:
         """Put one row in the place of another."""
@@ -89,21 +108,21 @@ class Cache:
 class Step:
     """New tokens of some rows on their way through the layers."""
 
-    def __init__(self, cache: Cache, rows: slice, n_new: int):
-        self.cache, self.rows, self.index = cache, rows, 0
-        before = cache.lengths[rows]
-        self.longest = max(before) + n_new - cache.first
-        self.before = torch.tensor(before, device=cache.device)
-        self.positions = self.before[:, None] + torch.arange(n_new, device=cache.device)  # (B, T)
+    def __init__(self, cache: Cache, rows: slice, before: Tensor, n_new: int, longest: int):
+        """`before` (B,): how long the rows were; `longest`: so many slots at most are in use, these tokens included.
+
+        Nothing here depends on the numbers in `before` but other numbers: shapes, and with them a recorded graph, stay.
+        """
+        self.cache, self.rows, self.longest, self.index = cache, rows, longest, 0
+        self.positions = before[:, None] + torch.arange(n_new, device=cache.device)  # (B, T)
         self._seen: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self._ropes: dict[int, Rope] = {}
+        self._ropes: dict[tuple, Rope] = {}
 
     def rope(self, span: Span, head_dim: int) -> Rope:
         """Tables (B or 1, 1, K, D/2) for a span's positions, made once for all layers that share them."""
-        key = id(span.positions)
-        if key not in self._ropes:
-            self._ropes[key] = rope_at(span.positions[:, None], head_dim)
-        return self._ropes[key]
+        if span.key not in self._ropes:
+            self._ropes[span.key] = rope_at(span.positions[:, None], head_dim)
+        return self._ropes[span.key]
 
     def extend(self, *new: Tensor) -> list[Span]:
         """Keep the next layer's new tensors, each (B, T, H, width), and give all that they may look at."""
@@ -114,27 +133,21 @@ class Step:
         rows = torch.arange(len(cache.lengths), device=cache.device)[self.rows, None]
         for buffer, tensor in zip(buffers, new, strict=True):
             buffer[rows, :, (self.positions - cache.first) % slots] = tensor
-        if cache.prefix is not None:
-            prefix = cache.prefix
+        if (prefix := cache.prefix) is not None:
             kept = min(prefix.layers[layer][0].size(2), prefix.lengths[0])
-            positions, mask = self._look(window, kept, prefix.first, prefix.lengths)
-            spans.append(Span([tensor[:, :, :kept] for tensor in prefix.layers[layer]], positions, mask))
-        kept = min(slots, self.longest)
-        positions, mask = self._look(window, slots, cache.first, None, kept)
-        spans.append(Span([tensor[self.rows, :, :kept] for tensor in buffers], positions, mask))
-        return spans
+            spans.append(self._span([tensor[:, :, :kept] for tensor in prefix.layers[layer]], window, kept, prefix))
+        kept = [tensor[self.rows, :, : self.longest] for tensor in buffers]
+        return [*spans, self._span(kept, window, slots, cache)]
 
-    def _look(
-        self, window: int | None, slots: int, first: int, lengths: Sequence[int] | None, kept: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Positions in the first `kept` slots of a buffer, and the mask that hides what a new token does not see."""
-        key = (window, slots, lengths is None)
+    def _span(self, tensors: list[Tensor], window: int | None, slots: int, cache: Cache) -> Span:
+        """Positions in the first of a buffer's slots, and the mask that hides what a new token does not see."""
+        key = (window, slots, cache is self.cache)
         if key not in self._seen:  # the same for all layers of a window
-            slot = torch.arange(slots if kept is None else kept, device=self.cache.device)
-            if lengths is None:
+            first, slot = cache.first, torch.arange(tensors[0].size(2), device=self.cache.device)
+            if cache is self.cache:
                 newest = self.positions[:, -1:] - first
-            else:
-                newest = torch.tensor([[lengths[0] - first - 1]], device=self.cache.device)
+            else:  # a prefix, which stands still
+                newest = torch.full((1, 1), cache.lengths[0] - first - 1, device=self.cache.device)
             positions = newest - (newest - slot) % slots + first  # the latest that fell into a slot
             distance = self.positions[:, :, None] - positions[:, None, :]
             visible = (distance >= 0) & (positions >= first)[:, None, :]
@@ -142,35 +155,34 @@ class Step:
                 visible &= distance < window
             mask = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
             self._seen[key] = positions, mask[:, None]
-        return self._seen[key]
+        return Span(tensors, *self._seen[key], key)
 
 
-def attend(q: Tensor, spans: Sequence[tuple[Tensor, Tensor, Tensor]], scale: float) -> Tensor:
-    """Softmax attention of new tokens to spans.
+def attend(q: Tensor, seen: Sequence[Keys], scale: float | Tensor) -> Tensor:
+    """Softmax attention of new tokens, q (B, T, H, D): scores are scale (q.k - |k|^2 / 2), the latter with norms only.
 
-    Args:
-        q: (B, T, H, D).
-        spans: keys, values (B or 1, H, K, D) and what is added to the scores, (B, 1 or H, T, K).
-
-    Returns (B, T, H, D); 0 for a token that sees nothing.
+    `scale` is one number or (H,). Returns (B, T, H, D); 0 for a token that sees nothing.
     """
     B, T, H, D = q.shape
     q = q.transpose(1, 2)
+    scale = scale[:, None, None] if isinstance(scale, Tensor) else scale
     scores = []
-    for k, _, add in spans:
+    for span in seen:
+        k = span.keys if span.rope is None else rotate(span.keys, *span.rope)
         if k.size(0) < B:  # one product for all rows
             shared = q.transpose(0, 1).reshape(H, B * T, D) @ k[0].mT
             products = shared.view(H, B, T, -1).transpose(0, 1)
         else:
             products = q @ k.mT
+        add = span.mask if span.norms is None else span.mask - (0.5 * scale * span.norms).mT
         scores.append(products.float() * scale + add)
     together = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
     highest = together.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weights = (together - highest).exp()
     weights = (weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).to(q.dtype)
     y = 0
-    for part, (_, v, _) in zip(weights.split([score.size(-1) for score in scores], dim=-1), spans, strict=True):
-        if v.size(0) < B:
+    for part, span in zip(weights.split([score.size(-1) for score in scores], dim=-1), seen, strict=True):
+        if (v := span.values).size(0) < B:
             y = y + (part.transpose(0, 1).reshape(H, B * T, -1) @ v[0]).view(H, B, T, D).transpose(0, 1)
         else:
             y = y + part @ v

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkachat.attention.backends import gka_backend, softmax_backend
-from gkachat.attention.cache import Step, attend
-from gkachat.attention.features import Rope, apply_rope, rms_norm, rotate
+from gkachat.attention.cache import Keys, Step, attend
+from gkachat.attention.features import Rope, apply_rope, rms_norm
 from gkachat.config import GPTConfig
 
 QK_SCALE = 1.2  # sharpens the logits of unit queries and keys
@@ -98,8 +98,8 @@ class SoftmaxAttention(nn.Module):
 
     def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
         q, k, v = self._projected(x_BTC, idx_BT, rope)
-        spans = [(*span.tensors, span.mask) for span in step.extend(k, v)]
-        return self.c_proj(attend(q, spans, self.config.head_dim**-0.5).flatten(2))
+        seen = [Keys(*span.tensors, span.mask) for span in step.extend(k, v)]
+        return self.c_proj(attend(q, seen, self.config.head_dim**-0.5).flatten(2))
 
     def statistics(self) -> dict[str, Tensor]:
         return {}
@@ -145,23 +145,22 @@ class GaussianKernelAttention(nn.Module):
         return self.c_proj(self.backend.attend(x_BTHD, self.sigma, rope).flatten(2))
 
     def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
-        """Keeps the block input (with gka.normalize, normalised) alone; rotations and norms are made anew."""
+        """Keeps the block input (with gka.normalize, normalised) and its squared norms; rotations are made anew."""
         options = self.config.gka
         x = x_BTC.view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
         x = rms_norm(x) if options.normalize else x
-        inverse = self.sigma.square().reciprocal()
-        q = ((apply_rope(x, rope) if options.rope else x) * inverse[:, None]).to(x.dtype)
         norm = x.float().square().sum(dim=-1, keepdim=True)  # a rotation leaves it
-        spans = []
+        seen = []
         for span in step.extend(x, norm):
             (values, norms), mask = span.tensors, span.mask
-            keys = rotate(values, *step.rope(span, values.size(-1))) if options.rope else values
             if not options.include_self:
                 mask = mask.masked_fill(
                     span.positions[:, None, None, :] == step.positions[:, None, :, None], -torch.inf
                 )
-            spans.append((keys, values, mask - (0.5 * inverse[:, None, None] * norms).mT))
-        return self.c_proj(attend(q, spans, 1.0).flatten(2))
+            rotation = step.rope(span, values.size(-1)) if options.rope else None
+            seen.append(Keys(values, values, mask, norms, rotation))
+        q = apply_rope(x, rope) if options.rope else x
+        return self.c_proj(attend(q, seen, self.sigma.square().reciprocal()).flatten(2))
 
     def statistics(self) -> dict[str, Tensor]:
         sigma = self.sigma.detach()

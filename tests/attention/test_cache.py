@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkachat.attention.cache import attend
+from gkachat.attention.cache import Keys, attend
 from gkachat.gpt import GPT, GKAConfig, GPTConfig
 
 T, BLOCK = 200, 32
@@ -147,7 +147,7 @@ def test_more_than_a_block_at_once_is_an_error():
 def test_attention_to_nothing_is_nothing():
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 3, 5, 4)
     nothing = torch.full((1, 1, 2, 5), -torch.inf)
-    assert torch.equal(attend(q, [(k, k, nothing)], 1.0), torch.zeros(1, 2, 3, 4))
+    assert torch.equal(attend(q, [Keys(k, k, nothing)], 1.0), torch.zeros(1, 2, 3, 4))
 
 
 def test_bfloat16_decodes_as_it_evaluates():
