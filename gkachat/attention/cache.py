@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gkachat.attention.features import Rope, rope_at
+from gkachat.attention.features import Rope, rope_at, rotate
 from gkachat.config import GPTConfig
 
 
