@@ -1,7 +1,7 @@
 """Time decoding with a cache, softmax beside GKA, against the plain loop that runs the whole context for each token.
 
 python -m scripts.bench_decode --depth 12 --tokens 1024
-python -m scripts.bench_decode --depth 20 --tokens 128 1024 2048 --batch 1 8 64 --out results/h200_decode
+python -m scripts.bench_decode --depth 20 --tokens 128 1024 2048 --batch 1 8 64 --compile --out results/h200_decode
 """
 
 from collections.abc import Callable
@@ -12,8 +12,10 @@ import torch
 from gkachat.attention.cache import Cache
 from gkachat.bench import contest, measured_peaks, publish, table
 from gkachat.config import GPTConfig
-from gkachat.engine import BLOCK, Sampling, sample
+from gkachat.decoder import Decoder
+from gkachat.engine import BLOCK
 from gkachat.gpt import GPT
+from gkachat.sampling import Sampling
 from scripts.cli import benchmark_parser, parse_benchmark, positive, run
 
 
@@ -25,28 +27,31 @@ def filled(model: GPT, idx: torch.Tensor, room: int) -> Cache:
     return cache
 
 
-def decode_step(model: GPT, idx: torch.Tensor) -> tuple[Callable[[], None], Cache]:
-    """One token for each row, drawn and read; every repetition does so at the same length."""
-    batch = idx.size(0)
-    cache, settings, draws = filled(model, idx, 1), [Sampling(top_k=50)] * batch, [0.5] * batch
-    lengths = list(cache.lengths)
+def decode_step(model: GPT, idx: torch.Tensor, compile: bool) -> tuple[Callable[[], object], Cache]:
+    """One token for each row, read, and the next drawn; every repetition does so at the same length."""
+    cache = filled(model, idx, 1)
+    decoder = Decoder(model, cache, model.config.vocab_size, compile)
+    for row in range(idx.size(0)):
+        decoder.place(row, Sampling(top_k=50), [])
+    lengths, tokens, draws = list(cache.lengths), idx[:, -1].tolist(), [0.5] * idx.size(0)
 
     def step() -> None:
         cache.lengths[:] = lengths
-        logits = model.decode(idx[:, -1:], cache, slice(0, batch))
-        sample(logits, settings, draws).tolist()
+        decoder(tokens, draws)
 
     return step, cache
 
 
 @torch.inference_mode()
-def measure(models: dict[str, GPT], tokens: int, batch: int, rounds: int, bandwidth: float) -> list[dict]:
+def measure(
+    models: dict[str, GPT], tokens: int, batch: int, rounds: int, bandwidth: float, compile: bool
+) -> list[dict]:
     device = next(iter(models.values())).wte.weight.device
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(next(iter(models.values())).config.vocab_size, (batch, tokens), generator=generator).to(device)
     contestants, caches = {}, {}
     for name, model in models.items():
-        contestants[name, "step"], caches[name] = decode_step(model, idx)
+        contestants[name, "step"], caches[name] = decode_step(model, idx, compile)
         contestants[name, "prefill"] = partial(filled, model, idx[:1], 1)
         if batch == 1:
             contestants[name, "no cache"] = lambda model=model: model(idx)[:, -1].argmax(dim=-1).tolist()
@@ -92,6 +97,7 @@ def main() -> None:
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=positive, nargs="+", default=[1024], help="of context")
     parser.add_argument("--vocab-size", type=positive, default=32_768)
+    parser.add_argument("--compile", action="store_true", help="fuse the step with torch.compile")
     options, device, dtype = parse_benchmark(parser)
     models = {}
     for attention in ("softmax", "gka"):
@@ -105,10 +111,10 @@ def main() -> None:
     _, bandwidth = measured_peaks(device, dtype)
     rows = [
         row for tokens in options.tokens for batch in options.batch
-        for row in measure(models, tokens, batch, options.rounds, bandwidth)
+        for row in measure(models, tokens, batch, options.rounds, bandwidth, options.compile)
     ]  # fmt: skip
     print(f"bandwidth is of {bandwidth / 1e9:,.1f} GB/s, a large copy's")
-    result = {"dtype": str(dtype), "bytes_per_second": bandwidth, "rows": rows}
+    result = {"dtype": str(dtype), "compile": options.compile, "bytes_per_second": bandwidth, "rows": rows}
     publish("Decoding, timed", result, table(rows, COLUMNS), device, options.out)
 
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from gkachat.engine import Engine, Request, Sampling, sample
+from gkachat.engine import Engine, Request, Sampling
 from gkachat.gpt import GPT, GPTConfig
+from gkachat.sampling import plan_of, settings_of
+from gkachat.sampling import sample as draw
 from gkachat.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer(["def add(a, b):\n    return a + b  # é 漢\n"] * 3, 512)
@@ -80,6 +82,28 @@ def test_what_else_is_in_the_batch_makes_no_difference(engine, rows, temperature
     assert answers(engine, requests, rows=rows)[0] == alone
 
 
+def test_a_step_whose_shapes_stay_gives_the_same(engine, monkeypatch):
+    """As a recorded one does; what compiling is worth beside that is the next test's."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    settings = [Sampling(max_tokens=2 + 3 * i, seed=i, top_k=40, repetition_penalty=1.0 + 0.1 * i) for i in range(8)]
+    requests = [Request(prompt, s) for prompt, s in zip(PROMPTS, settings, strict=True)]
+    fixed = Engine(engine.model, TOKENIZER, compile=True)
+    assert answers(fixed, requests, rows=3) == answers(engine, requests, rows=3)
+
+
+def test_a_compiled_step_gives_the_same():
+    torch.manual_seed(0)
+    config = GPTConfig(depth=1, attention="gka", vocab_size=512, sequence_len=300, n_embd=32, head_dim=16)
+    model = GPT(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.3)
+    requests = [
+        Request(prompt, Sampling(max_tokens=290 - 40 * i, seed=i, top_p=0.9, logprobs=True))
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    compiled, plain = (answers(Engine(model, TOKENIZER, compile=c), requests, rows=3) for c in (True, False))
+    assert compiled == plain
+
+
 def test_samples_of_one_prompt_share_it_and_are_those_of_their_seeds(engine):
     prompt = PROMPTS[0]
     got = engine.samples(prompt, 5, rows=3, max_tokens=9, seed=7)
@@ -111,11 +135,10 @@ def rigged(engine, text, monkeypatch):
     """Have the model say this and then BOS, whatever it is given."""
     ids = iter([*(TOKENIZER.encoding.encode_single_token(bytes([b])) for b in text.encode()), TOKENIZER.bos])
 
-    def decode(idx, cache, rows, every=False):
-        cache.step(rows, idx.size(1))
+    def decode(idx, step, every=False):
         return torch.full((idx.size(0), 512), -1.0).index_fill(1, torch.tensor([next(ids)]), 1.0)
 
-    monkeypatch.setattr(engine.model, "decode", decode)
+    monkeypatch.setattr(engine.model, "decode_step", decode)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +203,13 @@ def test_generation_ends_where_a_new_document_would_start(engine, monkeypatch):
 def test_settings_out_of_range_are_named(engine, setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting))}: given"):
         list(engine.generate([1], **setting))
+
+
+def sample(logits, samplings, draws, seen=()):
+    had = torch.zeros(logits.shape, dtype=torch.bool)
+    for row, ids in enumerate(seen):
+        had[row, list(ids)] = True
+    return draw(logits, settings_of(samplings), plan_of(samplings), torch.tensor(draws, dtype=torch.float64), had)
 
 
 def counts(n=4000, seen=(), **settings):
