@@ -35,7 +35,9 @@ class Decoder:
         self.inputs = torch.zeros(rows, 3, dtype=torch.float64, device=device)  # token, length, draw: one transfer
         self.is_recorded = device.type == "cuda"
         self.keep_shapes = self.is_recorded or compile
-        self.advance = torch.compile(_advance) if compile else _advance
+        # The tuning has products of one row read their matrix as it is stored, bytes as bytes.
+        options = {"coordinate_descent_tuning": True} if self.is_recorded else None
+        self.advance = torch.compile(_advance, options=options) if compile else _advance
         self.graphs: dict[tuple[int, Plan], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.is_recorded else None
 

@@ -20,7 +20,7 @@ from gkachat.attention.cache import Cache, Step
 from gkachat.attention.features import Rope, rms_norm, rope_at, rope_table
 from gkachat.attention.layers import ATTENTION, Groups, Linear, uniform_
 from gkachat.config import GKAConfig, GPTConfig
-from gkachat.loss import capped_logits, head_loss
+from gkachat.loss import LOGIT_CAP, cap, capped_logits, head_loss
 
 __all__ = ["GPT", "GKAConfig", "GPTConfig"]
 
@@ -171,4 +171,4 @@ class GPT(nn.Module):
         x_BTC = x0_BTC = rms_norm(self.wte(idx).to(self.compute_dtype))
         for index, block in enumerate(self.blocks):
             x_BTC = block.decode(self._mixed(index, x_BTC, x0_BTC), idx, rope, step)
-        return capped_logits(rms_norm(x_BTC if every else x_BTC[:, -1]), self.lm_head.weight)
+        return cap(self.lm_head(rms_norm(x_BTC if every else x_BTC[:, -1]) / LOGIT_CAP))

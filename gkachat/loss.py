@@ -18,7 +18,12 @@ LOGITS_AT_A_TIME = 2**26
 def capped_logits(x: Tensor, weight_VC: Tensor) -> Tensor:
     """(..., C) -> (..., V) in float32, softly capped to +-15."""
     # Divided by the cap while there are C numbers a token, not V: the same logits, two passes less over them.
-    return ((x / LOGIT_CAP) @ weight_VC.to(x.dtype).mT).float().tanh_() * LOGIT_CAP
+    return cap((x / LOGIT_CAP) @ weight_VC.to(x.dtype).mT)
+
+
+def cap(logits: Tensor) -> Tensor:
+    """Of logits divided by the cap; may work in place."""
+    return logits.float().tanh_() * LOGIT_CAP
 
 
 def head_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:

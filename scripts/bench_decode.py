@@ -15,6 +15,7 @@ from gkachat.config import GPTConfig
 from gkachat.decoder import Decoder
 from gkachat.engine import BLOCK
 from gkachat.gpt import GPT
+from gkachat.inference import for_inference
 from gkachat.sampling import Sampling
 from scripts.cli import benchmark_parser, parse_benchmark, positive, run
 
@@ -60,8 +61,9 @@ def measure(
     for name, model in models.items():
         step = timings[name, "step"]
         weights = sum(
-            p.numel() for key, p in model.named_parameters() if "embedding" not in key and not key.startswith("wte")
-        ) * (2 if model.compute_dtype == torch.bfloat16 else 4)
+            tensor.nbytes for module in model.modules() if not isinstance(module, torch.nn.Embedding)
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        )  # fmt: skip
         rows.append(
             {
                 "name": name, "tokens": tokens, "batch": batch, "step_ms": 1e3 * step.median,
@@ -98,6 +100,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive, nargs="+", default=[1024], help="of context")
     parser.add_argument("--vocab-size", type=positive, default=32_768)
     parser.add_argument("--compile", action="store_true", help="fuse the step with torch.compile")
+    parser.add_argument("--int8", action="store_true", help="keep matrices as bytes")
     options, device, dtype = parse_benchmark(parser)
     models = {}
     for attention in ("softmax", "gka"):
@@ -107,14 +110,20 @@ def main() -> None:
             sequence_len=max(*options.tokens, 2) + 1,
         )  # fmt: skip
         with device:
-            models[attention] = GPT(config, dtype).eval()
+            models[attention] = for_inference(GPT(config, dtype), dtype, options.int8)
     _, bandwidth = measured_peaks(device, dtype)
     rows = [
         row for tokens in options.tokens for batch in options.batch
         for row in measure(models, tokens, batch, options.rounds, bandwidth, options.compile)
     ]  # fmt: skip
     print(f"bandwidth is of {bandwidth / 1e9:,.1f} GB/s, a large copy's")
-    result = {"dtype": str(dtype), "compile": options.compile, "bytes_per_second": bandwidth, "rows": rows}
+    result = {
+        "dtype": str(dtype),
+        "compile": options.compile,
+        "int8": options.int8,
+        "bytes_per_second": bandwidth,
+        "rows": rows,
+    }
     publish("Decoding, timed", result, table(rows, COLUMNS), device, options.out)
 
 
