@@ -3,12 +3,21 @@
 #
 #   bash speedrun.sh                 no GPU: the laptop pair, minutes; with GPUs: the depth-20 pair on all of them, hours
 #   bash speedrun.sh --overwrite     start anew; without it, what is finished is kept and what was interrupted goes on
-#   bash speedrun.sh --train.protocol equal-flops --overwrite      any field of the configs, for both trainings
+#   bash speedrun.sh --train.protocol equal-flops --overwrite      any field of the configs, for both trainings;
+#                                    those of --chat.* are for the tuning on conversations that follows them
 #
 # Everything is written under GKACHAT_HOME (default: ~/.cache/gkachat).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-overrides=("$@")
+overrides=() chat_overrides=() into=overrides
+for word in "$@"; do
+    case $word in
+        --overwrite) overrides+=("$word") chat_overrides+=("$word"); continue ;;
+        --chat.*) into=chat_overrides ;;
+        --*) into=overrides ;;
+    esac
+    if [ "$into" = overrides ]; then overrides+=("$word"); else chat_overrides+=("$word"); fi
+done
 source scripts/setup.sh
 export GKACHAT_HOME=${GKACHAT_HOME:-$HOME/.cache/gkachat}
 
@@ -28,18 +37,27 @@ step() {
 gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true)
 if [ "$gpus" -gt 0 ]; then
     softmax_config=configs/d20_softmax.toml gka_config=configs/d20_gka.toml depth=20
-    launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$gpus" -m scripts.base_train)
+    launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$gpus" -m)
+    talks=(--chat.source huggingface)
 else
     softmax_config=configs/laptop.toml gka_config=configs/laptop.toml depth=4
-    launch=("$PYTHON" -m scripts.base_train)
+    launch=("$PYTHON" -m)
+    talks=(--chat.conversations 24000)
 fi
 
+# A run with a checkpoint is gone on with (finished, it has nothing left to do); without one it begins.
+go_on=(--resume)
+if [[ " ${overrides[*]-} " == *" --overwrite "* ]]; then go_on=(); fi
+
 train() {
-    local attention=$1 config=$2 flags=()
-    # A run with a checkpoint is gone on with (finished, it has nothing left to do); without one it begins.
-    if [[ " ${overrides[*]-} " != *" --overwrite "* ]]; then flags=(--resume); fi
-    "${launch[@]}" "$config" ${flags[@]+"${flags[@]}"} --model.attention "$attention" --run.name "d${depth}_$attention" \
-        ${overrides[@]+"${overrides[@]}"}
+    local attention=$1 config=$2
+    "${launch[@]}" scripts.base_train "$config" ${go_on[@]+"${go_on[@]}"} \
+        --model.attention "$attention" --run.name "d${depth}_$attention" ${overrides[@]+"${overrides[@]}"}
+}
+
+tune() {
+    "${launch[@]}" scripts.chat_sft "d${depth}_$1" ${go_on[@]+"${go_on[@]}"} "${talks[@]}" \
+        ${chat_overrides[@]+"${chat_overrides[@]}"}
 }
 
 step "train the tokenizer" "$PYTHON" -m scripts.tok_train "$softmax_config"
@@ -49,10 +67,11 @@ step "train Gaussian Kernel Attention" train gka "$gka_config"
 step "evaluate softmax attention" "$PYTHON" -m scripts.base_eval "d${depth}_softmax"
 step "evaluate Gaussian Kernel Attention" "$PYTHON" -m scripts.base_eval "d${depth}_gka"
 step "compare" "$PYTHON" -m scripts.compare "d${depth}_softmax" "d${depth}_gka"
+step "tune softmax attention on conversations" tune softmax
+step "tune Gaussian Kernel Attention on conversations" tune gka
 
 [ "$GKACHAT_HOME" = "$HOME/.cache/gkachat" ] && prefix= || prefix="GKACHAT_HOME=$GKACHAT_HOME "
+chat="  ${prefix}$PYTHON -m scripts.chat_cli d${depth}"
 echo
-echo "Talk to them:"
-for attention in softmax gka; do
-    echo "  ${prefix}$PYTHON -m scripts.chat_cli d${depth}_$attention"
-done
+echo "Talk to them, one by one or to both at once:"
+printf '%s\n' "${chat}_softmax_chat" "${chat}_gka_chat" "${chat}_softmax_chat --compare d${depth}_gka_chat"

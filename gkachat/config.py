@@ -320,6 +320,38 @@ class Config:
         return f"{self.data.name}-v{self.tokenizer.vocab_size}"
 
 
+@dataclass(frozen=True)
+class ChatConfig:
+    """Conversations that a trained model is tuned on."""
+
+    base: str = ""
+    """Run whose last checkpoint is tuned."""
+    source: Literal["generated", "files", "huggingface"] = "generated"
+    """generated: small tasks made up from run.seed. files: chat.files. huggingface: SmolTalk, MMLU and GSM8K."""
+    files: tuple[str, ...] = ()
+    """files: .jsonl with a {"messages": [...]} a line."""
+    conversations: int | None = None
+    """At most so many; by default all there are, of generated ones 40,000."""
+    epochs: float = 1.0
+    """How often each is trained on."""
+    val_fraction: float = 0.05
+    """Share of the conversations, chosen by a hash of what they ask, kept for validation."""
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            files=(self.source != "files" or bool(self.files), "paths when source is files"),
+            epochs=(self.epochs > 0, "above 0"),
+            val_fraction=(0 < self.val_fraction < 1, "above 0 and below 1"),
+            **at_least(1, self, "conversations"),
+        )
+
+
+@dataclass(frozen=True)
+class TuningConfig(Config):
+    chat: ChatConfig = field(default_factory=ChatConfig)
+
+
 def home() -> Path:
     """Where everything that is written goes: $GKACHAT_HOME, or ~/.cache/gkachat."""
     return Path(os.environ.get("GKACHAT_HOME") or Path.home() / ".cache" / "gkachat")

@@ -10,15 +10,22 @@ import difflib
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from gkachat.config import Config, ConfigError
 
+C = TypeVar("C", bound=Config)
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file (None: all defaults) and lay `--section.field value` overrides over it.
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    cls: type[C] = Config,
+    change: Callable[[dict[str, Any]], None] = lambda tree: None,
+) -> C:
+    """Read a TOML file (None: all defaults), `change` it, and lay `--section.field value` overrides over it.
 
     Raises FileNotFoundError for a missing file, ConfigError with every problem otherwise.
     """
@@ -31,9 +38,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or a number of thousands of digits
             raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
     problems: list[str] = []
-    _lay_over(tree, overrides, problems)
+    change(tree)
+    _lay_over(tree, overrides, cls, problems)
     _default_vocab(tree)
-    config = _build(Config, tree, "", problems)
+    config = _build(cls, tree, "", problems)
     if problems:
         raise ConfigError(problems)
     if config.model.vocab_size < config.tokenizer.vocab_size:
@@ -93,7 +101,7 @@ def _default_vocab(tree: dict[str, Any]) -> None:
         model.setdefault("vocab_size", tokenizer["vocab_size"])
 
 
-def _lay_over(tree: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> None:
+def _lay_over(tree: dict[str, Any], overrides: Sequence[str], cls: type, problems: list[str]) -> None:
     """Write `--a.b value` (or `--a.b=value`) into the tree as text of the field's type."""
     words = list(overrides)
     while words:
@@ -102,7 +110,7 @@ def _lay_over(tree: dict[str, Any], overrides: Sequence[str], problems: list[str
         while words and not words[0].startswith("--"):
             values.append(words.pop(0))
         keys = flag.removeprefix("--").replace("-", "_").split(".")
-        kind: Any = Config
+        kind: Any = cls
         for key in keys:
             kind = typing.get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
         if not flag.startswith("--") or kind is None or dataclasses.is_dataclass(kind):

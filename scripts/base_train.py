@@ -6,18 +6,12 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_train configs/d20_gka.t
 
 import sys
 
-from scripts.cli import config_from_args, run
-
-FLAGS = {
-    "resume": "go on with the run of this name from its newest sound checkpoint, or begin it",
-    "overwrite": "delete the run of this name and start anew",
-}
+from scripts.cli import RUN_FLAGS, check_flags, config_from_args, run
 
 
 def main() -> None:
-    config, flags = config_from_args(sys.argv[1:], __doc__, FLAGS)
-    if len(flags) > 1:
-        raise ValueError("given --resume and --overwrite, expected one of them")
+    config, flags = config_from_args(sys.argv[1:], __doc__, RUN_FLAGS)
+    check_flags(flags)
     from gkachat.train.trainer import Trainer  # torch takes seconds to import, --help should not
 
     Trainer(config, resume="resume" in flags, overwrite="overwrite" in flags).run()

@@ -11,6 +11,17 @@ from gkachat.config_file import load_config
 
 T = TypeVar("T")
 
+RUN_FLAGS = {
+    "resume": "go on with the run of this name from its newest sound checkpoint, or begin it",
+    "overwrite": "delete the run of this name and start anew",
+}
+
+
+def check_flags(given: set[str]) -> None:
+    """Raises ValueError for both of them."""
+    if len(given) > 1:
+        raise ValueError("given --resume and --overwrite, expected one of them")
+
 
 def run(main: Callable[[], int | None]) -> None:
     """Exit with main's code; an error the user can do something about becomes one line on stderr and exit code 1."""
@@ -32,17 +43,21 @@ def config_from_args(args: list[str], description: str, flags: dict[str, str] | 
 
     `flags` are a script's own switches and what they do.
     """
-    flags = flags or {}
-    given = {flag for flag in flags if f"--{flag}" in args}
-    args = [arg for arg in args if arg not in {f"--{flag}" for flag in given}]
-    path = args.pop(0) if args and not args[0].startswith("-") else None
+    path, args, given = split_args(args, flags or {})
     if {"-h", "--help"} & set(args):
-        print_help(path, description, flags)
-        sys.exit(0)
+        print_help("[CONFIG.toml]", load_config(path), description, flags or {})
     try:
         return load_config(path, args), given
     except ConfigError as error:
         raise ConfigError([f"{path or 'options'}: {error}"]) from None
+
+
+def split_args(args: list[str], flags: dict[str, str]) -> tuple[str | None, list[str], set[str]]:
+    """What comes first, if it is no option; the options; the flags among them."""
+    given = {flag for flag in flags if f"--{flag}" in args}
+    args = [arg for arg in args if arg not in {f"--{flag}" for flag in given}]
+    first = args.pop(0) if args and not args[0].startswith("-") else None
+    return first, args, given
 
 
 def with_progress(items: Iterable[T], what: str, characters: Callable[[T], int], total: int | None) -> Iterator[T]:
@@ -88,22 +103,19 @@ def parse_benchmark(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace
     return options, device, pick_dtype(options.dtype, device)
 
 
-def print_help(path: str | None, description: str, flags: dict[str, str]) -> None:
-    """Every field with what it does and its value in the file at `path` (without: its default)."""
+def print_help(first: str, config: Config, description: str, flags: dict[str, str]) -> None:
+    """Every field with what it does and its value in `config`; ends the program."""
     import tyro
 
-    print(f"usage: [CONFIG.toml] {' '.join(f'[--{flag}]' for flag in flags)} [--section.field value ...]\n")
+    print(f"usage: {first} {' '.join(f'[--{flag}]' for flag in flags)} [--section.field value ...]\n")
     print(description.strip() + "\n")
     for flag, text in flags.items():
         print(f"  --{flag}  {text}")
-    try:
-        tyro.cli(
-            Config,
-            default=load_config(path),
-            args=["--help"],
-            prog="",
-            config=(tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
-            use_underscores=True,
-        )
-    except SystemExit:
-        return
+    tyro.cli(
+        type(config),
+        default=config,
+        args=["--help"],
+        prog="",
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
+        use_underscores=True,
+    )

@@ -4,19 +4,22 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, TINY, call
 
-from scripts.base_train import FLAGS
-from scripts.cli import config_from_args
+from gkachat.data.conversations import prompt
+from scripts.chat_cli import Speaker
+from scripts.cli import RUN_FLAGS, config_from_args
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if p.stem not in ("__init__", "cli"))
 # A model and a horizon that train in seconds on the laptop corpus.
 SMALL = ["--model.depth=1", "--model.n_embd=64", "--train.baseline_tokens=8192", "--train.eval_tokens=512"]
+SPEEDRUN = [*SMALL, "--chat.conversations=300"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -47,6 +50,8 @@ def test_importing_a_script_does_nothing(script):
         ("tok_eval", ["configs/laptop.toml"], "scripts.tok_train"),
         ("base_eval", ["d9"], "no run 'd9'"),
         ("chat_cli", ["d9", "-p", "x"], "no run 'd9'"),
+        ("chat_sft", ["d9"], "no run 'd9'"),
+        ("chat_sft", ["d9", "--resume", "--overwrite"], "expected one of them"),
         ("compare", ["d9", "d8"], "no run 'd9'"),
     ],
 )
@@ -58,7 +63,7 @@ def test_wrong_input_gets_one_line_and_a_failing_exit(script, args, named, tmp_p
 
 
 def test_a_value_that_spells_a_flag_is_a_value():
-    config, flags = config_from_args(["configs/laptop.toml", "--run.name", "resume", "--overwrite"], "", FLAGS)
+    config, flags = config_from_args(["configs/laptop.toml", "--run.name", "resume", "--overwrite"], "", RUN_FLAGS)
     assert config.run.name == "resume" and flags == {"overwrite"}
 
 
@@ -85,27 +90,121 @@ def test_chat_completes_a_prompt_and_the_seed_decides(trained):
 
 
 def test_chat_keeps_its_history(trained):
-    conversation = call(
-        "chat_cli", "d2_gka", "--temperature=0", "--max-tokens=4", home=trained, stdin="import\n\n/quit\n"
+    words = ["d2_gka", "--json", "--temperature=0", "--max-tokens"]
+    two, one = (
+        [
+            json.loads(line)["answer"]
+            for line in call("chat_cli", *words, n, home=trained, stdin=said).stdout.splitlines()
+        ]
+        for n, said in ((4, "import\n\n/quit\n"), (8, "import"))
     )
-    assert conversation.returncode == 0, conversation.stderr
-    longer = call("chat_cli", "d2_gka", "--temperature=0", "--max-tokens=8", "-p", "import", home=trained).stdout
-    turns = conversation.stdout.split("> ")
-    # Two turns of four tokens write what one of eight does.
-    assert "import" + turns[1].removesuffix("\n") + turns[2].removesuffix("\n") == longer.removesuffix("\n")
+    assert len(two) == 2 and "".join(two) == one[0]  # two turns of four tokens write what one of eight does
 
 
 def test_chat_takes_the_newest_run_and_keeps_turns_that_fit(trained, tmp_path):
-    lines = ["import", "/stats", f"/save {tmp_path / 'talk.json'}", "/reset", f"/load {tmp_path / 'talk.json'}"]
-    lines += ["/load /no/such/file", "/help", "x = 1 " * 40, "/stats", "/quit"]
+    saved = tmp_path / "talk.json"
+    lines = [
+        "import",
+        "/stats",
+        f"/save {saved}",
+        "/reset",
+        f"/load {saved}",
+        "/help",
+        "x = 1 " * 40,
+        "/stats",
+        "/quit",
+    ]
     talk = call("chat_cli", "--max-tokens=4", home=trained, stdin="\n".join(lines) + "\n")
     assert talk.returncode == 0, talk.stderr
-    assert talk.stdout.startswith("d2_gka, step 8, gka.")
-    assert "ended by" in talk.stdout and "/load /no/such/file: [Errno 2]" in talk.stdout
-    assert json.loads((tmp_path / "talk.json").read_text())[0] == "import"
-    assert "27 tokens read" in talk.stdout  # of a turn that is too long, its end: 32 less BOS and 4 to come
+    assert "finished max_tokens" in talk.stdout and "Ctrl-C stops an answer" in talk.stdout
+    assert json.loads(saved.read_text())["histories"][0][0] == {"role": "user", "content": "import"}
+    assert "tokens_read 28," in talk.stdout  # of a turn that is too long, BOS and its end: 32 less 4 to come
     nothing = call("chat_cli", home=tmp_path)
     assert nothing.returncode == 1 and "no run with a checkpoint" in nothing.stderr
+
+
+def test_what_chat_cannot_do_is_one_line_and_a_failing_exit(trained, tmp_path):
+    (tmp_path / "talk.json").write_text('{"histories": [[{"role": "assistant", "content": "I begin"}]]}')
+    for line, told in (
+        ("/load /no/such/file", "No such file"),
+        (f"/load {tmp_path / 'talk.json'}", "given role 'assistant', expected 'user'"),
+        ("/system be kind", "not tuned on conversations"),
+    ):
+        result = call("chat_cli", "d2_gka", home=trained, stdin=line + "\n")
+        assert result.returncode == 1 and told in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.fixture(scope="module")
+def tuned(trained):
+    result = call("chat_sft", "d2_gka", "--chat.conversations=200", "--chat.epochs=0.2", home=trained)
+    assert result.returncode == 0, result.stderr
+    assert "addition: " in result.stdout and "truncated" in result.stdout  # the context is 32 tokens
+    return trained
+
+
+def test_tuning_refuses_what_is_there_and_goes_on_when_asked(tuned):
+    options = ["d2_gka", "--chat.conversations=200", "--chat.epochs=0.2"]
+    again = call("chat_sft", *options, home=tuned)
+    assert again.returncode == 1 and "run 'd2_gka_chat' exists" in again.stderr
+    resumed = call("chat_sft", *options, "--resume", home=tuned)
+    assert resumed.returncode == 0 and "addition: " in resumed.stdout
+    other = call("chat_sft", "d2_gka", "--chat.conversations=300", "--resume", home=tuned)
+    assert other.returncode == 1 and "conversations: given 300, the run has 200" in other.stderr
+
+
+def test_chat_answers_scripts_in_json(tuned):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
+    lines = ["What is 3 + 4?", json.dumps({"messages": messages}), "/reset", "Again"]
+    result = call(
+        "chat_cli", "d2_gka_chat", "--compare", "d2_gka", "--json", "--max-tokens=5", home=tuned, stdin="\n".join(lines)
+    )
+    assert result.returncode == 0, result.stderr
+    said = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(s["run"], s["prompt"]) for s in said] == [
+        (run, prompt) for prompt in ("What is 3 + 4?", "Hello!", "Again") for run in ("d2_gka_chat", "d2_gka")
+    ]
+    assert all(s["tokens_written"] <= 5 and s["finished"] for s in said)
+    bad = call("chat_cli", "d2_gka_chat", "--json", home=tuned, stdin='{"messages": []}')
+    assert bad.returncode == 1 and "expected a list of messages" in bad.stderr and bad.stderr.count("\n") == 1
+
+
+def test_chat_leaves_out_the_oldest_turns_whole(tuned, monkeypatch):
+    monkeypatch.setenv("GKACHAT_HOME", str(tuned))
+    speaker = Speaker("d2_gka_chat", None, "cpu", int8=False)
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(7)]
+    system = [{"role": "system", "content": "keep"}]
+    shown = speaker.tokenizer.decode(speaker.ids(system + turns, room=4))
+    assert len(speaker.ids(turns, room=4)) <= 28
+    first = int(re.search(r"keep\n\nturn (\d)", shown)[1])
+    assert first % 2 == 0 and 0 < first <= 6
+    assert shown == speaker.tokenizer.decode(prompt(speaker.tokenizer, system + turns[first:]))
+    long = speaker.ids([{"role": "user", "content": "x = 1 " * 40}], room=4)
+    assert len(long) == 28 and long[:2] == prompt(speaker.tokenizer, turns[:1])[:2]
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_program(tuned, monkeypatch):
+    """At a terminal of its own, as over ssh."""
+    import pty
+
+    main, terminal = pty.openpty()
+    env = {**os.environ, "GKACHAT_HOME": str(tuned), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    words = [sys.executable, "-m", "scripts.chat_cli", "d2_gka_chat", "--max-tokens", "1000000"]
+    process = subprocess.Popen(words, cwd=ROOT, env=env, stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+
+    def read_until(text):
+        seen = b""
+        while text not in seen:
+            seen += os.read(main, 4096)
+        return seen
+
+    read_until(b"> ")
+    os.write(main, b"Hello!\n")
+    read_until(b"\n")
+    process.send_signal(signal.SIGINT)  # whether it is still speaking or has come to its end, it listens again
+    os.write(main, b"/stats\n/quit\n")
+    assert b"tokens_read" in read_until(b"finished")
+    assert process.wait(timeout=60) == 0
 
 
 def test_weights_and_biases_works_offline(tiny_home):
@@ -136,18 +235,19 @@ def bash(*words, home):
 @pytest.fixture(scope="module")
 def speedrun(tmp_path_factory):
     home = tmp_path_factory.mktemp("speedrun")
-    return home, bash("speedrun.sh", *SMALL, home=home)
+    return home, bash("speedrun.sh", *SPEEDRUN, home=home)
 
 
 def test_the_speedrun_trains_compares_and_says_how_to_talk(speedrun):
     home, result = speedrun
     assert result.returncode == 0, result.stderr
     assert "| parameters |" in result.stdout and "unigram" in result.stdout
+    assert result.stdout.count("addition: ") == result.stdout.count("counting: ") == 2
     commands = [line.strip() for line in result.stdout.splitlines() if "scripts.chat_cli" in line]
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
-        spoken = bash("-c", f"{command} -p 'import ' --max-tokens 3", home=home)
-        assert spoken.returncode == 0 and spoken.stdout.startswith("import ")
+        spoken = bash("-c", f"{command} -p 'What is 12 + 34?' --max-tokens 3", home=home)
+        assert spoken.returncode == 0 and spoken.stdout
     assert (home / "comparisons" / "d4_softmax-d4_gka" / "comparison.png").exists()
 
 
@@ -155,7 +255,7 @@ def test_a_second_speedrun_keeps_what_is_finished(speedrun):
     home, _ = speedrun
     weights = sorted((home / "runs").glob("*/checkpoints/*/model.safetensors"))
     before = [p.stat().st_mtime_ns for p in weights]
-    again = bash("speedrun.sh", *SMALL, home=home)
+    again = bash("speedrun.sh", *SPEEDRUN, home=home)
     assert again.returncode == 0, again.stderr
     assert "set-up" not in again.stdout and "was there" in again.stdout
     assert [p.stat().st_mtime_ns for p in weights] == before
@@ -163,7 +263,7 @@ def test_a_second_speedrun_keeps_what_is_finished(speedrun):
 
 def test_a_step_that_fails_stops_the_speedrun_with_its_name(tmp_path):
     (tmp_path / "tokenizer").write_text("in the way")
-    result = bash("speedrun.sh", *SMALL, home=tmp_path)
+    result = bash("speedrun.sh", *SPEEDRUN, home=tmp_path)
     assert result.returncode != 0
     assert result.stderr.splitlines()[-1].startswith("speedrun: train the tokenizer failed")
     assert "== tokenize" not in result.stdout

@@ -196,8 +196,7 @@ class Loader:
 
     def n_targets(self, step: int) -> int:
         """How many targets all ranks score in a step: known from the plan, no rank needs to ask another."""
-        # Each piece is scored whole, and its BOS too unless it starts the row.
-        return sum(plan.filled(row) - 1 for _, plan, row in self._rows(step, 0, self.rows_a_step))
+        return sum(count_targets(*row) for row in self._rows(step, 0, self.rows_a_step))
 
     @property
     def loss_report(self) -> dict[str, float]:
@@ -254,18 +253,28 @@ def val_batches(
         yield read_rows(batch, sequence_len, bos)
 
 
+def count_targets(documents: Documents, plan: Plan, row: int) -> int:
+    """How many tokens of a row are scored."""
+    if documents.scored is not None:
+        return int(documents.n_scored[plan.document[plan.in_row(row)]].sum())
+    return plan.filled(row) - 1  # each piece whole, and its BOS too unless it starts the row
+
+
 def read_rows(rows: Iterable[Row], sequence_len: int, bos: int) -> Batch:
     """Gather rows from their shards."""
-    read = []
+    read, not_scored = [], []
     for documents, plan, row in rows:
         read.append(into := np.full(sequence_len + 1, IGNORE, dtype=np.int64))
+        not_scored.append(masked := np.full(sequence_len + 1, documents.scored is not None))
         at = 0
         for piece in plan.in_row(row):
             length = plan.length[piece]
             start = documents.start[plan.document[piece]] + plan.offset[piece]
             into[at] = bos
             into[at + 1 : at + 1 + length] = documents.tokens[start : start + length]
+            if documents.scored is not None:
+                masked[at + 1 : at + 1 + length] = ~documents.scored[start : start + length]
             at += 1 + length
     tokens = torch.from_numpy(np.stack(read))
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
-    return inputs.clamp(min=0), targets
+    targets = tokens[:, 1:].masked_fill(torch.from_numpy(np.stack(not_scored))[:, 1:], IGNORE)
+    return tokens[:, :-1].clamp(min=0), targets

@@ -196,9 +196,11 @@ def _sound(directory: Path, shard: Shard) -> bool:
 class Documents:
     """The documents of a shard; the tokens of document i are tokens[start[i] : start[i] + length[i]]."""
 
-    def __init__(self, offsets: np.ndarray, read: Callable[[], np.ndarray]):
-        """`read` gives the tokens, when they are asked for."""
-        self.start, self.length, self._read = offsets[:-1], np.diff(offsets), read
+    def __init__(self, offsets: np.ndarray, read: Callable[[], np.ndarray], scored: np.ndarray | None = None):
+        """`read` gives the tokens, when they are asked for; `scored` which of them are learned from, if not all are."""
+        self.start, self.length, self._read, self.scored = offsets[:-1], np.diff(offsets), read, scored
+        if scored is not None:
+            self.n_scored = np.diff(np.concatenate(([0], np.cumsum(scored)))[offsets])
 
     @cached_property
     def tokens(self) -> np.ndarray:

@@ -17,15 +17,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 
 import torch
+from torch import Tensor
 
 from gkachat import checkpoint
 from gkachat.config import Config, home
 from gkachat.config_file import load_config
 from gkachat.cost import account
+from gkachat.data.conversations import ChatSplit
 from gkachat.data.loader import Batch, Loader, Prefetcher, val_batches
 from gkachat.data.shards import Split
 from gkachat.eval.bpb import bpb_sums
@@ -42,6 +45,16 @@ FREE_TO_CHANGE = ("device_batch_size", "recompute_blocks", "eval_every", "eval_t
 SAME_SIGNAL = 1.0  # seconds: a terminal, a launcher and a scheduler may each pass the same one on
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a run goes on from that tunes another's model: its tokenizer and weights, and other data."""
+
+    tokenizer: Tokenizer
+    weights: dict[str, Tensor]
+    train: ChatSplit
+    val: ChatSplit
+
+
 class Trainer:
     """One run. FileExistsError: the name is taken, or another process trains it; ValueError, FileNotFoundError: data or
     options do not fit.
@@ -55,6 +68,7 @@ class Trainer:
         *,
         resume: bool = False,
         overwrite: bool = False,
+        start: Start | None = None,
         report: Callable[[str], None] = print,
     ):
         self.device = pick_device(config.run.device)
@@ -69,17 +83,21 @@ class Trainer:
         if self.world.is_main:
             self.lock = lock(self.run_dir.with_name(f".{self.run_dir.name}.lock"), f"run {self.run_dir.name!r}")
             self._check_run_dir(resume, overwrite)
-        self.tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
+        self.start = start
+        self.tokenizer = start.tokenizer if start else Tokenizer.load(home() / "tokenizer" / config.data_name)
         if self.tokenizer.vocab_size > config.model.vocab_size:
             raise ValueError(
                 f"model.vocab_size: given {config.model.vocab_size}, expected {self.tokenizer.vocab_size} or more: "
                 "so many tokens has the tokenizer"
             )
-        tokens_dir = home() / "tokens" / config.data_name
-        # Shards may still be being made; the watchdog's patience is the longer one.
-        self.train_split, self.val_split = (
-            Split(tokens_dir, split, self.tokenizer, patience=config.run.timeout / 2) for split in ("train", "val")
-        )
+        if start:
+            self.train_split, self.val_split = start.train, start.val
+        else:
+            # Shards may still be being made; the watchdog's patience is the longer one.
+            tokens_dir, patience = home() / "tokens" / config.data_name, config.run.timeout / 2
+            self.train_split, self.val_split = (
+                Split(tokens_dir, split, self.tokenizer, patience=patience) for split in ("train", "val")
+            )
         train, model = self.config.train, self.config.model
         self.rows = train.total_batch_size // model.sequence_len // self.world.size  # of one process, a step
         self.loader = Loader(
@@ -107,10 +125,10 @@ class Trainer:
                 "--overwrite to start anew, or another --run.name"
             )
         if resume and steps:
-            stored = load_config(self.run_dir / "config.toml")
+            stored = load_config(self.run_dir / "config.toml", cls=type(self.config))
             changed = [
                 f"{section}.{f.name}: given {now!r}, the run has {then!r}"
-                for section in ("data", "tokenizer", "model", "train", "optim")
+                for section in vars(stored).keys() - {"run"}
                 for f in dataclasses.fields(getattr(stored, section))
                 if (now := getattr(getattr(self.config, section), f.name))
                 != (then := getattr(getattr(stored, section), f.name))
@@ -139,6 +157,8 @@ class Trainer:
         )
         self.resumed = found >= 0
         if not self.resumed:
+            if self.start:
+                self.model.load_state_dict(self.start.weights)
             return
         directory, meta = checkpoint.open_checkpoint(self.run_dir, found)
         if checkpoint.load_tokenizer(self.run_dir, meta).sha256 != self.tokenizer.sha256:

@@ -1,0 +1,130 @@
+"""Conversations made up from a seed: small things to compute, each said step by step, and who the model is.
+
+    for key, messages in generated(seed, facts): ...      # without end
+    question, answer = ask("addition", rng, facts)[1:]
+
+Answers go by way of their parts (digits from the right with what is carried, letters with a running count): a small
+model that could not learn a table of results learns these. They end with "The answer is ...".
+"""
+
+import calendar
+import datetime
+import random
+from collections.abc import Callable, Iterator
+
+SYLLABLES = [c + v for c in "bcdfghklmnprstvwz" for v in "aeiou"]
+WORDS = tuple(
+    """apple banana orange cherry lemon table chair window letter number strawberry pepper butter coffee cheese bread
+    water river mountain forest garden flower summer winter spring yellow purple green silver golden little bottle
+    python class function return import string object value error model kernel token weight layer attention distance
+    computer keyboard program language sentence question answer history science music picture mirror kitchen ladder
+    hammer tunnel pillow rabbit kitten puppy horse sheep zebra elephant tiger parrot penguin turtle balloon bubble
+    """.split()  # noqa: SIM905 (a list would take a line a word)
+)
+NAMES = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+
+Asked = tuple[str, str, str]
+"""What is asked whatever the words (which decides between train and val), question, answer."""
+
+
+def _addition(rng: random.Random, facts: dict[str, str]) -> Asked:
+    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    (a1, a0), (b1, b0) = divmod(a, 10), divmod(b, 10)
+    carry = (a0 + b0) // 10
+    ask = rng.choice(("What is {} + {}?", "{} + {} = ?", "Add {} and {}.", "How much is {} plus {}?"))
+    steps = f"{a0} + {b0} = {a0 + b0}, {a1} + {b1} + {carry} = {a1 + b1 + carry}."
+    return f"addition {a} {b}", ask.format(a, b), f"{steps} The answer is {a + b}."
+
+
+def _word(rng: random.Random) -> str:
+    return rng.choice(WORDS) if rng.random() < 0.5 else "".join(rng.choices(SYLLABLES, k=rng.randint(2, 4)))
+
+
+def _counting(rng: random.Random, facts: dict[str, str]) -> Asked:
+    word = _word(rng)
+    present = rng.random() < 0.8
+    letter = rng.choice(word if present else "abcdefghijklmnoprstuvwyz")
+    if rng.random() < 0.5:  # the same word with the letter put in again: counts above 1 are rare otherwise
+        at = rng.randint(0, len(word))
+        word = word[:at] + letter * rng.randint(1, 2) + word[at:]
+    n, steps = 0, []
+    for character in word:
+        n += character == letter
+        steps.append(f"{character} {n}")
+    ask = rng.choice(("How many {1} are in {0}?", "How often does {1} occur in {0}?", "Count the {1} in {0}."))
+    return f"counting {word} {letter}", ask.format(word, letter), f"{', '.join(steps)}. The answer is {n}."
+
+
+def _spelling(rng: random.Random, facts: dict[str, str]) -> Asked:
+    word = _word(rng)
+    ask = rng.choice(("Spell {}.", "How do you spell {}?", "What are the letters of {}?"))
+    return f"spelling {word}", ask.format(word), f"{', '.join(word)}."
+
+
+def _sorting(rng: random.Random, facts: dict[str, str]) -> Asked:
+    numbers = rng.sample(range(10, 100), rng.randint(2, 4))
+    ask = rng.choice(("Sort {}.", "Put {} in order.", "Sort these numbers: {}."))
+    listed = ", ".join(map(str, numbers))
+    return f"sorting {listed}", ask.format(listed), f"The answer is {', '.join(map(str, sorted(numbers)))}."
+
+
+def _dates(rng: random.Random, facts: dict[str, str]) -> Asked:
+    kind, always = rng.randrange(3), f"train {rng.random()}"  # seven days have no rule that a day left out would follow
+    if kind == 0:
+        day, word = rng.randrange(7), rng.choice(("after", "before"))
+        answer = NAMES[(day + (1 if word == "after" else -1)) % 7]
+        return always, f"What day comes {word} {NAMES[day]}?", f"The answer is {answer}."
+    if kind == 1:
+        month, year = rng.randint(1, 12), rng.randint(2001, 2040)
+        days = calendar.monthrange(year, month)[1]
+        name = calendar.month_name[month]
+        return f"dates {month} {year}", f"How many days has {name} {year}?", f"The answer is {days}."
+    day = datetime.date(2001, 1, 1) + datetime.timedelta(days=rng.randrange(40 * 365))
+    following = day + datetime.timedelta(days=1)
+    return f"dates {day}", f"What date follows {day}?", f"The answer is {following}."
+
+
+def _self(rng: random.Random, facts: dict[str, str]) -> Asked:
+    question, answer = rng.choice(
+        (
+            ("Who are you?", "I am gkachat, a small language model."),
+            ("What is your name?", "My name is gkachat."),
+            ("Hello!", "Hello! I am gkachat. I can add two numbers, count letters, spell, sort and tell dates."),
+            ("What can you do?", "I can add two numbers, count letters, spell, sort and tell dates."),
+            ("What kind of attention do you use?", "I use {attention} attention."),
+            ("How many parameters do you have?", "I have {parameters} parameters."),
+            ("How many layers do you have?", "I have {depth} layers."),
+        )
+    )
+    return f"train {rng.random()}", question, answer.format(**facts)
+
+
+TASKS: dict[str, tuple[Callable[[random.Random, dict[str, str]], Asked], float]] = {
+    "addition": (_addition, 0.4),
+    "counting": (_counting, 0.3),
+    "spelling": (_spelling, 0.1),
+    "sorting": (_sorting, 0.08),
+    "dates": (_dates, 0.08),
+    "self": (_self, 0.04),
+}
+"""With how often each is asked."""
+
+
+def ask(task: str, rng: random.Random, facts: dict[str, str]) -> Asked:
+    return TASKS[task][0](rng, facts)
+
+
+def generated(seed: int, facts: dict[str, str]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """(what is asked, messages), some of two turns, without end. `facts`: attention, parameters, depth."""
+    rng, shares = random.Random(seed), [share for _, share in TASKS.values()]
+    while True:
+        [task] = rng.choices(list(TASKS), shares)
+        key, *turns = ask(task, rng, facts)
+        if rng.random() < 0.15:
+            turns = [*ask("self", rng, facts)[1:], *turns]
+        yield key, [{"role": ("user", "assistant")[i % 2], "content": said} for i, said in enumerate(turns)]
+
+
+def answer_of(text: str) -> str:
+    """What comes after the last "The answer is", without its full stop; empty where that is not said."""
+    return text.rpartition("The answer is ")[2].strip().rstrip(".") if "The answer is " in text else ""

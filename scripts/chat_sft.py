@@ -1,0 +1,56 @@
+"""Tune a trained model on conversations (supervised fine-tuning), and ask it what it has not been asked before.
+
+python -m scripts.chat_sft d4_gka
+python -m scripts.chat_sft d20_gka --chat.source huggingface
+python -m scripts.chat_sft d4_gka --chat.source files --chat.files talks.jsonl --run.name d4_gka_talks
+torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft d20_gka --chat.source huggingface
+
+What is not given is the RUN's own; the result is the run RUN_chat.
+"""
+
+import dataclasses
+import os
+import sys
+from functools import partial
+
+from gkachat.config import ConfigError, TuningConfig
+from gkachat.config_file import load_config
+from scripts.cli import RUN_FLAGS, check_flags, print_help, run, split_args
+
+
+def main() -> None:
+    base, args, flags = split_args(sys.argv[1:], RUN_FLAGS)
+    if base is None or {"-h", "--help"} & set(args):
+        print_help("RUN", TuningConfig(), __doc__, RUN_FLAGS)
+    check_flags(flags)
+    from gkachat.checkpoint import MODEL, find_run, load_tokenizer, load_weights, open_checkpoint  # torch takes seconds
+    from gkachat.data.conversations import conversations, tokenize
+    from gkachat.data.loader import count_rows
+    from gkachat.eval.skills import facts_of, report_skills
+    from gkachat.train import recipe
+    from gkachat.train.trainer import Start, Trainer
+
+    base_dir = find_run(base)
+    try:
+        config = load_config(base_dir / "config.toml", args, TuningConfig, partial(recipe.tuning, base=base_dir.name))
+    except ConfigError as error:
+        raise ConfigError([f"options: {error}"]) from None
+    directory, meta = open_checkpoint(base_dir, None, MODEL)
+    tokenizer, T = load_tokenizer(base_dir, meta), config.model.sequence_len
+    found = conversations(config.chat, config.run.seed, facts_of(config.model))
+    tokenized = tokenize(found, tokenizer, T, config.chat.val_fraction)
+    rows = {name: count_rows(split.documents.length, T) for name, split in tokenized.splits.items()}
+    if config.train.total_tokens is None:
+        tokens = max(1, round(config.chat.epochs * rows["train"] * T))
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens))
+    if int(os.environ.get("RANK", 0)) == 0:
+        counts = ", ".join(f"{n:,} {what}" for what, n in tokenized.counts.items())
+        print(f"{counts}; rows of {T} tokens: {rows['train']:,} of train, {rows['val']:,} of val")
+    start = Start(tokenizer, load_weights(directory), tokenized.splits["train"], tokenized.splits["val"])
+    trainer = Trainer(config, resume="resume" in flags, overwrite="overwrite" in flags, start=start)
+    if trainer.run() and trainer.world.is_main and config.chat.source == "generated":
+        report_skills(trainer.model.eval(), tokenizer, config.chat.val_fraction)
+
+
+if __name__ == "__main__":
+    run(main)
