@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from gkachat.attention import cache
+from gkachat.attention.backends import Backend
 from gkachat.attention.cache import Keys
 from gkachat.attention.features import rope_at, rotate
 from gkachat.attention.triton_decode import attend, shape, split_kernel
@@ -173,9 +174,9 @@ def test_several_new_tokens_take_the_plain_form():
 
 @pytest.fixture(params=VARIANTS)
 def made(request):
-    """Of three layers, one with a window that its ring buffer turns around, one that sees all."""
+    """A layer with a window of 128, one without."""
     torch.manual_seed(0)
-    config = GPTConfig(depth=2, vocab_size=64, sequence_len=64, n_embd=32, head_dim=16, **VARIANTS[request.param])
+    config = GPTConfig(depth=2, vocab_size=64, sequence_len=190, n_embd=32, head_dim=16, **VARIANTS[request.param])
     model = GPT(config).eval()
     for name, p in model.named_parameters():
         if name.endswith(("c_proj.weight", "lm_head.weight")):
@@ -185,26 +186,27 @@ def made(request):
 
 def with_the_kernel(model):
     for block in model.blocks:
-        kernel = partial(attend, multiprocessors=1)
-        block.attn.decoding = type(block.attn.decoding)("triton", "a test", kernel)
+        block.attn.decoding = Backend("triton", "a test", partial(attend, multiprocessors=1))
     return model
 
 
 @torch.inference_mode()
 def test_a_model_decodes_with_it_what_it_gives_without_a_cache(made):
-    """Ragged rows that go on from a shared prefix, one token at a time."""
-    idx = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(1))
-    idx[:, :10] = idx[0, :10]
+    """Ragged rows that go on from a shared prefix, one token at a time, while ring buffers begin anew."""
+    assert [block.attn.window for block in made.blocks] == [128, None]
+    idx, shared, starts, steps = torch.randint(64, (2, 190)), 20, (150, 172), 12
+    idx[:, :shared] = idx[0, :shared]
     expected, model = made(idx), with_the_kernel(made)
-    prefix = model.make_cache(1, 10, block=8)
-    model.decode(idx[:1, :8], prefix, slice(0, 1))
-    model.decode(idx[:1, 8:10], prefix, slice(0, 1))
-    rows, starts = model.make_cache(2, 54, block=8, prefix=prefix), (10, 15)
-    model.decode(idx[1:, 10:15], rows, slice(1, 2))
-    for step in range(45):
-        new = torch.stack([idx[row, start + step] for row, start in enumerate(starts)])[:, None]
-        wanted = torch.stack([expected[row, start + step] for row, start in enumerate(starts)])
-        torch.testing.assert_close(model.decode(new, rows, slice(0, 2)), wanted, rtol=1e-5, atol=1e-5)
+    prefix = model.make_cache(1, shared, block=32)
+    model.decode(idx[:1, :shared], prefix, slice(0, 1))
+    rows = model.make_cache(2, 190 - shared, block=32, prefix=prefix)
+    for row, start in enumerate(starts):
+        for part in idx[row : row + 1, shared:start].split(32, dim=1):
+            model.decode(part, rows, slice(row, row + 1))
+    assert rows.layers[0][0].size(2) == 159 and starts[0] < shared + 159 < starts[1] + steps
+    for step in range(steps):
+        new, wanted = (torch.stack([t[row, start + step] for row, start in enumerate(starts)]) for t in (idx, expected))
+        torch.testing.assert_close(model.decode(new[:, None], rows, slice(0, 2)), wanted, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()
