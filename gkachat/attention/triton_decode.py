@@ -94,7 +94,9 @@ def split_kernel(
         k, z = k0 + tl.arange(0, BN), following
         following = tl.load(MASK + k + BN, mask=k + BN < K, other=HIDDEN)  # a tile ahead: what is loaded waits for it
         seen = z != HIDDEN
-        if tl.max(z, 0) != HIDDEN:
+        if tl.max(z, 0) != HIDDEN:  # all loads before anything waits for one
+            if NORMS is not None:
+                norms = tl.load(NORMS + batch * norm_b + head * norm_h + k * norm_k, mask=seen, other=0.0)
             a, b = _halves(KEYS, k, k_k, seen, D, HALF)
             v_a, v_b_ = a, b
             if not ONE:
@@ -107,7 +109,7 @@ def split_kernel(
                 a, b = a * cos + b * sin, b * cos - a * sin
             score = tl.sum(a * q_a + b * q_b_, 1)
             if NORMS is not None:
-                score -= 0.5 * tl.load(NORMS + batch * norm_b + head * norm_h + k * norm_k, mask=seen, other=0.0)
+                score -= 0.5 * norms
             acc_a, acc_b, total, top = _taken_in(acc_a, acc_b, total, top, score * scale + z, v_a, v_b_)
     mean_a, mean_b, weight = _together(acc_a, acc_b, total, top)
     at = (batch * tl.num_programs(0) + head) * n_splits + first + split
