@@ -82,8 +82,8 @@ def split_kernel(
         scale = tl.load(SCALE + head)
     scale = scale * LOG2E
     d, one = tl.arange(0, HALF), tl.arange(0, 1)
-    q_a, q_b_ = _halves(Q + batch * q_b + head * q_h, one, 0, one == 0, D, HALF)
-    q_a, q_b_ = q_a.to(tl.float32), q_b_.to(tl.float32)
+    qa, qb = _halves(Q + batch * q_b + head * q_h, one, 0, one == 0, D, HALF)
+    qa, qb = qa.to(tl.float32), qb.to(tl.float32)
     acc_a = tl.zeros([BN, HALF], tl.float32)
     acc_b = tl.zeros([BN, HALF], tl.float32)
     total = tl.zeros([BN], tl.float32)
@@ -98,19 +98,19 @@ def split_kernel(
             if NORMS is not None:
                 norms = tl.load(NORMS + batch * norm_b + head * norm_h + k * norm_k, mask=seen, other=0.0)
             a, b = _halves(KEYS, k, k_k, seen, D, HALF)
-            v_a, v_b_ = a, b
+            va, vb = a, b
             if not ONE:
-                v_a, v_b_ = _halves(VALUES, k, v_k, seen, D, HALF)
+                va, vb = _halves(VALUES, k, v_k, seen, D, HALF)
             a, b = a.to(tl.float32), b.to(tl.float32)
             if COS is not None:
                 at = batch * rope_b + k[:, None] * (D // 2) + d[None, :]
                 inside = seen[:, None] & (d < D // 2)[None, :]
                 cos, sin = tl.load(COS + at, mask=inside, other=0.0), tl.load(SIN + at, mask=inside, other=0.0)
                 a, b = a * cos + b * sin, b * cos - a * sin
-            score = tl.sum(a * q_a + b * q_b_, 1)
+            score = tl.sum(a * qa + b * qb, 1)
             if NORMS is not None:
                 score -= 0.5 * norms
-            acc_a, acc_b, total, top = _taken_in(acc_a, acc_b, total, top, score * scale + z, v_a, v_b_)
+            acc_a, acc_b, total, top = _taken_in(acc_a, acc_b, total, top, score * scale + z, va, vb)
     mean_a, mean_b, weight = _together(acc_a, acc_b, total, top)
     at = (batch * tl.num_programs(0) + head) * n_splits + first + split
     tl.store(MEAN + at * D + d, mean_a, mask=d < D // 2)
