@@ -4,7 +4,8 @@
     y = backend.attend(q, k, v, window=512, scale=128**-0.5)
     print(backend.name, backend.reason)
 
-`gka_backend` does the same for Gaussian Kernel Attention; there `backend.attend(x, sigma, rope)` gives y.
+`gka_backend` does the same for Gaussian Kernel Attention; there `backend.attend(x, sigma, rope)` gives y. What decoding
+runs on is `decode_backend`, one for both: `backend.attend(q, seen, scale)`, as cache.attend.
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gkachat.attention import fused
+from gkachat.attention import cache, fused
 from gkachat.attention.features import Rope, rms_norm
 from gkachat.attention.operator import choose, gaussian_kernel_attention, normalised_kernel_attention
 from gkachat.config import GKAConfig
@@ -74,6 +75,23 @@ def gka_backend(
             normalize=options.normalize,
         )  # fmt: skip
     return Backend(name, reason, attend if options.rope else partial(_without_rope, attend))
+
+
+def decode_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    """The fastest attention of new tokens to cached ones; `attend(q, seen, scale)`, q (B, T, H, D)."""
+    obstacles = (
+        (device.type != "cuda", f"the device is {device.type}"),
+        (importlib.util.find_spec("triton") is None, "triton is not installed"),
+        (dtype not in (*HALF, torch.float32), f"the dtype is {dtype}"),
+        (head_dim > 256, f"heads have {head_dim} channels, more than 256"),
+    )
+    if found := [text for holds, text in obstacles if holds]:
+        return Backend("torch", f"no triton kernel: {'; '.join(found)}", cache.attend)
+    from gkachat.attention import triton_decode
+
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    attend = partial(triton_decode.attend, multiprocessors=multiprocessors)
+    return Backend("triton", "reads each key once, split over the device; several new tokens a row: torch", attend)
 
 
 def _kernel_attention(x: Tensor, sigma: Tensor, rope: Rope | None, *, normalize: bool, **options) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkachat.attention.backends import gka_backend, softmax_backend
-from gkachat.attention.cache import Keys, Step, attend
+from gkachat.attention.backends import decode_backend, gka_backend, softmax_backend
+from gkachat.attention.cache import Keys, Step
 from gkachat.attention.features import Rope, apply_rope, rms_norm
 from gkachat.config import GPTConfig
 
@@ -67,6 +67,7 @@ class SoftmaxAttention(nn.Module):
     def choose_backend(self, device: torch.device, dtype: torch.dtype) -> None:
         config = self.config
         self.backend = softmax_backend(device, dtype, config.head_dim, self.window, config.sequence_len)
+        self.decoding = decode_backend(device, dtype, config.head_dim)
 
     def init_weights(self) -> None:
         std = self.c_q.in_features**-0.5
@@ -99,7 +100,7 @@ class SoftmaxAttention(nn.Module):
     def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
         q, k, v = self._projected(x_BTC, idx_BT, rope)
         seen = [Keys(*span.tensors, span.mask) for span in step.extend(k, v)]
-        return self.c_proj(attend(q, seen, self.config.head_dim**-0.5).flatten(2))
+        return self.c_proj(self.decoding.attend(q, seen, self.config.head_dim**-0.5).flatten(2))
 
     def statistics(self) -> dict[str, Tensor]:
         return {}
@@ -127,6 +128,7 @@ class GaussianKernelAttention(nn.Module):
     def choose_backend(self, device: torch.device, dtype: torch.dtype) -> None:
         config = self.config
         self.backend = gka_backend(device, dtype, config.head_dim, self.window, config.sequence_len, config.gka)
+        self.decoding = decode_backend(device, dtype, config.head_dim)
 
     def init_weights(self) -> None:
         nn.init.constant_(self.log_sigma, 0.5 * math.log(self.config.head_dim / 2))
@@ -160,7 +162,7 @@ class GaussianKernelAttention(nn.Module):
             rotation = step.rope(span, values.size(-1)) if options.rope else None
             seen.append(Keys(values, values, mask, norms, rotation))
         q = apply_rope(x, rope) if options.rope else x
-        return self.c_proj(attend(q, seen, self.sigma.square().reciprocal()).flatten(2))
+        return self.c_proj(self.decoding.attend(q, seen, self.sigma.square().reciprocal()).flatten(2))
 
     def statistics(self) -> dict[str, Tensor]:
         sigma = self.sigma.detach()

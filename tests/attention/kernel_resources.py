@@ -1,4 +1,4 @@
-"""Compiles the fused kernel for sm_90 without a GPU and prints, a JSON object a line, what each candidate takes of it.
+"""Compiles the fused kernels for sm_90 without a GPU and prints, a JSON object a line, what each candidate takes of it.
 
 python tests/attention/kernel_resources.py        (not under TRITON_INTERPRET)
 """
@@ -16,46 +16,59 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gkachat.attention import triton_decode as decoding
 from gkachat.attention import triton_gka as kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FLOAT32 = {"NORM", "SIGMA", "LSE", "HEIGHT", "LEVEL", "DELTA", "DSIGMA"}  # the other pointers have the dtype of x
-
-
+FLOAT32 = {
+    "SIGMA", "LSE", "HEIGHT", "LEVEL", "DELTA", "DSIGMA", "MASK", "NORMS", "COS", "SIN", "SCALE", "MEAN", "WEIGHT",
+}  # the other pointers have the dtype of x  # fmt: skip
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+NUMBERS = {"T", "H", "K", "window", "n_shares", "mask_b", "norm_b", "norm_h", "first", "n_splits"}  # of any value
 
 
 def cases() -> list[tuple]:
-    forward = [
-        (kernels.forward_kernel, DTYPES[dtype], D, two, candidate)
-        for (dtype, D), candidates in kernels.FORWARD.items()
-        for candidate in candidates
-        for two in (False, True)
-    ]
-    backward = [
-        (kernels.backward_kernel, DTYPES[dtype], D, two, candidate)
-        for (dtype, D, two), candidates in kernels.BACKWARD.items()
-        for candidate in candidates
-    ]
-    return [(*case[:4], include_self, case[4]) for case in forward + backward for include_self in (True, False)]
+    """(kernel, dtype, its constants, warps, stages)"""
+    found = []
+    for include_self in (True, False):
+        for (dtype, D), candidates in kernels.FORWARD.items():
+            for rows, columns, *options in candidates:
+                for two in (False, True):
+                    constants = {"D": D, "BM": rows, "BN": columns, "SELF": include_self, "TWO": two}
+                    found.append((kernels.forward_kernel, DTYPES[dtype], constants, *options))
+        for (dtype, D, two), candidates in kernels.BACKWARD.items():
+            for rows, columns, *options in candidates:
+                constants = {"D": D, "BM": rows, "BN": columns, "SELF": include_self, "TWO": two}
+                found.append((kernels.backward_kernel, DTYPES[dtype], constants, *options))
+    nothing = {"COS": None, "SIN": None}
+    for dtype in ("bf16", "fp32"):
+        for D in (64, 128, 256):
+            half, tile = decoding.shape(D)
+            gka = {"D": D, "HALF": half, "BN": tile, "ONE": True, "PER_HEAD": True, "norm_k": 1}
+            softmax = {**gka, **nothing, "NORMS": None, "ONE": False, "PER_HEAD": False}
+            for constants in (gka, {**gka, **nothing}, softmax):
+                found.append((decoding.split_kernel, dtype, constants, 4, 3))
+            constants = {"D": D, "HALF": half, "BN": decoding.SPLITS}
+            found.append((decoding.combine_kernel, dtype, constants, 4, 3))
+    return found
 
 
-def resources(kernel, dtype: str, D: int, two: bool, include_self: bool, candidate: tuple) -> dict:
+def resources(kernel, dtype: str, constants: dict, warps: int, stages: int) -> dict:
     """Registers, bytes of spills, bytes of shared memory."""
-    rows, columns, warps, stages = candidate
-    constants = {"D": D, "BM": rows, "BN": columns, "SELF": include_self, "TWO": two}
     names = list(inspect.signature(kernel.fn).parameters)
     signature, attributes = {}, {}
     for index, name in enumerate(names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name.isupper() and name not in ("T", "H"):
+        elif name == "SCALE" and not constants["PER_HEAD"]:
+            signature[name] = "fp32"
+        elif name.isupper() and name not in NUMBERS:
             signature[name] = "*fp32" if name in FLOAT32 else f"*{dtype}"
         else:
             signature[name] = "i32"
         # As at run time: pointers and strides are multiples of 16.
-        if name not in constants and name not in ("T", "H", "window", "n_shares"):
+        if name not in NUMBERS and signature[name] not in ("constexpr", "fp32"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
     compiled = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages})
@@ -66,7 +79,7 @@ def resources(kernel, dtype: str, D: int, two: bool, include_self: bool, candida
         ).stdout
     stack, local, registers = (int(re.search(rf"{what}:(\d+)", said)[1]) for what in ("STACK", "LOCAL", "REG"))
     return {
-        "kernel": kernel.fn.__name__, "dtype": dtype, "D": D, "two": two, "self": include_self, "candidate": candidate,
+        "kernel": kernel.fn.__name__, "dtype": dtype, **constants, "warps": warps, "stages": stages,
         "registers": registers, "spilled": stack + local, "shared": compiled.metadata.shared,
     }  # fmt: skip
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from gkachat.attention import fused
-from gkachat.attention.backends import gka_backend, softmax_backend
+from gkachat.attention import cache, fused
+from gkachat.attention.backends import decode_backend, gka_backend, softmax_backend
 from gkachat.attention.features import apply_rope, rms_norm, rope_table
 from gkachat.attention.operator import gaussian_kernel_attention, normalised_kernel_attention
 from gkachat.config import GKAConfig
@@ -80,6 +80,8 @@ def test_flash_attention_is_called_with_its_own_idea_of_a_window(module, window,
 def pretend(monkeypatch, *, capability=(9, 0), installed=("triton",)):
     """A machine with a GPU and these packages."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    properties = types.SimpleNamespace(multi_processor_count=78)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
     monkeypatch.setattr(fused, "Flex", lambda window, sequence_len, device: f"flex {window}")
 
@@ -128,6 +130,26 @@ def test_the_gka_kernel_does_too_and_says_why(device, dtype, options, installed,
     assert backend.name == name
     assert why in backend.reason
     assert "T x T" not in backend.reason or device == CUDA
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "installed", "why"),
+    [
+        (CUDA, torch.bfloat16, 128, ("triton",), None),
+        (CUDA, torch.float32, 24, ("triton",), None),
+        (CUDA, torch.bfloat16, 128, (), "triton is not installed"),
+        (CUDA, torch.float64, 512, ("triton",), "the dtype is torch.float64; heads have 512 channels, more than 256"),
+        (CPU, torch.float32, 128, ("triton",), "the device is cpu"),
+    ],
+)
+def test_decoding_has_a_kernel_where_there_is_a_gpu(device, dtype, head_dim, installed, why, monkeypatch):
+    pretend(monkeypatch, installed=installed)
+    backend = decode_backend(device, dtype, head_dim)
+    if why is None:
+        assert backend.name == "triton" and backend.attend.keywords == {"multiprocessors": 78}
+    else:
+        assert backend.name == "torch" and backend.reason == f"no triton kernel: {why}"
+        assert backend.attend is cache.attend
 
 
 def test_asking_for_triton_where_it_cannot_run_is_an_error(monkeypatch):

@@ -172,7 +172,7 @@ def test_what_it_cannot_do_is_said():
 
 @pytest.fixture(scope="module")
 def resources():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "tests/attention/kernel_resources.py"],
         cwd=ROOT, env=environment, capture_output=True, text=True,
