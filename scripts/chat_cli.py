@@ -45,6 +45,7 @@ class Speaker:
         self.engine, self.limit = Engine(self.model, self.tokenizer), model.config.sequence_len
         self.is_tuned = "chat" in self.meta["config"]
         self.stats: dict[str, Any] = {}
+        self.said: dict[str, list[int]] = {}  # ids of its answers: one that was cut within a character has no such text
 
     def ids(self, messages: Messages, room: int) -> list[int]:
         """What was said, cut to leave `room` tokens (half of the context at most): by whole turns, the oldest first."""
@@ -58,20 +59,25 @@ class Speaker:
     def _rendered(self, messages: Messages) -> list[int]:
         if self.is_tuned:
             return prompt(self.tokenizer, messages)
-        parts = [self.tokenizer.encode(m["content"]) for m in messages if m["role"] != "system"]
-        return [self.tokenizer.bos, *(token for part in parts for token in part)]
+        texts = [m["content"] for m in messages if m["role"] != "system"]
+        return [
+            self.tokenizer.bos,
+            *(id for text in texts for id in self.said.get(text) or self.tokenizer.encode(text)),
+        ]
 
     def answer(self, messages: Messages, **settings: Any) -> Iterator[str]:
         """What follows, as it comes; `stats` then tells how it went, also of an answer that was cut short."""
-        ids, start, n, piece = self.ids(messages, settings["max_tokens"]), time.perf_counter(), 0, None
+        ids, start, said, text, piece = self.ids(messages, settings["max_tokens"]), time.perf_counter(), [], "", None
         stops = tuple(self.tokenizer.special.values()) if self.is_tuned else ()
         try:
             for piece in self.engine.run([Request(ids[1:], Sampling(stop_tokens=stops, **settings))], rows=1):
-                n += piece.token is not None
+                said += [] if piece.token is None else [piece.token]
+                text += piece.text
                 yield piece.text
         finally:
+            self.said[text] = said
             self.stats = {
-                "run": self.run_dir.name, "tokens_read": len(ids), "tokens_written": n,
+                "run": self.run_dir.name, "tokens_read": len(ids), "tokens_written": len(said),
                 "seconds": round(time.perf_counter() - start, 3), "finished": _why(piece),
             }  # fmt: skip
 
@@ -245,6 +251,8 @@ def main(
                 conversation.command(line.strip())
             else:
                 conversation.say(line)
+        except KeyboardInterrupt:  # an instant before or after the answer
+            continue
         except (OSError, ValueError, TypeError, KeyError) as error:
             if not at_terminal:
                 raise ValueError(f"{line.strip():.80}: {error}") from None
@@ -268,14 +276,16 @@ def _messages_in(line: str) -> Messages:
 
 
 def _lines(before: str) -> Iterator[str]:
-    """Until the input ends, or Ctrl-C is pressed where nothing is being said."""
+    """Until the input ends. Ctrl-C at a terminal only begins the line anew."""
     while True:
         try:
             yield input(before)
-        except (EOFError, KeyboardInterrupt):
-            if before:
-                print()
+        except EOFError:
             return
+        except KeyboardInterrupt:
+            if not before:
+                raise
+            print("\n/quit or Ctrl-D ends.")
 
 
 if __name__ == "__main__":

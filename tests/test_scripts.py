@@ -90,15 +90,14 @@ def test_chat_completes_a_prompt_and_the_seed_decides(trained):
 
 
 def test_chat_keeps_its_history(trained):
-    words = ["d2_gka", "--json", "--temperature=0", "--max-tokens"]
-    two, one = (
-        [
-            json.loads(line)["answer"]
-            for line in call("chat_cli", *words, n, home=trained, stdin=said).stdout.splitlines()
-        ]
-        for n, said in ((4, "import\n\n/quit\n"), (8, "import"))
-    )
-    assert len(two) == 2 and "".join(two) == one[0]  # two turns of four tokens write what one of eight does
+    def answers(n, stdin):
+        words = ["d2_gka", "--json", "--temperature=0", "--max-tokens", n]
+        result = call("chat_cli", *words, home=trained, stdin=stdin)
+        return [json.loads(line)["answer"] for line in result.stdout.splitlines()]
+
+    two, one = answers(4, "import\n\n/quit\n"), answers(8, "import")
+    # Two turns of four tokens write what one of eight does; a character that was cut between them shows as none.
+    assert len(two) == 2 and "".join(two).replace("\ufffd", "") == one[0].replace("\ufffd", "")
 
 
 def test_chat_takes_the_newest_run_and_keeps_turns_that_fit(trained, tmp_path):
