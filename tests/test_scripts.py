@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, TINY, call
 
 from gkachat.data.conversations import prompt
-from scripts.chat_cli import Speaker
+from scripts.chat_cli import Conversation, Speaker
 from scripts.cli import RUN_FLAGS, config_from_args
 
 README = (ROOT / "README.md").read_text()
@@ -181,13 +181,34 @@ def test_chat_leaves_out_the_oldest_turns_whole(tuned, monkeypatch):
     assert len(long) == 28 and long[:2] == prompt(speaker.tokenizer, turns[:1])[:2]
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_program(tuned, monkeypatch):
-    """At a terminal of its own, as over ssh."""
+class Interrupted:
+    """A speaker whose second answer Ctrl-C cuts short."""
+
+    run_dir, said, stats = ROOT, 0, {}
+
+    def answer(self, messages, **settings):
+        self.said += 1
+        yield f"answer {self.said}"
+        if self.said == 2:
+            raise KeyboardInterrupt
+        yield "."
+
+
+def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(capsys):
+    conversation = Conversation([Interrupted()], as_json=False, seed=0, max_tokens=5)
+    for question in "abc":
+        conversation.say(question)
+    assert [m["content"] for m in conversation.histories[0]] == ["a", "answer 1.", "b", "answer 2", "c", "answer 3."]
+    assert capsys.readouterr().out == "answer 1.\nanswer 2\nanswer 3.\n"
+
+
+def test_ctrl_c_at_a_terminal_does_not_end_the_program(tuned):
+    """A terminal of its own, as over ssh."""
     import pty
 
     main, terminal = pty.openpty()
     env = {**os.environ, "GKACHAT_HOME": str(tuned), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
-    words = [sys.executable, "-m", "scripts.chat_cli", "d2_gka_chat", "--max-tokens", "1000000"]
+    words = [sys.executable, "-m", "scripts.chat_cli", "d2_gka_chat"]
     process = subprocess.Popen(words, cwd=ROOT, env=env, stdin=terminal, stdout=terminal, stderr=terminal)
     os.close(terminal)
 
@@ -195,14 +216,13 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(tuned, monkeypatch):
         seen = b""
         while text not in seen:
             seen += os.read(main, 4096)
-        return seen
 
-    read_until(b"> ")
-    os.write(main, b"Hello!\n")
-    read_until(b"\n")
-    process.send_signal(signal.SIGINT)  # whether it is still speaking or has come to its end, it listens again
-    os.write(main, b"/stats\n/quit\n")
-    assert b"tokens_read" in read_until(b"finished")
+    read_until(b"/quit\r\n> ")
+    process.send_signal(signal.SIGINT)
+    read_until(b"Ctrl-D ends.\r\n> ")
+    os.write(main, b"/stats\n")
+    read_until(b"nothing said yet")
+    os.write(main, b"/quit\n")
     assert process.wait(timeout=60) == 0
 
 
