@@ -17,10 +17,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows
 
+from gkachat.data.loader import IGNORE
 from gkachat.engine import Engine, Request, Sampling
 from gkachat.eval.bpb import LOGITS_AT_A_TIME
+from gkachat.eval.core import TOKENS, Group, batches, score
 from gkachat.eval.report import Score
 from gkachat.gpt import GPT
 from gkachat.tokenizer import Tokenizer
@@ -51,64 +53,57 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         return self.tokenizer.encode(string)
 
+    @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-        """Each request is ((texts), context, continuation); BOS is a context's first token if it was empty."""
-        return self._score([self._fit(context, continuation) for _, context, continuation in requests])
-
-    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """With BOS in front; all but the last token go into the model."""
-        context = context[1:] if context[:1] == [self.tokenizer.bos] else context
-        room = self.limit - len(continuation)
-        if room < 0:
-            raise ValueError(
-                f"a continuation of {len(continuation)} tokens, expected at most sequence_len {self.limit}"
-            )
-        return [self.tokenizer.bos, *self._cut(context, room)], continuation
+        """Each request is (its texts, context, continuation). A context is read once for all that may follow it."""
+        asked: dict[tuple[int, ...], list[tuple[int, tuple[int, ...], int]]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            room = self.limit - len(continuation)
+            if room < 0:
+                n = len(continuation)
+                raise ValueError(f"a continuation of {n} tokens, expected at most sequence_len {self.limit}")
+            context = context[1:] if context[:1] == [self.tokenizer.bos] else context  # that is what is given for none
+            *before, last = self.tokenizer.bos, *self._cut(context, room)
+            if continuation:
+                asked.setdefault(tuple(before), []).append((number, (last, *continuation), 1))
+        groups = [Group(before, sorted(tails, key=lambda tail: -len(tail[1]))) for before, tails in asked.items()]
+        found = [(0.0, True)] * len(requests)
+        for batch in batches(groups, TOKENS.get(self._device.type, TOKENS["cpu"])):
+            for (number, _), scored in score(self.model, batch).items():
+                found[number] = (-scored.mean_loss * len(requests[number][2]), scored.hits)
+        return found
 
     def _cut(self, tokens: list[int], room: int) -> list[int]:
         self.truncated += len(tokens) > room
         return tokens[max(0, len(tokens) - room) :]
 
     @torch.inference_mode()
-    def _score(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Nats of each continuation after its context, negative, and whether all its tokens are the likeliest ones."""
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
-        waiting = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]), reverse=True)
-        while waiting:
-            longest = sum(map(len, rows[waiting[0]])) - 1
-            n = max(1, min(self.batch_size, LOGITS_AT_A_TIME // (longest * self.model.config.vocab_size)))
-            batch, waiting = waiting[:n], waiting[n:]
-            idx = torch.zeros(len(batch), longest, dtype=torch.long)  # what follows a row is not seen by it
-            row, position, target = [], [], []
-            for r, i in enumerate(batch):
-                context, continuation = rows[i]
-                tokens = context + continuation
-                idx[r, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-                row += [r] * len(continuation)
-                position += range(len(context) - 1, len(tokens) - 1)
-                target += continuation
-            logits = self.model(idx.to(self._device))[row, position]
-            targets = torch.tensor(target, dtype=torch.long, device=self._device)
-            nats = F.cross_entropy(logits, targets, reduction="none").double().cpu()
-            missed = (logits.argmax(dim=-1) != targets).double().cpu()
-            sums = torch.zeros(2, len(batch), dtype=torch.float64)
-            sums.index_add_(1, torch.tensor(row, dtype=torch.long), torch.stack([nats, missed]))
-            for i, (total, wrong) in zip(batch, sums.T.tolist(), strict=True):
-                found[i] = (-total, wrong == 0)
-        return found
-
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, in the harness's windows: from the second on they see the text before, and no BOS."""
-        texts = [self.tokenizer.encode(request.args[0]) for request in requests]
         windows = [
-            (number, make_disjoint_window(window))
-            for number, text in enumerate(texts)
-            for window in get_rolling_token_windows(text, self.tokenizer.bos, self.limit, 1)
+            (number, *window)
+            for number, request in enumerate(requests)
+            for window in get_rolling_token_windows(
+                self.tokenizer.encode(request.args[0]), self.tokenizer.bos, self.limit, 1
+            )
         ]
-        found = [0.0] * len(texts)
-        for (number, _), (nats, _) in zip(windows, self._score([window for _, window in windows]), strict=True):
-            found[number] += nats
-        return found
+        windows.sort(key=lambda window: -len(window[1]))
+        found = torch.zeros(len(requests), dtype=torch.float64)
+        while windows:
+            longest = len(windows[0][1])
+            n = max(1, min(self.batch_size, LOGITS_AT_A_TIME // (longest * self.model.config.vocab_size)))
+            batch, windows = windows[:n], windows[n:]
+            idx = torch.zeros(len(batch), longest, dtype=torch.long)  # what follows a row is not seen by it
+            targets = torch.full_like(idx, IGNORE)
+            for row, (_, given, predicted) in enumerate(batch):
+                idx[row, : len(given)] = torch.tensor(given)
+                targets[row, len(given) - len(predicted) : len(given)] = torch.tensor(predicted)
+            logits = self.model(idx.to(self._device)).flatten(0, 1)
+            nats = F.cross_entropy(
+                logits, targets.to(self._device).flatten(), ignore_index=IGNORE, reduction="none"
+            ).view(len(batch), -1)
+            found.index_add_(0, torch.tensor([number for number, _, _ in batch]), -nats.double().sum(dim=1).cpu())
+        return found.tolist()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Long prompts first, each with its own stops; half of sequence_len at least is left to a prompt."""

@@ -19,6 +19,7 @@ from gkachat.data.shards import Documents
 from gkachat.engine import Engine
 from gkachat.eval import lm_eval
 from gkachat.eval.bpb import evaluate_bpb
+from gkachat.eval.core import evaluate_core
 from gkachat.eval.lm_eval import HarnessModel, evaluate
 from gkachat.gpt import GPT, GPTConfig
 from gkachat.tokenizer import train_tokenizer
@@ -56,7 +57,7 @@ def logprobs(model, tokens):
 
 def reference(model, tokenizer, context, continuation):
     """Log-likelihood and whether the continuation is the likeliest at each token."""
-    prompt = tokenizer.encode(context)
+    prompt = tokenizer.encode(context.rstrip())  # spaces at its end belong to the continuation
     whole = [tokenizer.bos, *tokenizer.encode(context + continuation)][-T - 1 :]
     n = len(tokenizer.encode(context + continuation)) - len(prompt)
     scores, target = logprobs(model, whole)[-n:], torch.tensor(whole[-n:])
@@ -124,6 +125,19 @@ def test_a_last_word_task_counts_where_every_token_is_the_likeliest(model, token
     assert metrics["last_word"]["perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_it_is_the_accuracy_that_core_finds(model, tokenizer, tasks, tmp_path):
+    """A language-modelling task of the same rows, zero-shot."""
+    rows = [dict(zip(("context", "_", "continuation"), row["text"].rpartition(" "), strict=True)) for row in ROWS]
+    (tmp_path / "eval_data").mkdir()
+    (tmp_path / "eval_data" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"label": "last_word", "icl_task_type": "language_modeling", "dataset_uri": "rows.jsonl", "num_fewshot": [0]}
+    (tmp_path / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": [task]}))
+    (tmp_path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nlast_word,0\n")
+    core = evaluate_core(model, tokenizer, tmp_path)["last_word"]
+    scores, _ = evaluate(HarnessModel(model, tokenizer), ["last_word"], include_path=tasks)
+    assert 0 < core["accuracy"] == scores["last_word"].accuracy < 1 and core["examples"] == len(ROWS)
+
+
 def test_limit_takes_the_first_rows(model, tokenizer, tasks):
     scores, _ = evaluate(HarnessModel(model, tokenizer), ["last_word"], include_path=tasks, limit=3)
     assert scores["last_word"].examples == 3
@@ -166,11 +180,16 @@ def test_a_longer_text_is_predicted_once_each_window_with_all_the_context_it_can
     assert (-found == pytest.approx(bpb, rel=1e-5)) == (len(tokens) <= T + 1)
 
 
-def test_answers_do_not_depend_on_the_batch_and_come_in_order(model, tokenizer):
-    requests = [asked(TEXT[:n], TEXT[n : n + m]) for n, m in ((60, 9), (3, 40), (0, 5), (30, 1), (21, 21))]
-    one, many = (HarnessModel(model, tokenizer, size).loglikelihood(requests, disable_tqdm=True) for size in (1, 4))
-    for (a, hit_a), (b, hit_b) in zip(one, many, strict=True):
-        assert a == pytest.approx(b, rel=1e-5) and hit_a == hit_b
+def test_answers_are_those_of_one_text_at_a_time_and_come_in_order(model, tokenizer):
+    """Choices after one context, long and short texts, and nothing in front."""
+    asked_for = [(TEXT[:n], TEXT[n : n + m]) for n, m in ((60, 9), (3, 40), (30, 1), (21, 21), (60, 20))]
+    asked_for += [(TEXT[:30], word) for word in (" one", " two", " the lazy dog")] + [("", TEXT[:9])]
+    found = HarnessModel(model, tokenizer).loglikelihood([asked(*pair) for pair in asked_for], disable_tqdm=True)
+    for (nats, hit), pair in zip(found, asked_for, strict=True):
+        expected, expected_hit = reference(model, tokenizer, *pair)
+        assert nats == pytest.approx(expected, rel=1e-4, abs=1e-4) and hit == expected_hit
+    empty = HarnessModel(model, tokenizer).loglikelihood([asked("The quick", "")], disable_tqdm=True)
+    assert empty == [(0.0, True)]
 
 
 def test_a_text_too_long_loses_its_beginning_and_is_counted(model, tokenizer):
