@@ -33,7 +33,7 @@ def main(
         limit: So many examples of each task; by default all.
         num_fewshot: Examples in a prompt; by default as many as the task says.
         include_path: A directory with tasks of your own.
-        batch_size: Texts that go through the model at a time.
+        batch_size: Texts that are generated, or read as a whole, at a time.
         seed: Of sampling, in tasks that sample.
         step: Which checkpoint; by default the last.
         device: A torch device, or auto.

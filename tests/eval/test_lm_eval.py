@@ -57,9 +57,10 @@ def logprobs(model, tokens):
 
 def reference(model, tokenizer, context, continuation):
     """Log-likelihood and whether the continuation is the likeliest at each token."""
-    prompt = tokenizer.encode(context.rstrip())  # spaces at its end belong to the continuation
-    whole = [tokenizer.bos, *tokenizer.encode(context + continuation)][-T - 1 :]
-    n = len(tokenizer.encode(context + continuation)) - len(prompt)
+    # The harness's way: spaces at its end belong to the continuation, whose tokens are those beyond as many as it has.
+    prompt = tokenizer.encode(context.rstrip())
+    rest = tokenizer.encode(context + continuation)[len(prompt) :]
+    whole, n = [tokenizer.bos, *prompt, *rest], len(rest)
     scores, target = logprobs(model, whole)[-n:], torch.tensor(whole[-n:])
     return scores.gather(1, target[:, None]).sum().item(), bool((scores.argmax(-1) == target).all())
 
