@@ -4,12 +4,14 @@ thing that stands against it is taken out of a copy of the sandbox, it must."""
 import os
 import platform
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from gkachat.eval import sandbox
 from gkachat.eval.sandbox import ARCHITECTURES, FILE_BYTES, MOST_FILES, run_code
@@ -254,6 +256,27 @@ def test_wall_time_ends_and_no_signal_is_waited_for():
     )
     assert (outcome.passed, outcome.why) == (False, "took more than 2.3 s")
     assert outcome.output == "here\n" and time.monotonic() - start < 30
+
+
+def test_code_does_not_outlive_its_parent():
+    """Which is killed, and so cannot end it."""
+    code = "from gkachat.eval.sandbox import run_code; run_code('import time; time.sleep(300)', seconds=300)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL) as parent:
+        listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        until(lambda: listed.read_text().split(), "the code was not started")
+        [child] = listed.read_text().split()
+        until(lambda: "Seccomp:\t2" in Path(f"/proc/{child}/status").read_text(), "the code is not kept in")
+        parent.kill()
+    until(
+        lambda: not Path(f"/proc/{child}").exists() or "State:\tZ" in Path(f"/proc/{child}/status").read_text(), "lives"
+    )
+
+
+def until(true, otherwise, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, otherwise
+        time.sleep(0.02)
 
 
 def test_what_is_printed_ends_and_stays():
