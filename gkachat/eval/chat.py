@@ -130,6 +130,8 @@ def read_questions(name: str, data: Path | None = None, limit: int | None = None
         except Exception as error:  # the hub client raises a dozen unrelated types
             told = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"cannot read {where}: {told}; --data DIR reads DIR/{name}.jsonl instead") from error
+    elif not (data / f"{name}.jsonl").is_file():
+        raise FileNotFoundError(f"no file {where} with the rows of {name}")
     else:
         with open(data / f"{name}.jsonl", "rb") as file:
             rows = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
@@ -169,9 +171,9 @@ def evaluate_chat(
 
     Raises what `read_questions` does, ValueError for a task that is unknown or not allowed, OSError without a sandbox.
     """
-    for name in tasks:
-        if name not in TASKS:
-            raise ValueError(f"tasks: given {name!r}, expected of {', '.join(TASKS)}")
+    if not tasks or (unknown := set(tasks) - TASKS.keys()):
+        given = ", ".join(sorted(unknown)) if tasks else "none"
+        raise ValueError(f"tasks: given {given}, expected of {', '.join(TASKS)}")
     if "humaneval" in tasks:
         if not allow_code_execution:
             raise ValueError("humaneval runs code that the model writes: --allow-code-execution lets it, in a sandbox")

@@ -145,6 +145,8 @@ def evaluate(
 
     Raises ValueError for a task that is not known, or whose data cannot be had.
     """
+    if not tasks or (limit is not None and limit < 1):
+        raise ValueError(f"given tasks {', '.join(tasks) or 'none'} and limit {limit}, expected one or more of both")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if include_path is not None and not include_path.is_dir():
         raise FileNotFoundError(f"no directory {include_path} with tasks")

@@ -274,6 +274,15 @@ def test_rows_that_are_wrong_are_named(name, line, named, tmp_path):
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_file_that_is_missing_and_no_task_at_all_are_named(tmp_path, model, tokenizer):
+    with pytest.raises(FileNotFoundError, match=r"no file .*mmlu\.jsonl with the rows of mmlu"):
+        read_questions("mmlu", tmp_path)
+    with pytest.raises(ValueError, match="tasks: given none"):
+        evaluate_chat(model, tokenizer, [], data=tmp_path)
+    with pytest.raises(ValueError, match="limit: given 0"):
+        evaluate_chat(model, tokenizer, ["mmlu"], data=tmp_path, limit=0)
+
+
 def test_bytes_that_are_no_text_are_named(tmp_path):
     (tmp_path / "mmlu.jsonl").write_bytes(b'{"question": "\xff"}')
     with pytest.raises(ValueError, match="row 1: 'utf-8' codec"):
@@ -309,5 +318,5 @@ def test_the_script_leaves_a_report(tmp_path, tokenizer, data):
     }
     assert len(report["correct"]["mmlu"]) == 3 and report["limit"] == 3
     wrong = call("chat_eval", *options, "mmlu", "chess", home=tmp_path)
-    assert wrong.returncode == 1 and "given 'chess', expected of arc-easy" in wrong.stderr
+    assert wrong.returncode == 1 and "given chess, expected of arc-easy" in wrong.stderr
     assert wrong.stderr.count("\n") == 1

@@ -90,6 +90,7 @@ def tasks(tmp_path_factory):
             "cache_dir": str(directory / "cache"),
         },
         "test_split": "test",
+        "fewshot_split": "test",
     }
     last_word = {"doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}", "doc_to_target": "{{' '+text.split(' ')[-1]}}"}
     kinds = {
@@ -104,6 +105,8 @@ def tasks(tmp_path_factory):
     }  # fmt: skip
     for name, kind in kinds.items():
         (directory / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **kind}))
+    both = {"group": "both", "task": ["last_word", "say"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (directory / "both.yaml").write_text(yaml.safe_dump(both))
     return directory
 
 
@@ -142,6 +145,16 @@ def test_it_is_the_accuracy_that_core_finds(model, tokenizer, tasks, tmp_path):
 def test_limit_takes_the_first_rows(model, tokenizer, tasks):
     scores, _ = evaluate(HarnessModel(model, tokenizer), ["last_word"], include_path=tasks, limit=3)
     assert scores["last_word"].examples == 3
+
+
+def test_a_group_gives_the_scores_of_its_tasks_and_shots_are_put_in_front(model, tokenizer, tasks):
+    lm = HarnessModel(model, tokenizer)
+    scores, metrics = evaluate(lm, ["both"], include_path=tasks)
+    alone, plain = evaluate(lm, ["last_word"], include_path=tasks)
+    assert scores.keys() == {"last_word", "say"} and "both" in metrics
+    assert scores["last_word"].accuracy == alone["last_word"].accuracy
+    _, shots = evaluate(lm, ["last_word"], include_path=tasks, num_fewshot=1)
+    assert shots["last_word"]["perplexity"] != plain["last_word"]["perplexity"]
 
 
 def bits_per_byte(model, tokenizer, text):
@@ -251,6 +264,8 @@ def test_unknown_tasks_and_missing_data_are_named(model, tokenizer, tasks, tmp_p
     (tmp_path / "gone.yaml").write_text(yaml.safe_dump(gone))
     with pytest.raises(ValueError, match=r"task 'gone' cannot be loaded: .*gone\.jsonl"):
         evaluate(lm, ["gone"], include_path=tmp_path)
+    with pytest.raises(ValueError, match="limit 0"):
+        evaluate(lm, ["pages"], include_path=tasks, limit=0)
     with pytest.raises(FileNotFoundError, match="no directory"):
         evaluate(lm, ["pages"], include_path=tmp_path / "none")
 
