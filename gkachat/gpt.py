@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gkachat.attention.cache import Cache, Step
 from gkachat.attention.features import Rope, rms_norm, rope_at, rope_table
-from gkachat.attention.layers import ATTENTION, Groups, Linear, uniform_
+from gkachat.attention.layers import ATTENTION, Groups, Keep, Linear, uniform_
 from gkachat.config import GKAConfig, GPTConfig
 from gkachat.loss import LOGIT_CAP, cap, capped_logits, head_loss
 
@@ -45,8 +45,8 @@ class Block(nn.Module):
         self.attn = ATTENTION[config.attention](config, index)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Tensor:
-        x_BTC = x_BTC + self.attn(rms_norm(x_BTC), idx_BT, rope)
+    def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, keep: Keep | None = None) -> Tensor:
+        x_BTC = x_BTC + self.attn(rms_norm(x_BTC), idx_BT, rope, keep)
         return x_BTC + self.mlp(rms_norm(x_BTC))
 
     def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
@@ -157,6 +157,29 @@ class GPT(nn.Module):
         widths = self.blocks[0].attn.cache_widths
         device = self.wte.weight.device
         return Cache(self.config, widths, rows, length, dtype=self.compute_dtype, device=device, **options)
+
+    def prefill(self, idx: Tensor, cache: Cache) -> None:
+        """Read idx (B, T) into a new cache of B rows, made with `block` as long as `length`, by the kernels of `forward`.
+
+        Gives no logits, and so spares the last block all but what is kept of it. Where texts were padded at their end,
+        set cache.lengths[row] to their own lengths afterwards: what lies beyond is not seen, and written over.
+        """
+        T = idx.size(1)
+        rope = (self.cos[:T], self.sin[:T])
+        x_BTC = x0_BTC = rms_norm(self.wte(idx).to(self.compute_dtype))
+        for index, (block, buffers) in enumerate(zip(self.blocks, cache.layers, strict=True)):
+
+            def keep(*tensors: Tensor, buffers: list[Tensor] = buffers) -> None:
+                for buffer, tensor in zip(buffers, tensors, strict=True):
+                    buffer[:, :, :T] = tensor.transpose(1, 2)
+
+            x_BTC = self._mixed(index, x_BTC, x0_BTC)
+            if index < self.config.depth - 1:
+                x_BTC = block(x_BTC, idx, rope, keep)
+            else:
+                keep(*block.attn.kept(rms_norm(x_BTC), idx, rope))
+        for row in range(idx.size(0)):
+            cache.lengths[row] = T
 
     def decode(self, idx: Tensor, cache: Cache, rows: slice, every: bool = False) -> Tensor:
         """Go on with some rows of a cache by T tokens each, idx (B, T).

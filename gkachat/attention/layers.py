@@ -5,12 +5,14 @@
     y_BTC = layer(x_BTC, idx_BT, rope)
 
 x_BTC is the block input after the pre-norm, idx_BT the tokens, rope the tables for T positions. `decode` takes a step
-of a cache besides, which holds what came before. Each layer knows its window, initialises itself, sorts its parameters
+of a cache besides, which holds what came before; `kept` is what a cache holds of these tokens, and `forward` hands it
+to `keep` where that is given. Each layer knows its window, initialises itself, sorts its parameters
 into the groups that the optimizer and the accounts work with, and tells what is worth watching (`statistics`: least,
 median and largest of each).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ QK_SCALE = 1.2  # sharpens the logits of unit queries and keys
 GATE_CHANNELS = 12  # block-input channels that the value gates look at
 
 Groups = dict[str, list[nn.Parameter]]
+Keep = Callable[..., None]  # given what decoding keeps of some tokens, each (B, T, H, width)
 
 
 class Linear(nn.Linear):
@@ -92,8 +95,13 @@ class SoftmaxAttention(nn.Module):
         q, k = (QK_SCALE * rms_norm(apply_rope(t, rope)) for t in (q, k))
         return q, k, v
 
-    def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Tensor:
+    def kept(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> tuple[Tensor, ...]:
+        return self._projected(x_BTC, idx_BT, rope)[1:]
+
+    def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, keep: Keep | None = None) -> Tensor:
         q, k, v = self._projected(x_BTC, idx_BT, rope)
+        if keep is not None:
+            keep(k, v)
         y = self.backend.attend(q, k, v, window=self.window, scale=self.config.head_dim**-0.5)
         return self.c_proj(y.flatten(2))
 
@@ -142,16 +150,21 @@ class GaussianKernelAttention(nn.Module):
         """(H,) bandwidths, in the units of the block input."""
         return self.log_sigma.exp()
 
-    def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Tensor:
+    def kept(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> tuple[Tensor, ...]:
+        """The block input (with gka.normalize, normalised) alone; rotations are made anew."""
+        x = x_BTC.view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
+        x = rms_norm(x) if self.config.gka.normalize else x
+        return x, x.float().square().sum(dim=-1, keepdim=True)  # a rotation leaves the norm
+
+    def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, keep: Keep | None = None) -> Tensor:
+        if keep is not None:
+            keep(*self.kept(x_BTC, idx_BT, rope))
         x_BTHD = x_BTC.view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
         return self.c_proj(self.backend.attend(x_BTHD, self.sigma, rope).flatten(2))
 
     def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
-        """Keeps the block input (with gka.normalize, normalised) and its squared norms; rotations are made anew."""
         options = self.config.gka
-        x = x_BTC.view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
-        x = rms_norm(x) if options.normalize else x
-        norm = x.float().square().sum(dim=-1, keepdim=True)  # a rotation leaves it
+        x, norm = self.kept(x_BTC, idx_BT, rope)
         seen = []
         for span in step.extend(x, norm):
             (values, norms), mask = span.tensors, span.mask

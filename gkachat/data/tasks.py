@@ -3,7 +3,7 @@
     for key, messages in generated(seed, facts): ...      # without end
     question, answer = ask("addition", rng, facts)[1:]
 
-Answers go by way of their parts (digits from the right with what is carried, letters with a running count): a small
+Answers go by way of their parts (digits from the right with what is carried, letters beside the one that is counted): a small
 model that could not learn a table of results learns these. They end with "The answer is ...".
 """
 
@@ -50,7 +50,7 @@ def _counting(rng: random.Random, facts: dict[str, str]) -> Asked:
     n, steps = 0, []
     for character in word:
         n += character == letter
-        steps.append(f"{character} {n}")
+        steps.append(f"{character} {letter} {n}")
     ask = rng.choice(("How many {1} are in {0}?", "How often does {1} occur in {0}?", "Count the {1} in {0}."))
     return f"counting {word} {letter}", ask.format(word, letter), f"{', '.join(steps)}. The answer is {n}."
 
@@ -100,11 +100,11 @@ def _self(rng: random.Random, facts: dict[str, str]) -> Asked:
 
 
 TASKS: dict[str, tuple[Callable[[random.Random, dict[str, str]], Asked], float]] = {
-    "addition": (_addition, 0.4),
-    "counting": (_counting, 0.3),
-    "spelling": (_spelling, 0.1),
-    "sorting": (_sorting, 0.08),
-    "dates": (_dates, 0.08),
+    "addition": (_addition, 0.35),
+    "counting": (_counting, 0.4),
+    "spelling": (_spelling, 0.07),
+    "sorting": (_sorting, 0.07),
+    "dates": (_dates, 0.07),
     "self": (_self, 0.04),
 }
 """With how often each is asked."""

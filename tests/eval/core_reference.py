@@ -1,0 +1,103 @@
+"""CORE written down plainly: one text at a time, all logits of all positions. What gkachat.eval.core is tested against."""
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+
+
+def read_bundle(directory):
+    """{label: (rows, shots, kind, delimiter, baseline in percent)}"""
+    directory = Path(directory)
+    with open(directory / "eval_meta_data.csv") as file:
+        baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
+    tasks = {}
+    for task in yaml.safe_load((directory / "core.yaml").read_text())["icl_tasks"]:
+        lines = (directory / "eval_data" / task["dataset_uri"]).read_text().splitlines()
+        tasks[task["label"]] = (
+            [json.loads(line) for line in lines if line.strip()],
+            task["num_fewshot"][0],
+            task["icl_task_type"],
+            task.get("continuation_delimiter", " "),
+            baselines[task["label"]],
+        )
+    return tasks
+
+
+def prompts(rows, index, shots, kind, delimiter):
+    """The texts that are compared, and the index of the right one."""
+    others = [i for i in range(len(rows)) if i != index]
+    examples = [rows[i] for i in random.Random(1234 + index).sample(others, shots)] if shots else []
+    row, head = rows[index], ""
+    if kind == "multiple_choice":
+        for example in examples:
+            head += example["query"] + delimiter + example["choices"][example["gold"]] + "\n\n"
+        return [head + row["query"] + delimiter + choice for choice in row["choices"]], row["gold"]
+    if kind == "schema":
+        for example in examples:
+            head += example["context_options"][example["gold"]] + delimiter + example["continuation"] + "\n\n"
+        return [head + option + delimiter + row["continuation"] for option in row["context_options"]], row["gold"]
+    for example in examples:
+        head += example["context"].strip() + delimiter + example["continuation"] + "\n\n"
+    whole = head + row["context"].strip() + delimiter
+    return [whole.strip(), whole + row["continuation"]], None
+
+
+def common(sequences):
+    """Length of the common prefix."""
+    n = 0
+    while all(len(s) > n and s[n] == sequences[0][n] for s in sequences):
+        n += 1
+    return n
+
+
+@torch.no_grad()
+def losses_and_predictions(model, tokens):
+    """Of every position but the last, on its own: loss of the next token, the likeliest next token, and the lead of the
+    next token's logit over the best of the others."""
+    logits = model(torch.tensor([tokens], device=model.wte.weight.device))[0, :-1]
+    targets = torch.tensor(tokens[1:], device=logits.device)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return losses, logits.argmax(dim=-1), logits, targets
+
+
+def decide(model, tokenizer, rows, index, shots, kind, delimiter):
+    """(right or not, how far the decision is from falling the other way: nats of mean loss, or of logits)."""
+    texts, gold = prompts(rows, index, shots, kind, delimiter)
+    sequences = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
+    if kind == "language_modeling":
+        assert sequences[0] == sequences[1][: len(sequences[0])], "the prompt is a prefix of the text"
+        starts, sequences = [len(sequences[0])], sequences[1:]
+    elif kind == "multiple_choice":
+        starts = [common(sequences)] * len(sequences)
+    else:
+        suffix = common([s[::-1] for s in sequences])
+        starts = [len(s) - suffix for s in sequences]
+    limit = model.config.sequence_len
+    starts = [start - max(0, len(s) - limit) for s, start in zip(sequences, starts, strict=True)]
+    sequences = [s[-limit:] for s in sequences]
+    means = []
+    for tokens, start in zip(sequences, starts, strict=True):
+        losses, predictions, logits, targets = losses_and_predictions(model, tokens)
+        if kind == "language_modeling":
+            mine = logits.gather(1, targets[:, None])[start - 1 :, 0]
+            lead = mine - logits.scatter(1, targets[:, None], -torch.inf)[start - 1 :].amax(dim=-1)
+            return bool((predictions == targets)[start - 1 :].all()), abs(lead.min().item())
+        means.append(losses[start - 1 :].mean().item())
+    best = min(means)
+    others = [m for m in means if m != best]
+    return means.index(best) == gold, min(others, default=best) - best
+
+
+def evaluate(model, tokenizer, bundle_dir, max_per_task=None):
+    """{label: [(right or not, margin) for each row]}"""
+    results = {}
+    for label, (rows, *task, _) in read_bundle(bundle_dir).items():
+        random.Random(1337).shuffle(rows)
+        rows = rows[:max_per_task]
+        results[label] = [decide(model, tokenizer, rows, i, *task) for i in range(len(rows))]
+    return results
