@@ -84,7 +84,7 @@ def test_what_else_is_in_the_batch_makes_no_difference(engine, rows, temperature
 
 def test_a_step_whose_shapes_stay_gives_the_same(engine, monkeypatch):
     """As a recorded one does; what compiling is worth beside that is the next test's."""
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     settings = [Sampling(max_tokens=2 + 3 * i, seed=i, top_k=40, repetition_penalty=1.0 + 0.1 * i) for i in range(8)]
     requests = [Request(prompt, s) for prompt, s in zip(PROMPTS, settings, strict=True)]
     fixed = Engine(engine.model, TOKENIZER, compile=True)

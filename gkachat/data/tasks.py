@@ -3,8 +3,8 @@
     for key, messages in generated(seed, facts): ...      # without end
     question, answer = ask("addition", rng, facts)[1:]
 
-Answers go by way of their parts (digits from the right with what is carried, letters beside the one that is counted): a small
-model that could not learn a table of results learns these. They end with "The answer is ...".
+Answers go by way of their parts (digits from the right with what is carried, letters beside the one that is counted): a
+small model that could not learn a table of results learns these. They end with "The answer is ...".
 """
 
 import calendar
