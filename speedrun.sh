@@ -38,11 +38,11 @@ gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true)
 if [ "$gpus" -gt 0 ]; then
     softmax_config=configs/d20_softmax.toml gka_config=configs/d20_gka.toml depth=20
     launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$gpus" -m)
-    talks=(--chat.source huggingface)
+    talks=(--chat.source huggingface) questions=()
 else
     softmax_config=configs/laptop.toml gka_config=configs/laptop.toml depth=4
     launch=("$PYTHON" -m)
-    talks=(--chat.conversations 24000)
+    talks=(--chat.conversations 24000) questions=(--tasks addition counting)
 fi
 
 # A run with a checkpoint is gone on with (finished, it has nothing left to do); without one it begins.
@@ -69,6 +69,9 @@ step "evaluate Gaussian Kernel Attention" "$PYTHON" -m scripts.base_eval "d${dep
 step "compare" "$PYTHON" -m scripts.compare "d${depth}_softmax" "d${depth}_gka"
 step "tune softmax attention on conversations" tune softmax
 step "tune Gaussian Kernel Attention on conversations" tune gka
+for attention in softmax gka; do
+    step "ask the tuned $attention model" "$PYTHON" -m scripts.chat_eval "d${depth}_${attention}_chat" ${questions[@]+"${questions[@]}"}
+done
 
 [ "$GKACHAT_HOME" = "$HOME/.cache/gkachat" ] && prefix= || prefix="GKACHAT_HOME=$GKACHAT_HOME "
 chat="  ${prefix}$PYTHON -m scripts.chat_cli d${depth}"

@@ -1,6 +1,7 @@
-"""Benchmarks of a run that was tuned on conversations: ARC, MMLU, GSM8K, HumanEval.
+"""Benchmarks of a run that was tuned on conversations: ARC, MMLU, GSM8K, HumanEval, made-up sums and letter counts.
 
-python -m scripts.chat_eval d20_gka_sft --tasks arc-easy mmlu gsm8k --limit 200
+python -m scripts.chat_eval d20_gka_chat --tasks arc-easy mmlu gsm8k --limit 200
+python -m scripts.chat_eval d4_gka_chat --tasks addition counting
 """
 
 from pathlib import Path
@@ -29,8 +30,8 @@ def main(
 
     Args:
         run_name: A run's name, or the path of its directory.
-        tasks: Of arc-easy, arc-challenge, mmlu, gsm8k, humaneval.
-        limit: So many questions of each task, drawn from all of them; by default all.
+        tasks: Of arc-easy, arc-challenge, mmlu, gsm8k, humaneval, addition, counting.
+        limit: So many questions of each task, drawn from all of them; by default all (200 of those that are made up).
         data: A directory with TASK.jsonl files of the same columns, instead of the Hugging Face hub.
         allow_code_execution: Run what the model writes for humaneval, in a sandbox (Linux).
         batch_size: Answers that are written at a time.
@@ -41,13 +42,17 @@ def main(
     model, tokenizer, meta = load_model(run_dir, pick_device(device), step)
     model.prepare(pick_dtype("auto", pick_device(device)))
     print(f"{run_dir.name}, step {meta['step']}")
+    chat = meta["config"].get("chat", {})
+    held_out = chat["val_fraction"] if chat.get("source") == "generated" else None
 
     def show(name: str, score: Score) -> None:
         spread = f"{score.accuracy:.4f} +- {score.standard_error:.4f}"
-        print(f"  {name:14s} {spread}, centered {score.centered:.4f}; {score.examples:,} in {score.seconds:.1f} s")
+        guess = (score.accuracy - score.centered) / (1 - score.centered) if score.centered < 1 else None
+        chance = "" if guess is None else f" (guessing: {guess:.4f})"
+        print(f"  {name:14s} {spread}{chance}; {score.examples:,} in {score.seconds:.1f} s", flush=True)
 
     scores, correct, truncated = evaluate_chat(
-        model, tokenizer, tasks, data=data, limit=limit, allow_code_execution=allow_code_execution,
+        model, tokenizer, tasks, data=data, limit=limit, held_out=held_out, allow_code_execution=allow_code_execution,
         rows=batch_size, on_task=show,
     )  # fmt: skip
     mean = sum(score.centered for score in scores.values()) / len(scores)

@@ -1,4 +1,4 @@
-"""Tune a trained model on conversations (supervised fine-tuning), and ask it what it has not been asked before.
+"""Tune a trained model on conversations (supervised fine-tuning).
 
 python -m scripts.chat_sft d4_gka
 python -m scripts.chat_sft d20_gka --chat.source huggingface
@@ -24,9 +24,8 @@ def main() -> None:
         print_help("RUN", TuningConfig(), __doc__, RUN_FLAGS)
     check_flags(flags)
     from gkachat.checkpoint import MODEL, find_run, load_tokenizer, load_weights, open_checkpoint  # torch takes seconds
-    from gkachat.data.conversations import conversations, tokenize
+    from gkachat.data.conversations import conversations, facts_of, tokenize
     from gkachat.data.loader import count_rows
-    from gkachat.eval.skills import facts_of, report_skills
     from gkachat.train import recipe
     from gkachat.train.trainer import Start, Trainer
 
@@ -48,8 +47,7 @@ def main() -> None:
         print(f"{counts}; rows of {T} tokens: {rows['train']:,} of train, {rows['val']:,} of val")
     start = Start(tokenizer, load_weights(directory), tokenized.splits["train"], tokenized.splits["val"])
     trainer = Trainer(config, resume="resume" in flags, overwrite="overwrite" in flags, start=start)
-    if trainer.run() and trainer.world.is_main and config.chat.source == "generated":
-        report_skills(trainer.model.eval(), tokenizer, config.chat.val_fraction)
+    trainer.run()
 
 
 if __name__ == "__main__":

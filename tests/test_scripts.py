@@ -137,7 +137,7 @@ def test_what_chat_cannot_do_is_one_line_and_a_failing_exit(trained, tmp_path):
 def tuned(trained):
     result = call("chat_sft", "d2_gka", "--chat.conversations=200", "--chat.epochs=0.2", home=trained)
     assert result.returncode == 0, result.stderr
-    assert "addition: " in result.stdout and "truncated" in result.stdout  # the context is 32 tokens
+    assert "truncated" in result.stdout  # the context is 32 tokens
     return trained
 
 
@@ -146,7 +146,7 @@ def test_tuning_refuses_what_is_there_and_goes_on_when_asked(tuned):
     again = call("chat_sft", *options, home=tuned)
     assert again.returncode == 1 and "run 'd2_gka_chat' exists" in again.stderr
     resumed = call("chat_sft", *options, "--resume", home=tuned)
-    assert resumed.returncode == 0 and "addition: " in resumed.stdout
+    assert resumed.returncode == 0, resumed.stderr
     other = call("chat_sft", "d2_gka", "--chat.conversations=300", "--resume", home=tuned)
     assert other.returncode == 1 and "conversations: given 300, the run has 200" in other.stderr
 
@@ -261,7 +261,7 @@ def test_the_speedrun_trains_compares_and_says_how_to_talk(speedrun):
     home, result = speedrun
     assert result.returncode == 0, result.stderr
     assert "| parameters |" in result.stdout and "unigram" in result.stdout
-    assert result.stdout.count("addition: ") == result.stdout.count("counting: ") == 2
+    assert result.stdout.count("  addition  ") == result.stdout.count("  counting  ") == 2
     commands = [line.strip() for line in result.stdout.splitlines() if "scripts.chat_cli" in line]
     assert len(commands) == 3
     for command in commands:

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from gkachat.config import ChatConfig
+from gkachat.config import ChatConfig, GPTConfig
+from gkachat.cost import account
 from gkachat.data.shards import Documents
 from gkachat.data.tasks import generated
 from gkachat.tokenizer import Tokenizer
@@ -60,6 +61,15 @@ def render(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[bo
 def prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """Ids, BOS first, after which an assistant's answer is due."""
     return [*render(tokenizer, messages)[0], tokenizer.special["<|assistant_start|>"]]
+
+
+def facts_of(config: GPTConfig) -> dict[str, str]:
+    """What a model is told to say about itself."""
+    return {
+        "attention": {"softmax": "softmax", "gka": "Gaussian kernel"}[config.attention],
+        "parameters": f"{account(config).params['total']:,}",
+        "depth": str(config.depth),
+    }
 
 
 def conversations(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator[tuple[str, Messages]]:

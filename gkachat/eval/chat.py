@@ -3,7 +3,8 @@
 scores, correct, truncated = evaluate_chat(model, tokenizer, ["arc-easy", "gsm8k"], limit=200)
 
 ARC and MMLU: which of the letters A, B, C ... the model finds likeliest as the first token of its answer. GSM8K: the
-number after #### in what it writes. HumanEval: whether what it writes passes the tests, in a sandbox.
+number after #### in what it writes. HumanEval: whether what it writes passes the tests, in a sandbox. addition,
+counting: the tasks that tuning makes up, those that it held back.
 """
 
 import json
@@ -11,6 +12,7 @@ import math
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -19,12 +21,14 @@ from typing import Any
 
 import torch
 
-from gkachat.data.conversations import multiple_choice, prompt
-from gkachat.engine import Engine, Request, Sampling
+from gkachat.data.conversations import is_val, multiple_choice, prompt
+from gkachat.data.tasks import answer_of, ask
+from gkachat.engine import Engine, Request
 from gkachat.eval.core import TOKENS
 from gkachat.eval.report import Score
 from gkachat.eval.sandbox import run_code
 from gkachat.gpt import GPT
+from gkachat.sampling import Sampling
 from gkachat.tokenizer import Tokenizer
 
 LETTERS = "ABCDEFGHIJ"
@@ -41,6 +45,8 @@ class Question:
     choices: int = 0
     gold: int = 0
     is_right: Callable[[str], bool] = lambda answer: False
+    guess: float = 0.0
+    """How often guessing is right."""
 
 
 def _letters(question: str, choices: list[str], gold: int) -> Question:
@@ -48,7 +54,9 @@ def _letters(question: str, choices: list[str], gold: int) -> Question:
         raise ValueError(
             f"given {len(choices)} choices and answer {gold}, expected 2 to {len(LETTERS)} and one of them"
         )
-    return Question(multiple_choice(_text(question), [*map(_text, choices)]), len(choices), gold)
+    return Question(
+        multiple_choice(_text(question), [*map(_text, choices)]), len(choices), gold, guess=1 / len(choices)
+    )
 
 
 def _text(value: Any) -> str:
@@ -106,6 +114,22 @@ class Task:
     question: Callable[[dict[str, Any]], Question]
 
 
+def _made_up(name: str, held_out: float, n: int) -> list[Question]:
+    """Of what tuning held back, fewer than `n` where there are no more. Guessing always gives the commonest answer."""
+    rng, asked = random.Random(1337), {}
+    for key, question, said in (ask(name, rng, {}) for _ in range(100_000)):
+        if len(asked) < n and is_val(key, held_out):
+            asked[key] = question, answer_of(said)
+    if not asked:
+        raise ValueError(f"{name}: tuning held nothing back (chat.val_fraction {held_out})")
+    guess = Counter(gold for _, gold in asked.values()).most_common(1)[0][1] / len(asked)
+    return [
+        Question(text, is_right=lambda answer, gold=gold: answer_of(answer) == gold, guess=guess)
+        for text, gold in asked.values()
+    ]
+
+
+MADE_UP, MADE_UP_QUESTIONS = ("addition", "counting"), 200
 TASKS = {
     "arc-easy": Task("allenai/ai2_arc", "ARC-Easy", _arc),
     "arc-challenge": Task("allenai/ai2_arc", "ARC-Challenge", _arc),
@@ -156,6 +180,7 @@ def evaluate_chat(
     *,
     data: Path | None = None,
     limit: int | None = None,
+    held_out: float | None = None,
     allow_code_execution: bool = False,
     rows: int = 16,
     on_task: Callable[[str, Score], None] = lambda name, score: None,
@@ -163,7 +188,8 @@ def evaluate_chat(
     """Scores; of each task which questions were answered right, in the order asked; prompts that lost their beginning.
 
     Args:
-        tasks: names from TASKS.
+        tasks: names from TASKS and MADE_UP.
+        held_out: share of the conversations that tuning held back, for tasks that are made up.
         data: see `read_questions`; so for `limit`.
         allow_code_execution: HumanEval needs it.
         rows: answers that are written at a time.
@@ -171,16 +197,25 @@ def evaluate_chat(
 
     Raises what `read_questions` does, ValueError for a task that is unknown or not allowed, OSError without a sandbox.
     """
-    if not tasks or (unknown := set(tasks) - TASKS.keys()):
+    if not tasks or (unknown := set(tasks) - {*TASKS, *MADE_UP}):
         given = ", ".join(sorted(unknown)) if tasks else "none"
-        raise ValueError(f"tasks: given {given}, expected of {', '.join(TASKS)}")
+        raise ValueError(f"tasks: given {given}, expected of {', '.join([*TASKS, *MADE_UP])}")
+    if held_out is None and set(tasks) & set(MADE_UP):
+        raise ValueError(
+            f"{' and '.join(MADE_UP)}: of a run that scripts.chat_sft has tuned on made-up conversations only"
+        )
     if "humaneval" in tasks:
         if not allow_code_execution:
             raise ValueError("humaneval runs code that the model writes: --allow-code-execution lets it, in a sandbox")
         run_code("")  # or say now that there is none
     if limit is not None and limit < 1:
         raise ValueError(f"limit: given {limit}, expected 1 or more")
-    read = {name: read_questions(name, data, limit) for name in tasks}
+    read = {
+        name: _made_up(name, held_out, limit or MADE_UP_QUESTIONS)
+        if name in MADE_UP
+        else read_questions(name, data, limit)
+        for name in tasks
+    }
     scores: dict[str, Score] = {}
     correct: dict[str, list[bool]] = {}
     truncated = 0
@@ -198,7 +233,7 @@ def evaluate_chat(
             answers = answer(model, tokenizer, prompts, rows)
             correct[name] = [q.is_right(text) for q, text in zip(questions, answers, strict=True)]
         n, accuracy = len(questions), sum(correct[name]) / len(questions)
-        guess = sum(1 / question.choices for question in questions) / n if by_letter else 0.0
+        guess = sum(question.guess for question in questions) / n
         centered = (accuracy - guess) / (1 - guess)
         error = math.sqrt(accuracy * (1 - accuracy) / n)
         scores[name] = Score(accuracy, error, n, time.perf_counter() - start, centered)

@@ -1,6 +1,7 @@
 """Benchmarks of tuned models, on rows of their columns."""
 
 import json
+import re
 import sys
 from decimal import Decimal
 
@@ -320,3 +321,20 @@ def test_the_script_leaves_a_report(tmp_path, tokenizer, data):
     wrong = call("chat_eval", *options, "mmlu", "chess", home=tmp_path)
     assert wrong.returncode == 1 and "given chess, expected of arc-easy" in wrong.stderr
     assert wrong.stderr.count("\n") == 1
+
+
+def test_made_up_tasks_ask_what_tuning_held_back():
+    from gkachat.data.conversations import is_val
+    from gkachat.eval.chat import _made_up
+
+    for name in ("addition", "counting"):
+        few, again = _made_up(name, 0.05, 20), _made_up(name, 0.05, 20)
+        assert [q.text for q in few] == [q.text for q in again] and len(few) == 20
+        assert all(0 < q.guess < 0.7 for q in few)
+    for question in _made_up("addition", 0.05, 50):
+        a, b = map(int, re.findall(r"\d+", question.text))
+        assert is_val(f"addition {a} {b}", 0.05)
+        assert question.is_right(f"so. The answer is {a + b}.") and not question.is_right(f"The answer is {a + b + 1}.")
+    assert 300 < len(_made_up("addition", 0.05, 10_000)) < 500  # of 8,100 pairs
+    with pytest.raises(ValueError, match="held nothing back"):
+        _made_up("addition", 1e-9, 5)
