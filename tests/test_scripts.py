@@ -234,8 +234,9 @@ def test_weights_and_biases_works_offline(tiny_home):
 
 
 def bash_lines():
-    """Every command in the README's bash blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    """Every command in the bash blocks of the README and of two pages that one machine can follow."""
+    pages = [README, *((ROOT / "docs" / name).read_text() for name in ("inference.md", "evaluation.md"))]
+    blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
 
