@@ -16,7 +16,6 @@ REFERENCE_BATCH = 2**19  # tokens
 REFERENCE_CHANNELS = 768
 BATCH_EXPONENT = 0.383  # the best batch grows with horizon^0.383 (Power Lines, arXiv 2505.13738)
 REFERENCE_WEIGHT_DECAY = 0.28
-TUNING_LR = 0.5  # of pretraining's
 
 MOMENTUM_START, MOMENTUM_HIGH, MOMENTUM_END, MOMENTUM_STEPS = 0.85, 0.97, 0.90, 400
 
@@ -75,12 +74,12 @@ def resolve(config: Config, world_size: int = 1) -> Config:
 
 
 def tuning(tree: dict[str, Any], base: str) -> None:
-    """Make of a run's config one that tunes its model on conversations: its batch, a learning rate that begins lower
-    and falls to nothing, no decay; how long follows from the conversations."""
+    """Make of a run's config one that tunes its model on conversations: its batch and learning rate, which falls to
+    nothing, and no decay; how long follows from the conversations."""
     kept = ("total_batch_size", "device_batch_size", "recompute_blocks", "eval_tokens", "clip_norm", "max_skipped")
     tree["train"] = {name: value for name, value in tree["train"].items() if name in kept}
     tree["train"] |= {"warmup_steps": 10, "warmdown_fraction": 1.0, "final_lr_fraction": 0.0}
-    tree["optim"] |= {"lr_scale": TUNING_LR * tree["optim"]["lr_scale"], "weight_decay": 0.0}
+    tree["optim"] |= {"weight_decay": 0.0}
     tree["run"]["name"], tree["chat"] = f"{base}_chat", {"base": base}
 
 
