@@ -83,7 +83,7 @@ class Decoder:
         if self.keep_shapes:  # rows that nobody is in work too: what they leave is overwritten when someone comes
             rows = len(self.samplings)
             inputs += [(0, cache.first, 0.0)] * (rows - n)
-            longest = -(-longest // ROUND) * ROUND
+            longest = min(-(-longest // ROUND) * ROUND, max(layer[0].size(2) for layer in cache.layers))
         self.inputs[:rows].copy_(torch.tensor(inputs, dtype=torch.float64), non_blocking=True)
         drawn = self._replayed(longest, plan) if self.is_recorded else self._run(rows, longest, plan)
         for row in range(n):
