@@ -117,13 +117,12 @@ def main() -> None:
         for row in measure(models, tokens, batch, options.rounds, bandwidth, options.compile)
     ]  # fmt: skip
     print(f"bandwidth is of {bandwidth / 1e9:,.1f} GB/s, a large copy's")
-    result = {
-        "dtype": str(dtype),
-        "compile": options.compile,
-        "int8": options.int8,
-        "bytes_per_second": bandwidth,
-        "rows": rows,
-    }
+    kernels = {name: model.blocks[0].attn.decoding for name, model in models.items()}
+    for name, kernel in kernels.items():
+        print(f"{name}: {kernel.name} ({kernel.reason})")
+    facts = {"dtype": str(dtype), "compile": options.compile, "int8": options.int8}
+    facts |= {"kernels": {name: kernel.name for name, kernel in kernels.items()}}
+    result = facts | {"bytes_per_second": bandwidth, "rows": rows}
     publish("Decoding, timed", result, table(rows, COLUMNS), device, options.out)
 
 
