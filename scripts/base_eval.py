@@ -87,20 +87,20 @@ def core(
         fetch_bundle()
     distributed.barrier(world)
     path = Path(bundle) if bundle is not None else fetch_bundle()
-    partial, now = run_dir / DIRECTORY / f".core_step_{meta['step']:06d}.partial.json", "finished tasks"
+    partial = run_dir / DIRECTORY / f".core_step_{meta['step']:06d}.partial.json"
     made_by = [meta["sha256"], commit(), str(model.compute_dtype)]
     kept = read_json(partial, made_by=list, tasks=dict) if partial.exists() else {}
     finished = kept["tasks"] if kept.get("made_by") == made_by else {}
     distributed.barrier(world)  # all have read it before it is written again
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, disable=not world.is_main) as progress:
-        bar = progress.add_task(now)
+        bar = progress.add_task("reading the bundle")
 
         def on_task(label: str, result: dict[str, Any]) -> None:
             finished[label] = result
             if world.is_main:
                 write_text(partial, json.dumps({"made_by": made_by, "tasks": finished}))
-                progress.console.print(line(label, result), highlight=False)
+                progress.console.print(line(label, result), highlight=False, soft_wrap=True)
 
         result = evaluate_core(
             model, tokenizer, path, max_per_task, world=world, tokens=tokens, finished=dict(finished), on_task=on_task,

@@ -123,6 +123,8 @@ def _reader(path: Path) -> Callable[[str, int], bytes]:
 
     if path.is_dir():
         root = path if (path / "core.yaml").exists() else path / "eval_bundle"
+        if not (root / "core.yaml").exists():
+            raise FileNotFoundError(f"{path}: no core.yaml; expected the directory, or zip, of nanochat's eval_bundle")
 
         def read(name: str, most: int) -> bytes:
             file = (root / name).resolve()
