@@ -159,7 +159,7 @@ class GPT(nn.Module):
         return Cache(self.config, widths, rows, length, dtype=self.compute_dtype, device=device, **options)
 
     def prefill(self, idx: Tensor, cache: Cache) -> None:
-        """Read idx (B, T) into a new cache of B rows, made with `block` as long as `length`, by the kernels of `forward`.
+        """Read idx (B, T) into a new cache of B rows, made with `block` as long as `length`, with `forward`'s kernels.
 
         Gives no logits, and so spares the last block all but what is kept of it. Where texts were padded at their end,
         set cache.lengths[row] to their own lengths afterwards: what lies beyond is not seen, and written over.

@@ -86,28 +86,29 @@ class SoftmaxAttention(nn.Module):
             groups["value_gates"] = [self.value_gate.weight]
         return groups
 
-    def _projected(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def kept(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Keys and values, (B, T, H, D)."""
         heads = (*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
-        q, k, v = self.c_q(x_BTC).view(heads), self.c_k(x_BTC).view(heads), self.c_v(x_BTC).view(heads)
+        k, v = self.c_k(x_BTC).view(heads), self.c_v(x_BTC).view(heads)
         if self.value_embedding is not None:
             gate = 3 * torch.sigmoid(self.value_gate(x_BTC[..., :GATE_CHANNELS]))
             v = v + gate[..., None] * self.value_embedding(idx_BT).to(v.dtype).view(heads)
-        q, k = (QK_SCALE * rms_norm(apply_rope(t, rope)) for t in (q, k))
-        return q, k, v
+        return QK_SCALE * rms_norm(apply_rope(k, rope)), v
 
-    def kept(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> tuple[Tensor, ...]:
-        return self._projected(x_BTC, idx_BT, rope)[1:]
+    def _queries(self, x_BTC: Tensor, rope: Rope) -> Tensor:
+        q = self.c_q(x_BTC).view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
+        return QK_SCALE * rms_norm(apply_rope(q, rope))
 
     def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, keep: Keep | None = None) -> Tensor:
-        q, k, v = self._projected(x_BTC, idx_BT, rope)
+        q, (k, v) = self._queries(x_BTC, rope), self.kept(x_BTC, idx_BT, rope)
         if keep is not None:
             keep(k, v)
         y = self.backend.attend(q, k, v, window=self.window, scale=self.config.head_dim**-0.5)
         return self.c_proj(y.flatten(2))
 
     def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
-        q, k, v = self._projected(x_BTC, idx_BT, rope)
-        seen = [Keys(*span.tensors, span.mask) for span in step.extend(k, v)]
+        q, kept = self._queries(x_BTC, rope), self.kept(x_BTC, idx_BT, rope)
+        seen = [Keys(*span.tensors, span.mask) for span in step.extend(*kept)]
         return self.c_proj(self.decoding.attend(q, seen, self.config.head_dim**-0.5).flatten(2))
 
     def statistics(self) -> dict[str, Tensor]:

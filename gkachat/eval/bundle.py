@@ -25,29 +25,11 @@ URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 # Its host publishes none; several projects that pin the file, independently of each other, have recorded this one.
 SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"
 TASKS = [
-    "hellaswag_zeroshot",
-    "jeopardy",
-    "bigbench_qa_wikidata",
-    "arc_easy",
-    "arc_challenge",
-    "copa",
-    "commonsense_qa",
-    "piqa",
-    "openbook_qa",
-    "lambada_openai",
-    "hellaswag",
-    "winograd",
-    "winogrande",
-    "bigbench_dyck_languages",
-    "agi_eval_lsat_ar",
-    "bigbench_cs_algorithms",
-    "bigbench_operators",
-    "bigbench_repeat_copy_logic",
-    "squad",
-    "coqa",
-    "boolq",
-    "bigbench_language_identification",
-]
+    "hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa",
+    "commonsense_qa", "piqa", "openbook_qa", "lambada_openai", "hellaswag", "winograd", "winogrande",
+    "bigbench_dyck_languages", "agi_eval_lsat_ar", "bigbench_cs_algorithms", "bigbench_operators",
+    "bigbench_repeat_copy_logic", "squad", "coqa", "boolq", "bigbench_language_identification",
+]  # fmt: skip
 LARGEST = 2**29  # bytes that are read of a bundle, unpacked: the real one's 22 tasks are a fraction of this
 FIELDS = {  # of a row, by a task's kind: texts, and lists of texts
     "multiple_choice": (("query",), "choices"),
@@ -141,6 +123,8 @@ def _reader(path: Path) -> Callable[[str, int], bytes]:
 
     if path.is_dir():
         root = path if (path / "core.yaml").exists() else path / "eval_bundle"
+        if not (root / "core.yaml").exists():
+            raise FileNotFoundError(f"{path}: no core.yaml; expected the directory, or zip, of nanochat's eval_bundle")
 
         def read(name: str, most: int) -> bytes:
             file = (root / name).resolve()

@@ -1,16 +1,18 @@
-"""Two runs side by side: a table, curves of bits per byte, learned bandwidths.
+"""Two runs side by side: a table, scores on tasks, curves of bits per byte, learned bandwidths.
 
 comparison = compare_runs(run_a, run_b)      # a is the baseline: ratios are b over a
 write_comparison(comparison, directory)      # comparison.md, .json, .png
 """
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gkachat.checkpoint import MODEL, load_weights, model_config, open_checkpoint
 from gkachat.cost import PUBLISHED_FLOPS_RATIO, PUBLISHED_PARAMS_RATIO, account
+from gkachat.eval.report import read_reports
 from gkachat.files import atomic_write, write_text
 from gkachat.train.metrics import read_metrics
 
@@ -33,9 +35,35 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Two runs' scores on a task; errors are standard errors.
+
+    A difference counts as more than noise where it is more than 1.96 of its standard errors, which chance alone brings
+    about in one of twenty tasks. Where both runs answered the very same rows it is taken over the pairs, whose
+    difficulty cancels: the error is that of the mean of b's answer (1 or 0) less a's. Else it is that of two samples,
+    the root of the sum of both squared errors.
+    """
+
+    name: str
+    a: float
+    b: float
+    error_a: float
+    error_b: float
+    error: float
+    """Of b - a."""
+    paired: bool
+
+    @property
+    def is_noise(self) -> bool:
+        return abs(self.b - self.a) <= 1.96 * self.error
+
+
+@dataclass(frozen=True)
 class Comparison:
     names: tuple[str, str]
     rows: list[Row]
+    scores: list[Difference]
+    """On the tasks of evals/ that both runs have."""
     curves: dict[str, list[dict[str, float]]]
     """Of each run: tokens, FLOPs and BPB at every evaluation."""
     sigma: dict[str, list[list[float]]]
@@ -68,10 +96,38 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
             row("training tokens a second", "tokens_per_second", "{:,.0f}"),
             row("decode cache, bytes a token", "cache_bytes_per_token", "{:,.0f}"),
         ],
+        scores=_differences(runs[0]["reports"], runs[1]["reports"]),
         curves={name: run["curve"] for name, run in zip(names, runs, strict=True)},
         sigma={name: run["sigma"] for name, run in zip(names, runs, strict=True) if run["sigma"]},
         facts={name: run["facts"] for name, run in zip(names, runs, strict=True)},
     )
+
+
+def _differences(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -> list[Difference]:
+    found: list[Difference] = []
+    for kind in [kind for kind in a if kind in b]:
+        sides, centered = (a[kind], b[kind]), []
+        for task in [task for task in a[kind]["scores"] if task in b[kind]["scores"]]:
+            scores = [side["scores"][task] for side in sides]
+            errors = [score["standard_error"] for score in scores]
+            rows = [side.get("sha256", {}).get(task) for side in sides]
+            answers = [side.get("correct", {}).get(task) for side in sides]
+            paired = None not in answers and rows[0] == rows[1] is not None
+            error = _paired_error(*answers) if paired else math.hypot(*errors)
+            found.append(Difference(f"{kind}: {task}", *(s["accuracy"] for s in scores), *errors, error, paired))
+            centered.append([e / (1 - a[kind].get("baseline", {}).get(task, 0)) for e in (*errors, error)])
+        if centered and all("mean_centered" in side for side in sides) and sides[0]["name"] == sides[1]["name"]:
+            # The mean of independent tasks, each stretched by what guessing gets.
+            errors = [math.hypot(*column) / len(centered) for column in zip(*centered, strict=True)]
+            means, paired = [side["mean_centered"] for side in sides], all(d.paired for d in found[-len(centered) :])
+            found.append(Difference(f"{kind}: {sides[0]['name']}", *means, *errors, paired))
+    return found
+
+
+def _paired_error(a: list[bool], b: list[bool]) -> float:
+    n, differences = len(a), [y - x for x, y in zip(a, b, strict=True)]
+    mean = sum(differences) / n
+    return math.sqrt(sum((d - mean) ** 2 for d in differences)) / n
 
 
 def _read_run(run_dir: Path) -> dict[str, Any]:
@@ -87,6 +143,7 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
     train = meta["config"]["train"]
     return {
         "eval": evaluated,
+        "reports": read_reports(run_dir, meta["step"]),
         "figures": {
             "params": counted.params["total"],
             "flops_per_token": counted.flops_per_token,
@@ -135,6 +192,14 @@ def markdown(comparison: Comparison) -> str:
         "Bits per byte are taken over all of the val split, and over as many training tokens.",
         "",
     ]
+    if comparison.scores:
+        lines += [f"| score | {a} | {b} | difference | |", "| --- | ---: | ---: | ---: | --- |"]
+        for d in comparison.scores:
+            shown = [f"{value:{sign}.4f} ± {error:.4f}" for value, sign, error in (
+                (d.a, "", d.error_a), (d.b, "", d.error_b), (d.b - d.a, "+", d.error))]  # fmt: skip
+            words = ("within noise" if d.is_noise else "more than noise") + (", paired" if d.paired else "")
+            lines.append(f"| {d.name} | {' | '.join(shown)} | {words} |")
+        lines += ["", "± one standard error; more than noise: more than 1.96 of them. Paired: on the same rows.", ""]
     for name, facts in comparison.facts.items():
         words = (
             f"depth {facts['depth']} {facts['attention']}, {facts['steps']:,} steps"
@@ -155,6 +220,7 @@ def write_comparison(comparison: Comparison, directory: Path, notes: str = "") -
             row.name: {"values": [row.a, row.b], "ratio": row.ratio, "published_ratio": row.published}
             for row in comparison.rows
         },
+        "scores": [{**asdict(d), "is_noise": d.is_noise} for d in comparison.scores],
         "curves": comparison.curves,
         "sigma": comparison.sigma,
         "facts": comparison.facts,

@@ -212,8 +212,9 @@ def evaluate_core(
         on_task: told of each task that is finished; on_progress: of the work done, in prompts with their shots.
 
     Returns a dict:
-        <task>: accuracy, centered, standard_error, correct (a bool a row, in the order of evaluation), examples, of
-            them cut to the context and rescored (decided by rounding, hence anew), seconds, sha256 of rows and rules.
+        <task>: accuracy, baseline (what guessing gets), centered, standard_error, correct (a bool a row, in the order
+            of evaluation), examples, how many of them were cut to the context and how many rescored, seconds, sha256
+            (of rows and rules).
         mean_centered: over all tasks; core: the same number, where all 22 ran, every row of theirs.
         name: what to call it; missing: which of the 22 were not there.
 
@@ -279,6 +280,7 @@ def _evaluate(
     accuracy = sum(correct) / n
     return {
         "accuracy": accuracy,
+        "baseline": task.baseline,
         "centered": (accuracy - task.baseline) / (1 - task.baseline),
         "standard_error": math.sqrt(accuracy * (1 - accuracy) / n),
         "correct": [bool(c) for c in correct],

@@ -1,4 +1,4 @@
-"""CORE written down plainly: one text at a time, all logits of all positions. What gkachat.eval.core is tested against."""
+"""CORE written down plainly, one text at a time, all logits: what gkachat.eval.core is tested against."""
 
 import csv
 import json
@@ -57,8 +57,7 @@ def common(sequences):
 
 @torch.no_grad()
 def losses_and_predictions(model, tokens):
-    """Of every position but the last, on its own: loss of the next token, the likeliest next token, and the lead of the
-    next token's logit over the best of the others."""
+    """Of every position but the last: loss of the next token, the likeliest next token, logits, the next token."""
     logits = model(torch.tensor([tokens], device=model.wte.weight.device))[0, :-1]
     targets = torch.tensor(tokens[1:], device=logits.device)
     losses = F.cross_entropy(logits, targets, reduction="none")

@@ -6,10 +6,11 @@ import shutil
 import pytest
 from conftest import TINY, call
 
-from gkachat.checkpoint import find_run
+from gkachat.checkpoint import find_run, open_checkpoint
 from gkachat.config_file import load_config
 from gkachat.cost import account
 from gkachat.eval.compare import compare_runs, markdown, write_comparison
+from gkachat.eval.report import Score, write_report
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +110,46 @@ def test_evaluation_prints_the_unigram_figure_and_covers_all_of_val(evaluated, t
     assert stored["val_tokens"] == sum(s["tokens"] for s in manifest["shards"] if s["split"] == "val")
     assert 2 < stored["unigram_bpb"] < 8
     assert f"{stored['unigram_bpb']:.4f}" in call("base_eval", "d2_gka", home=tiny_home).stdout
+
+
+def with_scores(run_dir, answers, *, kind="core", rows="same", **facts):
+    """Leave a report: {task: list of right or wrong}."""
+    scores = {}
+    for task, right in answers.items():
+        p = sum(right) / len(right)
+        scores[task] = Score(p, (p * (1 - p) / len(right)) ** 0.5, len(right), 1.0, centered=p)
+    facts = {"correct": answers, "sha256": dict.fromkeys(answers, rows), **facts}
+    write_report(run_dir, kind, open_checkpoint(run_dir)[1], scores, **facts)
+
+
+def test_scores_on_the_same_rows_are_compared_pair_by_pair(evaluated):
+    first = [i % 2 == 0 for i in range(100)]
+    better = [right or i < 12 for i, right in enumerate(first)]  # six rows more, none less
+    for run, answers in zip(evaluated, (first, better), strict=True):
+        with_scores(run, {"arc": answers}, name="n of 22", mean_centered=sum(answers) / 100)
+    arc, mean = compare_runs(*evaluated).scores
+    assert (arc.name, arc.a, arc.b, arc.paired) == ("core: arc", 0.5, 0.56, True)
+    assert arc.error == pytest.approx((0.06 * 0.94 / 100) ** 0.5) and not arc.is_noise
+    assert mean.name == "core: n of 22" and mean.error == pytest.approx(arc.error) and mean.paired
+    assert "| core: arc | 0.5000 ± 0.0500 | 0.5600 ± 0.0496 | +0.0600 ± 0.0237 | more than noise, paired |" in markdown(
+        compare_runs(*evaluated)
+    )
+
+
+def test_scores_on_other_rows_are_two_samples(evaluated):
+    first = [i % 2 == 0 for i in range(100)]
+    better = [right or i < 12 for i, right in enumerate(first)]
+    for run, answers, rows in zip(evaluated, (first, better), ("these", "those"), strict=True):
+        with_scores(run, {"arc": answers}, rows=rows)
+    (arc,) = compare_runs(*evaluated).scores
+    assert not arc.paired and arc.error == pytest.approx((0.25 / 100 + 0.56 * 0.44 / 100) ** 0.5) and arc.is_noise
+
+
+def test_only_what_both_runs_were_measured_on_is_compared(evaluated, tmp_path):
+    with_scores(evaluated[0], {"arc": [True, False], "copa": [True]})
+    with_scores(evaluated[1], {"arc": [True, True], "piqa": [True]})
+    with_scores(evaluated[1], {"gsm8k": [False]}, kind="chat")
+    comparison = compare_runs(*evaluated)
+    assert [score.name for score in comparison.scores] == ["core: arc"]
+    write_comparison(comparison, tmp_path)
+    assert json.loads((tmp_path / "comparison.json").read_text())["scores"][0]["is_noise"]
