@@ -9,6 +9,7 @@ Names and numbers of the tensors are the checkpoint's. gkachat/hf/ has the sourc
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from gkachat.checkpoint import load_model, remove
 from gkachat.config import GPTConfig
 from gkachat.cost import account
 from gkachat.eval.compare import EVAL_FILE
-from gkachat.files import flush, read_json
+from gkachat.files import flush, read_json, write_text
 from gkachat.gpt import GPT
-from gkachat.tokenizer import Tokenizer
+from gkachat.tokenizer import BOS, Tokenizer
 
 SOURCES = ("configuration_gkachat.py", "modeling_gkachat.py")
 END_OF_ANSWER = "<|assistant_end|>"
@@ -65,23 +66,19 @@ def export(
     _check_free(out, overwrite)
     model, tokenizer, meta = load_model(run_dir, step=step)
     tensors = {name: t.to(getattr(torch, dtype)) if t.ndim > 1 else t for name, t in model.state_dict().items()}
-    config = _config(model, tokenizer, meta) | {"dtype": dtype}
+    files = _settings(model, tokenizer, meta, dtype)
+    config = files["config.json"]
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size, metadata={"format": "pt"})
-        for name in SOURCES:
-            shutil.copyfile(Path(__file__).parent / "hf" / name, temporary / name)
-        (temporary / "tokenizer.json").write_text(tokenizer.json_text)
-        (temporary / "README.md").write_text(_card(run_dir, model.config, meta, config))
-        for name, content in {
-            "config.json": config,
-            "generation_config.json": _generation(config, tokenizer),
-            "tokenizer_config.json": _tokenizer_config(config, tokenizer),
-        }.items():
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
-        for path in temporary.iterdir():
+        for path in temporary.glob("*.safetensors"):
             flush(path)
+        texts = {name: (Path(__file__).parent / "hf" / name).read_text() for name in SOURCES}
+        texts |= {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
+        texts |= {"tokenizer.json": tokenizer.json_text, "README.md": _card(run_dir, model.config, meta, config)}
+        for name, text in texts.items():
+            write_text(temporary / name, text)
         if overwrite and out.exists():
             remove(out)
         os.replace(temporary, out)
@@ -98,21 +95,26 @@ def _check_free(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{out} exists and is not empty; choose another place, or give --overwrite")
-    if not (out / "config.json").exists() or read_json(out / "config.json").get("model_type") != "gkachat":
-        raise FileExistsError(f"{out} is not an earlier export, and is not overwritten; choose another place")
+    with suppress(ValueError):
+        if read_json(out / "config.json", model_type=str)["model_type"] == "gkachat":
+            return
+    raise FileExistsError(f"{out} is not an earlier export, and is not overwritten; choose another place")
 
 
-def _config(model: GPT, tokenizer: Tokenizer, meta: dict[str, Any]) -> dict[str, Any]:
-    shape = model.config
+def _settings(model: GPT, tokenizer: Tokenizer, meta: dict[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
+    """What transformers reads about the model, about generating with it, and about its tokenizer."""
+    shape, names = model.config, model.state_dict().keys()
     windows = [shape.window(layer) for layer in range(shape.depth)]
-    ends = [tokenizer.special[END_OF_ANSWER], tokenizer.bos] if "chat" in meta["config"] else tokenizer.bos
-    return {
+    bos, end, answers = tokenizer.bos, tokenizer.special[END_OF_ANSWER], "chat" in meta["config"]
+    ids = {"bos_token_id": bos, "eos_token_id": [end, bos] if answers else bos, "pad_token_id": bos}
+    config = {
         "model_type": "gkachat",
         "architectures": ["GkachatForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_gkachat.GkachatConfig",
             "AutoModelForCausalLM": "modeling_gkachat.GkachatForCausalLM",
         },
+        "dtype": dtype,
         "attention": shape.attention,
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.n_embd,
@@ -121,38 +123,26 @@ def _config(model: GPT, tokenizer: Tokenizer, meta: dict[str, Any]) -> dict[str,
         "max_position_embeddings": shape.sequence_len,
         "sliding_window": next(filter(None, windows), None),
         "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
-        "value_embedding_layers": [
-            layer for layer in range(shape.depth) if f"blocks.{layer}.attn.value_embedding.weight" in model.state_dict()
-        ],
+        "value_embedding_layers": [i for i in range(shape.depth) if f"blocks.{i}.attn.value_embedding.weight" in names],
         "gka_rope": shape.gka.rope,
         "gka_include_self": shape.gka.include_self,
         "gka_normalize": shape.gka.normalize,
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": ends,
-        "pad_token_id": tokenizer.bos,
+        **ids,
     }
-
-
-def _generation(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    found = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if config["vocab_size"] > tokenizer.vocab_size:  # rows of the head that no token belongs to
-        found["suppress_tokens"] = list(range(tokenizer.vocab_size, config["vocab_size"]))
-    return found
-
-
-def _tokenizer_config(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    bos = next(name for name, id in tokenizer.special.items() if id == tokenizer.bos)
-    return {
+    unused = list(range(tokenizer.vocab_size, shape.vocab_size))  # rows of the head that no token belongs to
+    tokens = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config["max_position_embeddings"],
-        "bos_token": bos,
-        "eos_token": END_OF_ANSWER if isinstance(config["eos_token_id"], list) else bos,
-        "pad_token": bos,
+        "model_max_length": shape.sequence_len,
+        "bos_token": BOS,
+        "eos_token": END_OF_ANSWER if answers else BOS,
+        "pad_token": BOS,
         "additional_special_tokens": list(tokenizer.special),
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
+    generation = ids | ({"suppress_tokens": unused} if unused else {})
+    return {"config.json": config, "generation_config.json": generation, "tokenizer_config.json": tokens}
 
 
 def _card(run_dir: Path, shape: GPTConfig, meta: dict[str, Any], config: dict[str, Any]) -> str:
@@ -215,7 +205,7 @@ A small GPT trained with gkachat. Its attention is `{attention}`; gka is Gaussia
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "..."  # this directory; its .py files are the model
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 {ask}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
