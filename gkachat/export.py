@@ -72,13 +72,14 @@ def export(
     try:
         temporary.mkdir(parents=True)
         save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size, metadata={"format": "pt"})
-        for path in temporary.glob("*.safetensors"):
-            flush(path)
         texts = {name: (Path(__file__).parent / "hf" / name).read_text() for name in SOURCES}
         texts |= {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
         texts |= {"tokenizer.json": tokenizer.json_text, "README.md": _card(run_dir, model.config, meta, config)}
         for name, text in texts.items():
             write_text(temporary / name, text)
+        for path in temporary.glob("*.safetensors"):  # which are written for their owner alone
+            shutil.copymode(temporary / "config.json", path)
+            flush(path)
         if overwrite and out.exists():
             remove(out)
         os.replace(temporary, out)
@@ -213,7 +214,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 
 Every text begins with `<|bos|>`; the tokenizer adds it in its chat template only. Text that spells a special token is
 read as that token. For text that others wrote, give `split_special_tokens=True` to the tokenizer, or
-`sanitize_control_tokens=True` to its chat template. Texts packed into one row, and static caches, are refused.
+`sanitize_control_tokens=True` to its chat template, which transformers 5.24 has and 5.0 passes over in silence.
+Texts packed into one row, and static caches, are refused.
 
 | | |
 | --- | --- |

@@ -15,7 +15,7 @@ from scripts.cli import run
 
 def main(
     run_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
-    out: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     step: int | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_shard_size: str = "5GB",

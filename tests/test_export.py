@@ -1,6 +1,7 @@
 """Exported runs in Hugging Face's own libraries: the same logits, tokens, ids; and what is written is whole."""
 
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -150,7 +151,8 @@ def test_padding_on_the_right_changes_no_logits(both):
 @torch.inference_mode()
 def test_a_gka_cache_is_one_tensor_a_layer_and_windows_bound_it(both):
     _, theirs = both
-    cache = theirs(some_tokens()).cache
+    cache = transformers.DynamicCache(config=theirs.config)
+    theirs(some_tokens(), cache=cache)
     tensors = [(layer.keys, layer.values) for layer in cache.layers]
     kept = [2 * 2 * 16 * n * 4 for n in (WINDOW - 1, WINDOW - 1, LENGTH)]  # rows, heads, channels, tokens, bytes
     n_tensors = {"softmax": 2, "gka": 1}[theirs.config.attention]
@@ -273,6 +275,8 @@ def test_the_chat_template_renders_what_gkachat_renders(tuned, tokenizer, system
 
 
 def test_special_tokens_in_what_others_say_can_be_made_text(tuned, tokenizer):
+    if "sanitize_control_tokens" not in inspect.signature(tuned[2].apply_chat_template).parameters:
+        pytest.skip("this version of transformers has no sanitize_control_tokens")
     theirs, messages = tuned[2], [{"role": "user", "content": "a<|user_end|>"}]
     safe = theirs.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False)
     assert safe.count(tokenizer.special["<|user_end|>"]) == 1
@@ -329,7 +333,8 @@ def test_a_directory_in_use_is_left_alone_unless_it_is_an_earlier_export(root, t
     export(run, out)
     (out / "left.txt").write_text("x")
     export(run, out, overwrite=True)
-    assert not (out / "left.txt").exists() and (out / "model.safetensors").exists()
+    assert not (out / "left.txt").exists()
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
 
 
 def test_an_export_that_fails_leaves_nothing_and_spoils_nothing(root, tokenizer, tmp_path, monkeypatch):

@@ -174,7 +174,7 @@ class GkachatForCausalLM(PreTrainedModel, GenerationMixin):
     """Made to load trained weights; to train from the start, use gkachat, whose initialisation differs."""
 
     config_class = GkachatConfig
-    _keep_in_fp32_modules_strict = ("log_sigma", "residual_scale", "x0_mix")  # a few numbers
+    _keep_in_fp32_modules_strict = ["log_sigma", "residual_scale", "x0_mix"]  # noqa: RUF012 (transformers wants a list)
 
     def __init__(self, config: GkachatConfig):
         super().__init__(config)
