@@ -53,6 +53,7 @@ def test_importing_a_script_does_nothing(script):
         ("chat_sft", ["d9"], "no run 'd9'"),
         ("chat_sft", ["d9", "--resume", "--overwrite"], "expected one of them"),
         ("compare", ["d9", "d8"], "no run 'd9'"),
+        ("export_hf", ["d9", "out"], "no run 'd9'"),
     ],
 )
 def test_wrong_input_gets_one_line_and_a_failing_exit(script, args, named, tmp_path):

@@ -1,0 +1,54 @@
+"""The shape of a gkachat model, as transformers reads it. MIT License, the gkachat developers."""
+
+from transformers import PretrainedConfig
+
+
+class GkachatConfig(PretrainedConfig):
+    """A model of modeling_gkachat.py.
+
+    Args:
+        attention: "softmax" or "gka" (Gaussian Kernel Attention, arXiv 2605.02144).
+        layer_types: of each layer "full_attention", or "sliding_attention": it sees `sliding_window` tokens, itself one
+            of them.
+        value_embedding_layers: softmax: layers that add a learned vector per token to the values.
+        gka_rope: gka: rotate what is compared by its position.
+        gka_include_self: gka: a token is among its own keys.
+        gka_normalize: gka: each head's channels are RMS-normalised before they are compared and averaged.
+
+    Raises ValueError for an attention there is not, or as many layer_types as there are not layers.
+    """
+
+    model_type = "gkachat"
+    keys_to_ignore_at_inference = ("cache", "past_key_values")
+
+    def __init__(
+        self,
+        attention: str = "softmax",
+        vocab_size: int = 32_768,
+        hidden_size: int = 1280,
+        num_hidden_layers: int = 20,
+        num_attention_heads: int = 10,
+        max_position_embeddings: int = 2048,
+        sliding_window: int | None = None,
+        layer_types: list[str] | None = None,
+        value_embedding_layers: list[int] | None = None,
+        gka_rope: bool = False,
+        gka_include_self: bool = True,
+        gka_normalize: bool = False,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = False,
+        **kwargs,
+    ):
+        if attention not in ("softmax", "gka"):
+            raise ValueError(f"attention: given {attention!r}, expected 'softmax' or 'gka'")
+        self.attention, self.vocab_size, self.hidden_size = attention, vocab_size, hidden_size
+        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
+        self.head_dim = hidden_size // num_attention_heads
+        self.max_position_embeddings, self.sliding_window = max_position_embeddings, sliding_window
+        self.layer_types = list(layer_types or ["full_attention"] * num_hidden_layers)
+        if len(self.layer_types) != num_hidden_layers:
+            raise ValueError(f"layer_types: given {len(self.layer_types)}, expected {num_hidden_layers}")
+        self.value_embedding_layers = list(value_embedding_layers or [])
+        self.gka_rope, self.gka_include_self, self.gka_normalize = gka_rope, gka_include_self, gka_normalize
+        self.use_cache = use_cache
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
