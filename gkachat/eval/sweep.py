@@ -38,14 +38,12 @@ FIELDS = {"name": str, "base": str, "flops": list, "grid": dict, "set": dict}
 SHORT = {"model.depth": "d", "run.seed": "s", "model.attention": "", "train.protocol": ""}  # in a run's name
 # Axes along which runs grow, or are repeated; what differs in another is of another series, with fits of its own.
 SIZES = {"model.depth", "model.n_embd", "flops", "train.total_tokens", "train.baseline_tokens", "run.seed"}
-FIGURES = {
-    "parameters": "{params:,}", "tokens": "{tokens:,}", "FLOPs": "{flops:.3g}", "val BPB": "{val_bpb:.4f}",
-    "train BPB": "{train_bpb:.4f}", "gap": "{gap:+.4f}", "seconds": "{seconds:,.0f}",
+COLUMNS = {
+    "seeds": "{seeds:d}", "parameters": "{params:,.0f}", "tokens": "{tokens:,.0f}", "FLOPs": "{flops:.3g}",
+    "val BPB": "{val_bpb:.4f}", "±": "{val_bpb_spread:.4f}", "train BPB": "{train_bpb:.4f}", "gap": "{gap:+.4f}",
+    "± gap": "{gap_spread:.4f}", "seconds": "{seconds:,.0f}",
 }  # fmt: skip
-MEANS = {
-    "seeds": "{seeds}", "parameters": "{params:,.0f}", "FLOPs": "{flops:.3g}", "val BPB": "{val_bpb:.4f}",
-    "± ": "{val_bpb_spread:.4f}", "train BPB": "{train_bpb:.4f}", "gap": "{gap:+.4f}", "±": "{gap_spread:.4f}",
-}  # fmt: skip
+AVERAGED = ("params", "tokens", "flops", "val_bpb", "train_bpb", "gap", "seconds")
 
 
 @dataclass(frozen=True)
@@ -257,10 +255,10 @@ def analyse(sweep: Sweep) -> dict[str, Any]:
     means = []
     for same in _grouped(rows, lambda row: {axis: v for axis, v in row["axes"].items() if axis != "run.seed"}):
         axes = {axis: v for axis, v in same[0]["axes"].items() if axis != "run.seed"}
-        keys = ("params", "tokens", "flops", "val_bpb", "train_bpb", "gap", "seconds")
-        mean = {key: float(np.mean([row[key] for row in same])) for key in keys}
-        spread = {f"{key}_spread": float(np.std([row[key] for row in same], ddof=1)) for key in keys if len(same) > 1}
-        means.append({"series": same[0]["series"], "axes": axes, "seeds": len(same), **mean, **spread})
+        mean = {key: float(np.mean([row[key] for row in same])) for key in AVERAGED}
+        for key in ("val_bpb", "gap"):
+            mean[f"{key}_spread"] = float(np.std([r[key] for r in same], ddof=1)) if len(same) > 1 else None
+        means.append({"series": same[0]["series"], "axes": axes, "seeds": len(same), **mean})
     minima = []
     for same in _grouped([row for row in rows if "flops" in row["axes"]], lambda r: [r["series"], r["axes"]["flops"]]):
         fitted = fit_parabola([row["params"] for row in same], [row["val_bpb"] for row in same])
@@ -291,18 +289,19 @@ def _grouped(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -
 def markdown(results: dict[str, Any]) -> str:
     """Tables of runs, means and minima, and the fits in words."""
 
-    def shown(rows: list[dict[str, Any]], columns: dict[str, str], first: dict[str, str]) -> str:
-        axes = list(rows[0]["axes"])
-        rows = [row | {f"axis{i}": _word(row["axes"][axis]) for i, axis in enumerate(axes)} for row in rows]
-        return table(
-            rows,
-            first
-            | {"budget" if axis == "flops" else _leaf(axis): f"{{axis{i}}}" for i, axis in enumerate(axes)}
-            | columns,
-        )
+    def shown(rows: list[dict[str, Any]], first: str) -> str:
+        axes = {f"axis{i}": axis for i, axis in enumerate(rows[0]["axes"])}
+        rows = [
+            dict.fromkeys(("seeds", "val_bpb_spread", "gap_spread")) | row
+            | {column: _word(row["axes"][axis]) for column, axis in axes.items()}
+            for row in rows
+        ]  # fmt: skip
+        headers = {"budget" if axis == "flops" else _leaf(axis): f"{{{column}}}" for column, axis in axes.items()}
+        return table(rows, {first: f"{{{first}}}"} | headers | COLUMNS)
 
-    lines = [f"# Sweep {results['sweep']}", "", shown(results["runs"], FIGURES, {"run": "{run}"})]
-    lines += ["Means over seeds, ± their standard deviation:", "", shown(results["means"], MEANS, {"": "{series}"})]
+    lines = [f"# Sweep {results['sweep']}", "", shown(results["runs"], "run")]
+    if len(results["means"]) < len(results["runs"]):
+        lines += ["Means over seeds, ± their standard deviation:", "", shown(results["means"], "series")]
     for one in results["minima"]:
         least = "no parabola that opens upward: more sizes are needed, or larger and smaller ones"
         if "params" in one:
@@ -325,8 +324,8 @@ def _law(fit: dict[str, Any] | None, x: str) -> str:
         return f"against {x}: too few points to fit (three that differ in {x} are needed)"
     (a_low, a_high), (b_low, b_high) = fit["a_interval"], fit["b_interval"]
     return (
-        f"= {fit['a']:.4g} {x}^{-fit['b']:.4f} over {fit['points']} points; 95 % intervals {a_low:.4g} to {a_high:.4g}, "
-        f"exponent {-b_high:.4f} to {-b_low:.4f}"
+        f"= {fit['a']:.4g} {x}^{-fit['b']:.4f} over {fit['points']} points; 95 % intervals: "
+        f"{a_low:.4g} to {a_high:.4g}, exponent {-b_high:.4f} to {-b_low:.4f}"
     )
 
 
