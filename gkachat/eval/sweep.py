@@ -131,13 +131,14 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     for axis, values in grid.items():
         if not isinstance(values, list) or not values or any(value in values[:i] for i, value in enumerate(values)):
             problems.append(f"sweep.grid.{axis}: given {values!r}, expected a list of different values")
-    flags = {word.partition("=")[0][2:].replace("-", "_") for word in overrides if word.startswith("--")}
-    refused = {"run.name": "every run has its own"} | {axis: "it is an axis of the grid" for axis in grid}
+    flags = [word.partition("=")[0][2:].replace("-", "_") for word in overrides if word.startswith("--")]
+    decided = {"run.name": "every run has its own"}
     if "flops" in sound:
-        refused |= dict.fromkeys(("train.total_tokens", "train.protocol"), "sweep.flops decides")
-    problems += [f"sweep.set.{key}: cannot be set: {refused[key]}" for key in fixed if key in refused]
-    problems += [f"--{key}: cannot be set: {refused[key]}" for key in flags if key in refused]
-    problems += [f"sweep.grid.{key}: cannot vary: {refused[key]}" for key in grid if "axis" not in refused.get(key, "")]
+        decided |= dict.fromkeys(("train.total_tokens", "train.protocol"), "sweep.flops decides")
+    taken = dict.fromkeys(grid, "it is an axis of the grid") | decided
+    problems += [f"sweep.grid.{key}: cannot vary: {decided[key]}" for key in grid if key in decided]
+    for where, keys in (("sweep.set.", fixed), ("--", flags)):
+        problems += [f"{where}{key}: cannot be set: {taken[key]}" for key in keys if key in taken]
     if problems:
         raise ConfigError(problems)
     return Sweep(name, _plan(name, base, grid, fixed, overrides))
@@ -168,9 +169,7 @@ def _plan(name: str, base: Path, grid: dict[str, list], fixed: dict[str, Any], o
             if "run.seed" not in axes:  # going on with a run, the trainer does not ask for its seed: the name tells
                 parts.append(f"s{config.run.seed}")
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, name="_".join(parts)))
-            runs.append(
-                Run(config.run.name, axes, _spend(config, axes["flops"]) if "flops" in axes else resolve(config))
-            )
+            runs.append(Run(config.run.name, axes, _resolve(config, axes.get("flops"))))
         except ConfigError as error:
             for problem in error.problems:
                 refused.setdefault(problem, []).append("_".join(parts))
@@ -178,26 +177,25 @@ def _plan(name: str, base: Path, grid: dict[str, list], fixed: dict[str, Any], o
     for twice in {one for one in names if names.count(one) > 1}:
         refused.setdefault("two runs of one name: write their values differently", []).append(twice)
     if refused:
-        everywhere = len(combinations)
-        raise ConfigError(
-            [f"{problem} (in {'all runs' if len(where) == everywhere else ', '.join(where)})"
-             for problem, where in refused.items()]
-        )  # fmt: skip
+        where = {p: "all runs" if len(of) == len(combinations) else ", ".join(of) for p, of in refused.items()}
+        raise ConfigError([f"{problem} (in {runs})" for problem, runs in where.items()])
     return runs
 
 
 def _word(value: Any) -> str:
     """A value as part of a directory's name."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return "".join(c if c.isalnum() or c in ".-" else "-" for c in text.replace("e+", "e"))
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in text.replace("e+0", "e").replace("e+", "e"))
 
 
-def _spend(config: Config, budget: float) -> Config:
-    """Resolved, with the horizon that takes so many FLOPs."""
+def _resolve(config: Config, budget: float | None) -> Config:
+    """With the horizon that takes so many FLOPs, if given."""
+    if budget is None:
+        return resolve(config)
     tokens = max(1, round(budget / account(config.model).flops_per_token))
     config = resolve(dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens)))
-    if tokens < config.train.total_batch_size:
-        step = config.train.total_batch_size
+    step = config.train.total_batch_size
+    if tokens < step:
         raise ConfigError([f"sweep.flops: given {budget:g}, {tokens:,} tokens, expected a step of {step:,} or more"])
     return config
 
@@ -217,8 +215,8 @@ def student_t(dof: int) -> float:
 
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> dict[str, Any] | None:
     """y = a x^-b by least squares of log y on log x, with 95 % intervals of a and b; None with fewer than three
-    different x, through which there is no telling a power law from another."""
-    if len(set(x)) < 3:
+    different x, or all within a fifth, which tell no power law from another."""
+    if len(set(x)) < 3 or max(x) < 1.2 * min(x):
         return None
     u, v = np.log(x), np.log(y)
     n, mean, spread = len(u), u.mean(), ((u - u.mean()) ** 2).sum()
@@ -321,7 +319,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _law(fit: dict[str, Any] | None, x: str) -> str:
     if fit is None:
-        return f"against {x}: too few points to fit (three that differ in {x} are needed)"
+        return f"against {x}: too few points to fit (three are needed, of different {x})"
     (a_low, a_high), (b_low, b_high) = fit["a_interval"], fit["b_interval"]
     return (
         f"= {fit['a']:.4g} {x}^{-fit['b']:.4f} over {fit['points']} points; 95 % intervals: "
@@ -366,6 +364,8 @@ def draw(results: dict[str, Any]) -> Any:
         axis = next(axes)
         scatter(axis, rows, x, "val_bpb", label, "val bits per byte")
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:.2f}")
+        axis.yaxis.set_minor_formatter("{x:.2f}")
         ends = np.array([min(row[x] for row in rows), max(row[x] for row in rows)], dtype=float)
         for series, fits in results["fits"].items():
             if fits[x]:
@@ -380,7 +380,8 @@ def draw(results: dict[str, Any]) -> Any:
         for row in learned:
             color = f"{0.8 * (1 - row['depth'] / deepest):.2f}"  # the deeper, the darker
             axis.plot(range(1, len(row["sigma"]) + 1), row["sigma"], "-o", color=color, markersize=3)
-        axis.set(xlabel="layer", ylabel="bandwidth, median of heads", title="gka: the deeper the model, the darker")
+        axis.set(xlabel="layer", ylabel="bandwidth, median of heads", title="the deeper the model, the darker")
+        axis.set_xticks(range(1, deepest + 1))
     for budget in budgets:
         axis = next(axes)
         here = [row for row in rows if row["axes"]["flops"] == budget]
