@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from gkachat.config import Config
 from gkachat.config_file import to_toml
@@ -105,7 +105,11 @@ def main() -> int:
             free.put(gpu)
 
     with ThreadPoolExecutor(len(gpus)) as pool:
-        list(pool.map(work, todo))
+        futures = [pool.submit(work, one) for one in todo]
+        while wait(futures, timeout=0.5).not_done:  # a signal that comes right before a wait is heard after it
+            pass
+        for future in futures:
+            future.result()
     if any(one.result() for one in sweep.runs):
         print(f"\n{write_sweep(sweep, facts(pick_device('auto')))}")
         print(f"written to {sweep.directory}: sweep.md, sweep.json, sweep.png")
