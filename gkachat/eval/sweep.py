@@ -350,8 +350,10 @@ def draw(results: dict[str, Any]) -> Any:
     budgets = sorted({one["flops"] for one in minima})
     learned = [row for row in rows if row["sigma"]]
     panels = 3 + bool(learned) + len(budgets)
-    figure = Figure(figsize=(5.2 * panels, 4.4), layout="constrained")
-    axes = iter(figure.subplots(1, panels))
+    across = min(panels, 4)
+    down = -(-panels // across)
+    figure = Figure(figsize=(5.2 * across, 4.4 * down), layout="constrained")
+    axes = iter(figure.subplots(down, across, squeeze=False).flat)
 
     def scatter(axis: Any, chosen: list[dict[str, Any]], x: str, y: str, xlabel: str, ylabel: str) -> None:
         for series, color in colors.items():
@@ -360,13 +362,14 @@ def draw(results: dict[str, Any]) -> Any:
         axis.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
         axis.grid(alpha=0.3, which="both")
 
+    fitted = [one for one in minima if one.get("inside")] or rows
     for x, label in (("flops", "training FLOPs"), ("params", "parameters")):
         axis = next(axes)
         scatter(axis, rows, x, "val_bpb", label, "val bits per byte")
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:.2f}")
         axis.yaxis.set_minor_formatter("{x:.2f}")
-        ends = np.array([min(row[x] for row in rows), max(row[x] for row in rows)], dtype=float)
+        ends = np.array([min(one[x] for one in fitted), max(one[x] for one in fitted)], dtype=float)
         for series, fits in results["fits"].items():
             if fits[x]:
                 law = fits[x]["a"] * ends ** -fits[x]["b"]
@@ -392,4 +395,6 @@ def draw(results: dict[str, Any]) -> Any:
             axis.plot(sizes, bpb, color=colors[one["series"]])
             axis.plot(one["params"], one["bpb"], "*", color=colors[one["series"]], markersize=12)
         axis.set_title(f"{budget:.3g} FLOPs")
+    for axis in axes:
+        axis.remove()
     return figure
