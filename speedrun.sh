@@ -3,19 +3,23 @@
 #
 #   bash speedrun.sh                 no GPU: the laptop pair, minutes; with GPUs: the depth-20 pair on all of them, hours
 #   bash speedrun.sh --overwrite     start anew; without it, what is finished is kept and what was interrupted goes on
-#   bash speedrun.sh --train.protocol equal-flops --overwrite      any field of the configs, for both trainings;
-#                                    those of --chat.* are for the tuning on conversations that follows them
+#   bash speedrun.sh --protocol equal-flops     how long GKA trains beside softmax: paper (with GPUs; 0.49 of its FLOPs),
+#                                    equal-tokens (without), equal-ratio or equal-flops
+#   bash speedrun.sh --run.seed 43   any field of the configs, for both trainings; those of --chat.* are for the tuning on
+#                                    conversations that follows them
 #
 # Everything is written under GKACHAT_HOME (default: ~/.cache/gkachat).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 overrides=() chat_overrides=() into=overrides
+go_on=(--resume)  # with a run that has a checkpoint (finished, it has nothing left to do); without one it begins
 for word in "$@"; do
     case $word in
-        --overwrite) overrides+=("$word") chat_overrides+=("$word"); continue ;;
+        --overwrite) go_on=(--overwrite); continue ;;
         --chat.*) into=chat_overrides ;;
         --*) into=overrides ;;
     esac
+    case $word in --protocol | --protocol=*) word=--train.${word#--} ;; esac
     if [ "$into" = overrides ]; then overrides+=("$word"); else chat_overrides+=("$word"); fi
 done
 source scripts/setup.sh
@@ -39,33 +43,39 @@ if [ "$gpus" -gt 0 ]; then
     softmax_config=configs/d20_softmax.toml gka_config=configs/d20_gka.toml depth=20
     launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$gpus" -m)
     talks=(--chat.source huggingface) questions=()
+    overrides=(--train.protocol paper ${overrides[@]+"${overrides[@]}"})  # what comes later wins
 else
     softmax_config=configs/laptop.toml gka_config=configs/laptop.toml depth=4
     launch=("$PYTHON" -m)
     talks=(--chat.conversations 24000) questions=(--tasks addition counting)
 fi
 
-# A run with a checkpoint is gone on with (finished, it has nothing left to do); without one it begins.
-go_on=(--resume)
-if [[ " ${overrides[*]-} " == *" --overwrite "* ]]; then go_on=(); fi
-
 train() {
     local attention=$1 config=$2
-    "${launch[@]}" scripts.base_train "$config" ${go_on[@]+"${go_on[@]}"} \
+    "${launch[@]}" scripts.base_train "$config" "${go_on[@]}" \
         --model.attention "$attention" --run.name "d${depth}_$attention" ${overrides[@]+"${overrides[@]}"}
 }
 
 tune() {
-    "${launch[@]}" scripts.chat_sft "d${depth}_$1" ${go_on[@]+"${go_on[@]}"} "${talks[@]}" \
+    "${launch[@]}" scripts.chat_sft "d${depth}_$1" "${go_on[@]}" "${talks[@]}" \
         ${chat_overrides[@]+"${chat_overrides[@]}"}
 }
 
+if [ "$gpus" -gt 0 ]; then
+    step "count" "$PYTHON" -m scripts.cost --config "$softmax_config"
+    step "estimate the hours of training" "$PYTHON" -m scripts.estimate "$softmax_config" "$gka_config" "${overrides[@]}"
+fi
 step "train the tokenizer" "$PYTHON" -m scripts.tok_train "$softmax_config"
 step "tokenize the corpus" "$PYTHON" -m scripts.data_prep "$softmax_config"
 step "train softmax attention" train softmax "$softmax_config"
 step "train Gaussian Kernel Attention" train gka "$gka_config"
 step "evaluate softmax attention" "$PYTHON" -m scripts.base_eval "d${depth}_softmax"
 step "evaluate Gaussian Kernel Attention" "$PYTHON" -m scripts.base_eval "d${depth}_gka"
+if [ "$gpus" -gt 0 ]; then
+    for attention in softmax gka; do
+        step "score $attention on CORE" "${launch[@]}" scripts.base_eval "d${depth}_$attention" --eval core
+    done
+fi
 step "compare" "$PYTHON" -m scripts.compare "d${depth}_softmax" "d${depth}_gka"
 step "tune softmax attention on conversations" tune softmax
 step "tune Gaussian Kernel Attention on conversations" tune gka

@@ -29,14 +29,7 @@ def load_config(
 
     Raises FileNotFoundError for a missing file, ConfigError with every problem otherwise.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = tomllib.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no config file {path}; configs/ has the shipped ones") from None
-        except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or a number of thousands of digits
-            raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
+    tree = {} if path is None else read_toml(path)
     problems: list[str] = []
     change(tree)
     _lay_over(tree, overrides, cls, problems)
@@ -50,6 +43,15 @@ def load_config(
              f"tokenizer.vocab_size {config.tokenizer.vocab_size}"]
         )  # fmt: skip
     return config
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no config file {path}; configs/ has the shipped ones") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or a number of thousands of digits
+        raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
 
 
 def build(cls: type, tree: dict[str, Any]) -> Any:

@@ -20,8 +20,10 @@ from gkachat.config import (
     home,
 )
 from gkachat.config_file import build, load_config, to_toml
+from gkachat.eval.sweep import load_sweep
 
-SHIPPED = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.toml"))
+FILES = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.toml"))
+SHIPPED = [path for path in FILES if not path.stem.startswith("sweep_")]
 PROPERTY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -56,6 +58,14 @@ def test_there_are_shipped_configs():
 def test_a_shipped_config_loads_and_round_trips(path, toml):
     config = load_config(path)
     assert load_config(toml(to_toml(config))) == config
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path not in SHIPPED], ids=lambda path: path.stem)
+def test_a_shipped_sweep_plans_both_attentions_at_widths_that_follow_depth(path):
+    shapes = [run.config.model for run in load_sweep(path).runs]
+    assert {shape.attention for shape in shapes} == {"softmax", "gka"}
+    assert len({shape.depth for shape in shapes}) >= 3
+    assert all(shape.n_embd == 64 * shape.depth for shape in shapes)
 
 
 def test_the_laptop_config_says_what_its_file_says():

@@ -54,6 +54,11 @@ def test_importing_a_script_does_nothing(script):
         ("chat_sft", ["d9", "--resume", "--overwrite"], "expected one of them"),
         ("compare", ["d9", "d8"], "no run 'd9'"),
         ("export_hf", ["d9", "out"], "no run 'd9'"),
+        ("sweep", [], "given no sweep file"),
+        ("sweep", ["configs/laptop.toml"], "sweep: expected a table with name, base and grid"),
+        ("sweep", ["configs/sweep_depth.toml", "--model.depth=3"], "--model.depth: cannot be set: it is an axis"),
+        ("estimate", [], "given no config"),
+        ("estimate", ["configs/laptop.toml", "configs/none.toml"], "no config file configs/none.toml"),
     ],
 )
 def test_wrong_input_gets_one_line_and_a_failing_exit(script, args, named, tmp_path):

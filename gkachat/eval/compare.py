@@ -74,7 +74,7 @@ class Comparison:
 
 def compare_runs(run_a: Path, run_b: Path) -> Comparison:
     """Read two finished runs. FileNotFoundError or ValueError where something is missing or they cannot be compared."""
-    runs = [_read_run(run) for run in (run_a, run_b)]
+    runs = [read_run(run) for run in (run_a, run_b)]
     if runs[0]["eval"]["val_sha256"] != runs[1]["eval"]["val_sha256"]:
         raise ValueError(f"{run_a.name} and {run_b.name} were evaluated on different val texts: nothing to compare")
     names = (run_a.name, run_b.name) if run_a.name != run_b.name else (f"{run_a.name} (a)", f"{run_b.name} (b)")
@@ -130,7 +130,8 @@ def _paired_error(a: list[bool], b: list[bool]) -> float:
     return math.sqrt(sum((d - mean) ** 2 for d in differences)) / n
 
 
-def _read_run(run_dir: Path) -> dict[str, Any]:
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """What an evaluated run comes to. FileNotFoundError or ValueError where something is missing."""
     directory, meta = open_checkpoint(run_dir, None, MODEL)
     if not (run_dir / EVAL_FILE).exists():
         raise FileNotFoundError(f"{run_dir} was not evaluated; run python -m scripts.base_eval {run_dir.name}")

@@ -1,0 +1,86 @@
+"""Hours that configs train on 1, 4 and 8 devices like this one, from 20 timed steps of each; leaves nothing behind.
+
+python -m scripts.estimate configs/d20_softmax.toml configs/d20_gka.toml --train.protocol paper
+
+A step is so many passes over a device's batch, shared out, and one of the optimizers: steps of one pass and of two tell
+the two apart. What devices say to each other, evaluation and compiling are not counted.
+"""
+
+import statistics
+import sys
+import time
+
+from gkachat.bench import table
+from gkachat.config import Config
+from gkachat.config_file import load_config
+from scripts.cli import print_help, run
+
+STEPS, DEVICES = 20, (1, 4, 8)
+COLUMNS = {
+    "": "{name}", "parameters": "{params:,}", "steps": "{steps:,}", "FLOPs": "{flops:.3e}", "a pass": "{a_pass:.4g} s",
+    "optimizers": "{optimizers:.4g} s", "tokens/s of one": "{rate:,.0f}",
+    **{f"hours on {n}": f"{{hours[{n}]:.3g}}" for n in DEVICES},
+}  # fmt: skip
+
+
+def estimate(config: Config) -> dict:
+    """Time steps on random tokens, with the run's model, optimizers and batch of a device."""
+    import torch
+
+    from gkachat.cost import account
+    from gkachat.machine import pick_device
+    from gkachat.train.distributed import World
+    from gkachat.train.learner import Learner
+    from gkachat.train.metrics import Phases
+    from gkachat.train.recipe import n_steps, resolve
+
+    config, device = resolve(config), pick_device(config.run.device)
+    model, train = config.model, config.train
+    rows, counted = train.total_batch_size // model.sequence_len, account(model)
+    learner = Learner(config, rows, device, World(), Phases())
+    of_a_pass = min(learner.device_batch_size, rows)
+    idx = torch.randint(model.vocab_size, (2 * of_a_pass, model.sequence_len))
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for step in range(-4, STEPS):  # those before 0 warm up: kernels are compiled, memory is taken
+        passes = 1 + step % 2
+        batch = idx[: passes * of_a_pass]
+        start = time.perf_counter()
+        learner.step(max(step, 0), (batch, batch.roll(-1, 1)), batch.numel(), False)
+        learner.outcomes()  # waits for the device
+        if step >= 0:
+            seconds[passes].append(time.perf_counter() - start)
+    one, two = (statistics.median(seconds[passes]) for passes in (1, 2))
+    a_pass = max(two - one, one / 2)  # where steps are too short to tell, no more than half is the optimizers'
+    optimizers = max(0.0, one - a_pass)
+    steps, passes = n_steps(config), rows / of_a_pass
+    tokens = steps * train.total_batch_size
+    hours = {n: steps * (passes / n * a_pass + optimizers) / 3600 for n in DEVICES}
+    return {
+        "name": config.run_name, "params": counted.params["total"], "steps": steps, "a_pass": a_pass,
+        "flops": tokens * counted.flops_per_token, "optimizers": optimizers, "rate": tokens / hours[1] / 3600,
+        "hours": hours,
+    }  # fmt: skip
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    n = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    paths, overrides = words[:n], words[n:]
+    if {"-h", "--help"} & set(overrides):
+        print_help("CONFIG.toml ...", Config(), __doc__, {})
+    if not paths:
+        raise ValueError("given no config, expected one or more, as in python -m scripts.estimate configs/laptop.toml")
+    configs = [load_config(path, overrides) for path in paths]  # all are right before any is timed
+    rows = [estimate(config) for config in configs]
+    hours = {n: sum(row["hours"][n] for row in rows) for n in DEVICES}
+    total = [dict.fromkeys(rows[0]) | {"name": "all", "steps": sum(row["steps"] for row in rows), "hours": hours}]
+    print(table(rows + total[: len(rows) - 1], COLUMNS))
+    for row in rows[1:]:
+        params, flops = (row[key] / rows[0][key] for key in ("params", "flops"))
+        print(
+            f"{row['name']} over {rows[0]['name']}: {params:.4f} of the parameters, {flops:.4f} of the FLOPs, counted"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

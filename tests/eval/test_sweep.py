@@ -1,0 +1,261 @@
+"""Sweeps: what is planned, what runs again, what is fitted and drawn."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, call
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gkachat.config import ConfigError
+from gkachat.config_file import load_config, to_toml
+from gkachat.cost import account
+from gkachat.eval import sweep as sweeps
+from gkachat.eval.sweep import Run, Sweep, fit_parabola, fit_power_law, load_sweep, student_t
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """A sweep of TINY models."""
+    (tmp_path / "tiny.toml").write_text(to_toml(load_config(ROOT / "configs" / "laptop.toml", TINY)))
+
+    def load(grid='"model.attention" = ["softmax", "gka"]', fixed="", head='name = "t"\nbase = "tiny.toml"', words=()):
+        path = tmp_path / "sweep.toml"
+        path.write_text(f"[sweep]\n{head}\n[sweep.grid]\n{grid}\n[sweep.set]\n{fixed}\n")
+        return load_sweep(path, words)
+
+    return load
+
+
+def problems(plan, *args, **options):
+    with pytest.raises(ConfigError) as caught:
+        plan(*args, **options)
+    return caught.value.problems
+
+
+def test_every_combination_is_a_run_whose_name_says_what_it_is(plan):
+    sweep = plan('model.depth = [1, 2]\n"model.attention" = ["softmax", "gka"]\n"run.seed" = [3, 4]')
+    assert [run.name for run in sweep.runs[:5]] == [
+        "t_d1_softmax_s3", "t_d1_softmax_s4", "t_d1_gka_s3", "t_d1_gka_s4", "t_d2_softmax_s3",
+    ]  # fmt: skip
+    assert len({run.name for run in sweep.runs}) == len(sweep.runs) == 8
+    last = sweep.runs[-1]
+    assert last.axes == {"model.depth": 2, "model.attention": "gka", "run.seed": 4}
+    config = last.config
+    assert (config.model.depth, config.model.attention, config.run.seed) == (2, "gka", 4)
+    assert config.run.name == last.name and config.model.n_embd == 32
+
+
+def test_a_name_tells_the_seed_and_any_other_field_too(plan):
+    sweep = plan('"model.gka.rope" = [true, false]\n"optim.sigma_lr" = [0.02, 1e-3]', words=["--run.seed", "7"])
+    assert sweep.runs[1].name == "t_ropeTrue_sigma_lr0.001_s7"
+    assert sweep.runs[1].series == "softmax, rope True, sigma_lr 0.001"
+
+
+def test_what_is_set_holds_for_all_and_options_win_over_it(plan):
+    sweep = plan(fixed='"model.head_dim" = 8\nmodel.n_embd = "none"', words=["--model.head_dim=32"])
+    assert {(run.config.model.head_dim, run.config.model.n_embd) for run in sweep.runs} == {(32, 128)}
+
+
+def test_runs_of_a_budget_train_until_it_is_spent(plan):
+    head = 'name = "t"\nbase = "tiny.toml"\nflops = [1e9, 2e9]'
+    sweep = plan('"model.depth" = [1, 2]\n"model.attention" = ["softmax", "gka"]', head=head)
+    assert [run.name for run in sweep.runs][::5] == ["t_flops1e9_d1_softmax_s42", "t_flops2e9_d1_gka_s42"]
+    for run in sweep.runs:
+        a_token, budget = account(run.config.model).flops_per_token, run.axes["flops"]
+        assert abs(run.config.train.total_tokens * a_token - budget) <= a_token
+        assert abs(run.flops - budget) <= 256 * a_token / 2 + a_token  # whole steps of 256 tokens
+
+
+def test_every_problem_of_a_file_is_named_at_once(plan):
+    found = problems(
+        plan,
+        '"model.depth" = []\n"model.n_embd" = 3\n"run.seed" = [1, 1]\n"run.name" = ["a"]',
+        '"run.name" = "x"\n"run.seed" = 3\n[other]\nx = 1',
+        'name = "a/b"\nbase = "none.toml"\nflop = 3\nflops = [0]',
+        words=["--run.seed=4", "--train.total_tokens", "5"],
+    )
+    assert sorted(problem.split(":")[0] for problem in found) == sorted([
+        "other", "sweep.flop", "sweep.name", "sweep.base", "sweep.flops", "sweep.grid.model.depth",
+        "sweep.grid.model.n_embd", "sweep.grid.run.seed", "sweep.set.run.name", "sweep.set.run.seed", "--run.seed",
+        "--train.total_tokens", "sweep.grid.run.name",
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("head", ["", "name = 3\nbase = 4", 'name = ".."\nbase = "."', 'name = ""\nbase = ""'])
+def test_a_name_and_a_base_are_asked_for(plan, head):
+    assert {p.split(":")[0] for p in problems(plan, head=head)} >= {"sweep.name", "sweep.base"}
+
+
+def test_a_file_without_a_sweep_is_refused(tmp_path):
+    path = tmp_path / "a.toml"
+    for text in ("", "sweep = 3", "[model]\ndepth = 3"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="sweep: expected a table with name, base and grid"):
+            load_sweep(path)
+    with pytest.raises(FileNotFoundError, match="no config file"):
+        load_sweep(tmp_path / "b.toml")
+
+
+def test_a_value_that_a_config_refuses_is_named_with_its_runs(plan):
+    found = problems(plan, '"model.head_dim" = [16, 3]\n"model.attention" = ["softmax", "fair"]', "model.dept = 1")
+    told = {problem.partition(":")[0]: problem for problem in found}
+    assert "did you mean model.depth?) (in all runs)" in told["--model.dept"]
+    assert told["model.head_dim"].endswith("(in t_head_dim3_softmax, t_head_dim3_fair)")
+    assert told["model.attention"].startswith("model.attention: given 'fair'")
+    assert told["model.attention"].endswith("(in t_head_dim16_fair, t_head_dim3_fair)")
+
+
+def test_a_budget_that_buys_no_step_and_runs_of_one_name_are_refused(plan):
+    head = 'name = "t"\nbase = "tiny.toml"\nflops = [1e4, 1e9]'
+    [problem] = problems(plan, '"model.depth" = [2]', head=head)
+    assert problem.startswith("sweep.flops: given 10000") and problem.endswith("(in t_flops10000_d2_s42)")
+    [problem] = problems(plan, '"data.name" = ["a b", "a-b"]')
+    assert "two runs of one name" in problem and "t_namea-b_s42" in problem
+
+
+@pytest.mark.parametrize(("dof", "expected"), [(1, 12.7062), (10, 2.2281), (11, 2.2010), (30, 2.0423), (120, 1.9799)])
+def test_quantiles_are_those_of_the_tables(dof, expected):
+    assert student_t(dof) == pytest.approx(expected, abs=2e-4)
+
+
+@given(a=st.floats(0.1, 10), b=st.floats(-1, 1), unit=st.sampled_from([1.0, 1e6, 1e15]), n=st.integers(3, 9))
+def test_a_power_law_is_recovered_at_any_scale(a, b, unit, n):
+    x = unit * np.geomspace(1, 100, n)
+    fit = fit_power_law(x, a * x**-b)
+    assert fit["b"] == pytest.approx(b, abs=1e-9) and fit["a"] == pytest.approx(a, rel=1e-6) and fit["points"] == n
+    assert fit["b_interval"][1] - fit["b_interval"][0] < 1e-9
+
+
+def test_intervals_cover_the_truth_nineteen_times_in_twenty():
+    """1,000 draws of five points; 0.95 give or take four standard errors of 0.0069; by normal quantiles it were 0.85."""
+    rng, x = np.random.default_rng(0), np.array([1e13, 1e13, 1e14, 1e15, 1e16])
+    fits = [fit_power_law(x, 8.0 * x**-0.05 * np.exp(0.02 * rng.standard_normal(5))) for _ in range(1000)]
+    for name, truth in (("a", 8.0), ("b", 0.05)):
+        covered = np.mean([fit[f"{name}_interval"][0] <= truth <= fit[f"{name}_interval"][1] for fit in fits])
+        assert 0.92 < covered < 0.98
+
+
+def test_two_sizes_are_too_few_to_fit():
+    assert fit_power_law([1, 1, 2, 2], [4.0, 4.1, 3.0, 3.1]) is None
+    assert fit_parabola([1, 1, 2, 2], [4.0, 4.1, 3.0, 3.1]) is None
+    assert fit_power_law([], []) is None
+    assert fit_power_law([10.0, 11.0, 11.9], [4.0, 3.9, 3.7]) is None  # nor three that hardly differ
+
+
+def test_a_parabola_has_its_minimum_only_where_it_opens_upward():
+    sizes = np.array([1e6, 3e6, 1e7, 3e7])
+    bowl = 1.2 + 0.1 * np.log(sizes / 5e6) ** 2
+    fit = fit_parabola(sizes, bowl)
+    assert (fit["params"], fit["bpb"], fit["inside"]) == (pytest.approx(5e6), pytest.approx(1.2), True)
+    assert fit_parabola([1e7, 3e7, 1e8], [1.25, 1.5, 2.1])["inside"] is False
+    assert fit_parabola(sizes, -bowl) is None
+
+
+def fake_results(sweep, monkeypatch, without=()):
+    """Each run has lost 8 FLOPs^-0.05, gka a tenth more, and is best at 2e5 parameters at any budget."""
+
+    def result(run):
+        if run.name in without:
+            return None
+        gka, params = run.config.model.attention == "gka", account(run.config.model).params["total"]
+        bpb = 8 * (run.axes.get("flops") or run.flops) ** -0.05 * (1.1 if gka else 1) + 1e-4 * run.config.run.seed
+        if "flops" in run.axes:
+            bpb += 0.1 * np.log(params / 2e5) ** 2
+        return {
+            "run": run.name, "series": run.series, "axes": run.axes, "seed": run.config.run.seed, "params": params,
+            "depth": run.config.model.depth, "tokens": run.config.train.total_tokens, "flops": run.flops,
+            "val_bpb": bpb, "train_bpb": bpb - 0.1, "gap": 0.1, "seconds": 60.0,
+            "sigma": [4.0] * run.config.model.depth if gka else [], "val_sha256": ["0"],
+        }  # fmt: skip
+
+    monkeypatch.setattr(Run, "result", result)
+
+
+SIZES = 'model.depth = [1, 2, 3]\n"model.attention" = ["softmax", "gka"]\n'
+
+
+def test_seeds_are_averaged_and_each_attention_is_fitted(plan, monkeypatch, tmp_path):
+    monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
+    sweep = plan(SIZES + '"run.seed" = [0, 10]', 'model.n_embd = "none"')
+    fake_results(sweep, monkeypatch, without=["t_d3_gka_s10"])
+    text = sweeps.write_sweep(sweep, {"commit": "abc"})
+    found = json.loads((sweep.directory / "sweep.json").read_text())
+    assert [mean["seeds"] for mean in found["means"]] == [2, 2, 2, 2, 2, 1]
+    assert found["means"][0]["val_bpb_spread"] == pytest.approx(0.001 / np.sqrt(2))
+    assert found["means"][-1]["val_bpb_spread"] is None
+    assert {series: fits["flops"]["points"] for series, fits in found["fits"].items()} == {"softmax": 6, "gka": 5}
+    low, high = found["fits"]["softmax"]["flops"]["b_interval"]
+    assert low < 0.05 < high and high - low < 0.01
+    assert "- not finished: t_d3_gka_s10" in text and "Means over seeds" in text and text.count("95 % intervals") == 4
+    assert "commit abc" in (sweep.directory / "sweep.md").read_text()
+    assert (sweep.directory / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_budget_has_its_best_size_and_the_fit_goes_through_these(plan, monkeypatch):
+    sweep = plan(SIZES, 'model.n_embd = "none"', 'name = "t"\nbase = "tiny.toml"\nflops = [1e10, 1e11, 1e12]')
+    fake_results(sweep, monkeypatch)
+    found = sweeps.analyse(sweep)
+    assert [one["params"] for one in found["minima"]] == [pytest.approx(2e5)] * 6
+    assert found["fits"]["gka"]["flops"]["b"] == pytest.approx(0.05, abs=1e-3)
+    assert found["fits"]["gka"]["params"] is None  # one best size: nothing to go along
+    figure = sweeps.draw(found)
+    assert len(figure.axes) == 4 + 3
+    figure.savefig(image := io.BytesIO(), format="png")
+    assert image.getvalue().startswith(b"\x89PNG")
+    text = sweeps.markdown(found)
+    assert text.count("least bits per byte") == 6 and "too few points" in text
+
+
+def test_two_sizes_are_told_to_be_too_few(plan, monkeypatch):
+    sweep = plan("model.depth = [1, 2]", head='name = "t"\nbase = "tiny.toml"\nflops = [1e10]')
+    fake_results(sweep, monkeypatch)
+    text = sweeps.markdown(sweeps.analyse(sweep))
+    assert "no parabola that opens upward" in text and text.count("too few points") == 2
+
+
+def test_nothing_finished_is_nothing_to_write(plan, tiny_home):
+    with pytest.raises(ValueError, match="no run of the sweep 't' is finished"):
+        sweeps.write_sweep(plan(), {})
+
+
+def test_a_sweep_stops_goes_on_outlives_a_run_that_fails_and_skips_what_is_done(plan, tiny_home, tmp_path):
+    sweep = plan()
+    softmax, gka = sweep.runs
+    path = tmp_path / "sweep.toml"
+    command = [sys.executable, "-u", "-m", "scripts.sweep", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "begins" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert "the same command goes on with it" in process.stderr.read() and not gka.directory.exists()
+
+    gka.directory.parent.mkdir(exist_ok=True)
+    gka.directory.write_text("in the way")
+    failed = call("sweep", path, home=tiny_home)
+    assert failed.returncode == 1 and failed.stderr.startswith(f"error: run {gka.name}: scripts.base_train ended with")
+    assert "2 runs, 2 to do" in failed.stdout and f"- not finished: {gka.name}" in failed.stdout
+    assert softmax.result() and not gka.result()
+
+    gka.directory.unlink()
+    weights = softmax.directory.joinpath("checkpoints", "step_000008", "model.safetensors")
+    before = weights.stat().st_mtime_ns
+    finished = call("sweep", path, home=tiny_home)
+    assert finished.returncode == 0, finished.stderr
+    assert "2 runs, 1 to do" in finished.stdout and "1 of 1, 0s left" in finished.stdout
+    assert weights.stat().st_mtime_ns == before
+    rows = json.loads((sweep.directory / "sweep.json").read_text())["runs"]
+    stored = json.loads((gka.directory / "eval.json").read_text())
+    assert [row["run"] for row in rows] == [softmax.name, gka.name] and rows[1]["val_bpb"] == stored["val_bpb"]
+    assert rows[1]["tokens"] == 2048 and rows[1]["flops"] == gka.flops and len(rows[1]["sigma"]) == 2
+
+    # What has other options, or was evaluated at another step, is no result of this sweep.
+    assert Sweep("t", plan(words=["--optim.matrix_lr=0.01"]).runs).runs[1].result() is None
+    (gka.directory / "eval.json").write_text(json.dumps(stored | {"step": 4}))
+    assert gka.result() is None and gka.is_trained()
