@@ -158,12 +158,41 @@ class GKAConfig:
 
 
 @dataclass(frozen=True)
+class PlusConfig:
+    """What gka_plus adds to Gaussian Kernel Attention; each can be taken away. Nothing here is a C x C matrix."""
+
+    conv_query: bool = True
+    """Let each channel of the queries mix the last `taps` tokens ..."""
+    conv_key: bool = True
+    """... of the keys ..."""
+    conv_value: bool = True
+    """... and of the values."""
+    taps: int = 4
+    """Tokens that are mixed."""
+    neighbour: bool = True
+    """Compare by the next head's channels, while values are a head's own."""
+    normalize: bool = True
+    """RMS-normalise what is compared, head by head."""
+    token_bandwidth: bool = True
+    """Let each query have a bandwidth of its own, by exp(w.x)."""
+    key_weight: bool = True
+    """Add to the scores of each key a weight of its own, w.x."""
+    include_self: bool = False
+    """Let a token be among its own keys."""
+    rope: bool = True
+    """Rotate what is compared by position."""
+
+    def __post_init__(self) -> None:
+        require(self, **at_least(1, self, "taps"))
+
+
+@dataclass(frozen=True)
 class GPTConfig:
     """A model's shape. Raises ConfigError for a shape that cannot be built."""
 
     depth: int = 20
     """Layers; the dial that everything else follows."""
-    attention: Literal["softmax", "gka"] = "softmax"
+    attention: Literal["softmax", "gka", "gka_plus"] = "softmax"
     """What mixes tokens."""
     vocab_size: int = 32_768
     """Rows of the embedding and of the head; from tokenizer.vocab_size when it is not given."""
@@ -177,7 +206,10 @@ class GPTConfig:
     """Channels a head; by default 128, or n_embd where that does not divide by 128."""
     value_embeddings: bool = True
     """softmax: on every other layer, a learned vector per token is added to the values."""
+    short_conv: bool = False
+    """softmax: let each channel of queries, keys and values mix the last 4 tokens, as gka_plus does."""
     gka: GKAConfig = field(default_factory=GKAConfig)
+    plus: PlusConfig = field(default_factory=PlusConfig)
 
     def __post_init__(self) -> None:
         if self.n_embd is None:
@@ -188,7 +220,7 @@ class GPTConfig:
         divides = self.head_dim > 0 and self.n_embd % self.head_dim == 0
         require(
             self,
-            attention=(self.attention in ("softmax", "gka"), "'softmax' or 'gka'"),
+            attention=(self.attention in ("softmax", "gka", "gka_plus"), "'softmax', 'gka' or 'gka_plus'"),
             window_pattern=(bool(self.window_pattern) and set(self.window_pattern) <= set("SL"), "letters S and L"),
             head_dim=(self.head_dim >= 2 and self.head_dim % 2 == 0, "an even number, 2 or more"),
             n_embd=(
@@ -277,7 +309,11 @@ class OptimConfig:
     residual_lr: float = 0.005
     """Scale of each layer's residual stream."""
     sigma_lr: float = 0.01
-    """Log bandwidths of gka."""
+    """Log bandwidths of gka and gka_plus."""
+    conv_lr: float = 0.02
+    """Taps of short convolutions."""
+    head_vector_lr: float = 0.01
+    """What a token's bandwidth and a key's weight are read with."""
     lr_scale: float | None = None
     """Times all of them; by default sqrt(batch / 2^19)."""
     adam_scale: float | None = None

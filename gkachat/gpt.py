@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gkachat.attention.cache import Cache, Step
 from gkachat.attention.features import Rope, rms_norm, rope_at, rope_table
-from gkachat.attention.layers import ATTENTION, Groups, Keep, Linear, uniform_
+from gkachat.attention.layers import ATTENTION
+from gkachat.attention.linear import Groups, Keep, Linear, uniform_
 from gkachat.config import GKAConfig, GPTConfig
 from gkachat.loss import LOGIT_CAP, cap, capped_logits, head_loss
 
@@ -154,9 +155,11 @@ class GPT(nn.Module):
 
     def make_cache(self, rows: int, length: int, **options) -> Cache:
         """For `decode`; see Cache for the options."""
-        widths = self.blocks[0].attn.cache_widths
-        device = self.wte.weight.device
-        return Cache(self.config, widths, rows, length, dtype=self.compute_dtype, device=device, **options)
+        attention, device = self.blocks[0].attn, self.wte.weight.device
+        return Cache(
+            self.config, attention.cache_widths, attention.cache_recent, rows, length,
+            dtype=self.compute_dtype, device=device, **options,
+        )  # fmt: skip
 
     def prefill(self, idx: Tensor, cache: Cache) -> None:
         """Read idx (B, T) into a new cache of B rows, made with `block` as long as `length`, with `forward`'s kernels.

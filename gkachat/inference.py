@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkachat.attention.layers import Linear
+from gkachat.attention.linear import Linear
 from gkachat.gpt import GPT
 
 

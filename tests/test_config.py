@@ -223,7 +223,7 @@ def test_nothing_is_suggested_where_nothing_is_close(toml):
         ("[data]\nfiles = [1]", "data.files: given [1], expected a list of strings"),
         ("model = 3", "model: given 3, expected a table"),
         ("[model]\ngka = true", "model.gka: given True, expected a table"),
-        ("[model]\nattention = 'linear'", "model.attention: given 'linear', expected 'softmax' or 'gka'"),
+        ("[model]\nattention = 'linear'", "model.attention: given 'linear', expected 'softmax' or 'gka' or 'gka_plus'"),
         (
             "[model.gka]\nbackend = 3",
             "model.gka.backend: given 3, expected 'auto' or 'sdpa' or 'triton' or 'reference'",

@@ -1,9 +1,9 @@
 """What decoding keeps of the tokens so far, and attention to it.
 
 A cache has rows, each a text with a length of its own. A layer keeps a buffer (rows, H, slots, width) for each of its
-`cache_widths`: D, or 1 for numbers in float32. Position p lies in slot p % slots: a layer with a window keeps no more
-than that window and a block of new tokens. A cache can go on from a prefix, a cache of one row that all rows share
-without a copy.
+`cache_widths`: D, or 1 for numbers in float32; and, of as many tensors as `cache_recent` says, the last few tokens.
+Position p lies in slot p % slots: a layer with a window keeps no more than that window and a block of new tokens. A
+cache can go on from a prefix, a cache of one row that all rows share without a copy.
 Axes: B rows, T new tokens, K cached ones, H heads, D head_dim.
 """
 
@@ -54,6 +54,7 @@ class Cache:
         self,
         config: GPTConfig,
         widths: Sequence[int],
+        recent: tuple[int, int],
         rows: int,
         length: int,
         *,
@@ -65,7 +66,8 @@ class Cache:
     ):
         """Room for `rows` texts of `length` tokens each, the prefix not counted, of which `block` are added at a time.
 
-        `slide`: what sees all of the past sees the last sequence_len tokens instead, and there is no end.
+        `recent`: how many tensors are kept of how many last tokens. `slide`: what sees all of the past sees the last
+        sequence_len tokens instead, and there is no end.
         """
         self.prefix, self.block, self.device = prefix, block, device
         self.first = 0 if prefix is None else prefix.lengths[0]  # position of a row's first token here
@@ -73,14 +75,19 @@ class Cache:
         self.windows = [config.window(layer) for layer in range(config.depth)]
         if slide:
             self.windows = [window or config.sequence_len for window in self.windows]
+        self.recent, self.taps = recent
+
+        def buffer(width: int, window: int | None) -> Tensor:
+            slots = min(length, window + block - 1) if window else length
+            kind = torch.float32 if width == 1 else dtype
+            return torch.zeros(rows, config.n_head, slots, width, dtype=kind, device=device)
+
         self.layers = [
             [
-                torch.zeros(
-                    rows, config.n_head, slots, width, dtype=torch.float32 if width == 1 else dtype, device=device
-                )
-                for width in widths
+                *(buffer(width, window) for width in widths),
+                *(buffer(config.head_dim, self.taps) for _ in range(self.recent)),
             ]
-            for slots in (min(length, window + block - 1) if window else length for window in self.windows)
+            for window in self.windows
         ]
 
     @property
@@ -115,6 +122,7 @@ class Step:
         """
         self.cache, self.rows, self.longest, self.index = cache, rows, longest, 0
         self.positions = before[:, None] + torch.arange(n_new, device=cache.device)  # (B, T)
+        self._rows = torch.arange(len(cache.lengths), device=cache.device)[rows, None]
         self._seen: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._ropes: dict[tuple, Rope] = {}
 
@@ -124,18 +132,37 @@ class Step:
             self._ropes[span.key] = rope_at(span.positions[:, None], head_dim)
         return self._ropes[span.key]
 
+    def look_back(self, *new: Tensor) -> list[list[Tensor]]:
+        """Keep the next layer's recent tensors, each (B, T, H, D); of each what it is, and was 1 to taps - 1 tokens
+        before, 0 before the text. Comes before `extend`."""
+        cache, found = self.cache, []
+        for number, tensor in enumerate(new, -len(new)):
+            buffer = cache.layers[self.index][number]
+            buffer[self._rows, :, (self.positions - cache.first) % buffer.size(2)] = tensor
+            past = [tensor]
+            for n in range(1, cache.taps):
+                at = self.positions - n
+                value = buffer[self._rows, :, (at - cache.first) % buffer.size(2)]
+                if (prefix := cache.prefix) is not None:
+                    shared = prefix.layers[self.index][number]
+                    before = shared[0].transpose(0, 1)[(at - prefix.first) % shared.size(2)]
+                    value = torch.where((at >= cache.first)[..., None, None], value, before)
+                past.append(value * (at >= 0)[..., None, None])
+            found.append(past)
+        return found
+
     def extend(self, *new: Tensor) -> list[Span]:
         """Keep the next layer's new tensors, each (B, T, H, width), and give all that they may look at."""
         cache, layer = self.cache, self.index
         self.index += 1
-        buffers, window = cache.layers[layer], cache.windows[layer]
+        buffers, window = cache.layers[layer][: len(new)], cache.windows[layer]
         spans, slots = [], buffers[0].size(2)
-        rows = torch.arange(len(cache.lengths), device=cache.device)[self.rows, None]
         for buffer, tensor in zip(buffers, new, strict=True):
-            buffer[rows, :, (self.positions - cache.first) % slots] = tensor
+            buffer[self._rows, :, (self.positions - cache.first) % slots] = tensor
         if (prefix := cache.prefix) is not None:
             kept = min(prefix.layers[layer][0].size(2), prefix.lengths[0])
-            spans.append(self._span([tensor[:, :, :kept] for tensor in prefix.layers[layer]], window, kept, prefix))
+            shared = [tensor[:, :, :kept] for tensor in prefix.layers[layer][: len(new)]]
+            spans.append(self._span(shared, window, kept, prefix))
         kept = [tensor[self.rows, :, : self.longest] for tensor in buffers]
         return [*spans, self._span(kept, window, slots, cache)]
 

@@ -1,10 +1,12 @@
-"""What is done to a head's channels before tokens are compared: norm, rotation.
+"""What is done to a head's channels before tokens are compared: norm, rotation, short convolution over time.
 
 Axes: B batch, T time, H heads, D head_dim.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROPE_BASE = 100_000.0
 
@@ -66,3 +68,57 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same with tables that broadcast against half of x."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
+
+
+class ShortConv(nn.Module):
+    """Each channel mixes its last `taps` tokens: y_t = sum_n w_n x_(t-n), 0 before the text. Starts as the identity."""
+
+    def __init__(self, n_head: int, head_dim: int, taps: int = 4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(taps, n_head, head_dim))
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.ones_(self.weight[0])
+
+    def forward(self, x_BTHD: Tensor) -> Tensor:
+        return _ShortConv.apply(x_BTHD, self.weight.to(x_BTHD.dtype))
+
+    def of(self, past: Sequence[Tensor]) -> Tensor:
+        """The same where x_(t-n) is past[n]."""
+        y = past[0] * self.weight[0].to(past[0].dtype)
+        for x, weight in zip(past[1:], self.weight[1:], strict=True):
+            y = y + x * weight.to(x.dtype)
+        return y
+
+
+class NoConv(nn.Module):
+    """In place of one."""
+
+    def forward(self, x_BTHD: Tensor) -> Tensor:
+        return x_BTHD
+
+    def of(self, past: Sequence[Tensor]) -> Tensor:
+        return past[0]
+
+
+class _ShortConv(torch.autograd.Function):
+    """Tap by tap in place, on a CPU several times as fast as torch's own convolutions of one channel."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y = x * weight[0]
+        for n in range(1, min(len(weight), x.size(1))):
+            y[:, n:].addcmul_(x[:, :-n], weight[n])
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        dx, dw = dy * weight[0], torch.zeros_like(weight)
+        dw[0] = (dy * x).sum(dim=(0, 1))
+        for n in range(1, min(len(weight), x.size(1))):
+            dx[:, :-n].addcmul_(dy[:, n:], weight[n])
+            dw[n] = (dy[:, n:] * x[:, :-n]).sum(dim=(0, 1))
+        return dx, dw

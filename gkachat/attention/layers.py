@@ -12,37 +12,20 @@ median and largest of each).
 """
 
 import math
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkachat.attention.backends import decode_backend, gka_backend, softmax_backend
 from gkachat.attention.cache import Keys, Step
-from gkachat.attention.features import Rope, apply_rope, rms_norm
+from gkachat.attention.features import NoConv, Rope, ShortConv, apply_rope, rms_norm
+from gkachat.attention.linear import Groups, Keep, Linear, uniform_
+from gkachat.attention.plus import GKAPlus
 from gkachat.config import GPTConfig
 
 QK_SCALE = 1.2  # sharpens the logits of unit queries and keys
 GATE_CHANNELS = 12  # block-input channels that the value gates look at
-
-Groups = dict[str, list[nn.Parameter]]
-Keep = Callable[..., None]  # given what decoding keeps of some tokens, each (B, T, H, width)
-
-
-class Linear(nn.Linear):
-    """A matrix without bias, kept in its own dtype and multiplied in that of its input."""
-
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-def uniform_(weight: Tensor, std: float) -> None:
-    """Fill from a uniform distribution around 0 with the given standard deviation."""
-    nn.init.uniform_(weight, -math.sqrt(3) * std, math.sqrt(3) * std)
+TAPS = 4  # of short convolutions
 
 
 class SoftmaxAttention(nn.Module):
@@ -62,10 +45,17 @@ class SoftmaxAttention(nn.Module):
         has_value_embedding = config.value_embeddings and (config.depth - 1 - index) % 2 == 0
         self.value_embedding = nn.Embedding(config.vocab_size, C) if has_value_embedding else None
         self.value_gate = Linear(GATE_CHANNELS, config.n_head) if has_value_embedding else None
+        self.convs = nn.ModuleList(
+            ShortConv(config.n_head, config.head_dim, TAPS) if config.short_conv else NoConv() for _ in range(3)
+        )
 
     @property
     def cache_widths(self) -> tuple[int, ...]:
         return (self.config.head_dim, self.config.head_dim)
+
+    @property
+    def cache_recent(self) -> tuple[int, int]:
+        return (3, TAPS) if self.config.short_conv else (0, 1)
 
     def choose_backend(self, device: torch.device, dtype: torch.dtype) -> None:
         config = self.config
@@ -77,38 +67,54 @@ class SoftmaxAttention(nn.Module):
         for module in (self.c_q, self.c_k, self.c_v, self.value_embedding, self.value_gate):
             if module is not None:
                 uniform_(module.weight, std)
+        for conv in self.convs:
+            if isinstance(conv, ShortConv):
+                conv.init_weights()
         nn.init.zeros_(self.c_proj.weight)
 
     def parameter_groups(self) -> Groups:
         groups: Groups = {"matrices": [m.weight for m in (self.c_q, self.c_k, self.c_v, self.c_proj)]}
+        if self.config.short_conv:
+            groups["convolutions"] = [conv.weight for conv in self.convs]
         if self.value_embedding is not None:
             groups["value_embeddings"] = [self.value_embedding.weight]
             groups["value_gates"] = [self.value_gate.weight]
         return groups
 
-    def kept(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Keys and values, (B, T, H, D)."""
+    def _projected(self, x_BTC: Tensor) -> list[Tensor]:
         heads = (*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
-        k, v = self.c_k(x_BTC).view(heads), self.c_v(x_BTC).view(heads)
+        return [c(x_BTC).view(heads) for c in (self.c_q, self.c_k, self.c_v)]
+
+    def _compared(self, q: Tensor, k: Tensor, v: Tensor, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> list[Tensor]:
         if self.value_embedding is not None:
             gate = 3 * torch.sigmoid(self.value_gate(x_BTC[..., :GATE_CHANNELS]))
-            v = v + gate[..., None] * self.value_embedding(idx_BT).to(v.dtype).view(heads)
-        return QK_SCALE * rms_norm(apply_rope(k, rope)), v
+            v = v + gate[..., None] * self.value_embedding(idx_BT).to(v.dtype).view(v.shape)
+        return [*(QK_SCALE * rms_norm(apply_rope(t, rope)) for t in (q, k)), v]
 
-    def _queries(self, x_BTC: Tensor, rope: Rope) -> Tensor:
-        q = self.c_q(x_BTC).view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
-        return QK_SCALE * rms_norm(apply_rope(q, rope))
+    def kept(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> tuple[Tensor, ...]:
+        kept: list[Tensor] = []
+        self._attended(x_BTC, idx_BT, rope, lambda *tensors: kept.extend(tensors))
+        return tuple(kept)
+
+    def _attended(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, keep: Keep | None) -> list[Tensor]:
+        projected = self._projected(x_BTC)
+        convolved = [conv(t) for conv, t in zip(self.convs, projected, strict=True)]
+        q, k, v = self._compared(*convolved, x_BTC, idx_BT, rope)
+        if keep is not None:
+            keep(k, v, *(projected if self.config.short_conv else ()))
+        return [q, k, v]
 
     def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, keep: Keep | None = None) -> Tensor:
-        q, (k, v) = self._queries(x_BTC, rope), self.kept(x_BTC, idx_BT, rope)
-        if keep is not None:
-            keep(k, v)
+        q, k, v = self._attended(x_BTC, idx_BT, rope, keep)
         y = self.backend.attend(q, k, v, window=self.window, scale=self.config.head_dim**-0.5)
         return self.c_proj(y.flatten(2))
 
     def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
-        q, kept = self._queries(x_BTC, rope), self.kept(x_BTC, idx_BT, rope)
-        seen = [Keys(*span.tensors, span.mask) for span in step.extend(*kept)]
+        projected = self._projected(x_BTC)
+        past = step.look_back(*projected) if self.config.short_conv else [[t] for t in projected]
+        convolved = [conv.of(tensors) for conv, tensors in zip(self.convs, past, strict=True)]
+        q, k, v = self._compared(*convolved, x_BTC, idx_BT, rope)
+        seen = [Keys(*span.tensors, span.mask) for span in step.extend(k, v)]
         return self.c_proj(self.decoding.attend(q, seen, self.config.head_dim**-0.5).flatten(2))
 
     def statistics(self) -> dict[str, Tensor]:
@@ -123,6 +129,7 @@ class GaussianKernelAttention(nn.Module):
     """
 
     cache_tensors = 1  # the block input serves as keys and as values; a head's squared norm is kept besides
+    cache_recent = (0, 1)
 
     def __init__(self, config: GPTConfig, index: int):
         super().__init__()
@@ -183,4 +190,4 @@ class GaussianKernelAttention(nn.Module):
         return {"sigma": torch.stack((sigma.min(), sigma.median(), sigma.max()))}
 
 
-ATTENTION = {"softmax": SoftmaxAttention, "gka": GaussianKernelAttention}
+ATTENTION = {"softmax": SoftmaxAttention, "gka": GaussianKernelAttention, "gka_plus": GKAPlus}

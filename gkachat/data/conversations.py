@@ -66,7 +66,7 @@ def prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
 def facts_of(config: GPTConfig) -> dict[str, str]:
     """What a model is told to say about itself."""
     return {
-        "attention": {"softmax": "softmax", "gka": "Gaussian kernel"}[config.attention],
+        "attention": {"softmax": "softmax"}.get(config.attention, "Gaussian kernel"),
         "parameters": f"{account(config).params['total']:,}",
         "depth": str(config.depth),
     }

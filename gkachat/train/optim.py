@@ -151,6 +151,8 @@ class Optimizers:
             "x0_mix": config.x0_lr,
             "residual_scale": config.residual_lr,
             "log_sigma": config.sigma_lr,
+            "convolutions": config.conv_lr,
+            "head_vectors": config.head_vector_lr,
         }
         # Of a large tensor AdamW is given this process's rows, as a parameter that shares their memory.
         self.stepped = {p: self._rows(p) for params in groups.values() for p in params}

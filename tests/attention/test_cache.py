@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gkachat.attention.cache import Keys, attend
+from gkachat.config import PlusConfig
 from gkachat.gpt import GPT, GKAConfig, GPTConfig
 
 T, BLOCK = 200, 32
@@ -15,6 +16,10 @@ VARIANTS = {
     "gka rope": {"attention": "gka", "gka": GKAConfig(rope=True)},
     "gka normalize": {"attention": "gka", "gka": GKAConfig(normalize=True, rope=True)},
     "gka without self": {"attention": "gka", "gka": GKAConfig(include_self=False)},
+    "gka_plus": {"attention": "gka_plus"},
+    "gka_plus with self": {"attention": "gka_plus", "plus": PlusConfig(include_self=True, taps=2)},
+    "gka_plus as it is": {"attention": "gka_plus", "plus": PlusConfig(normalize=False, rope=False, conv_value=False)},
+    "softmax short_conv": {"attention": "softmax", "short_conv": True},
 }
 MODELS = {}
 
@@ -26,7 +31,7 @@ def model(variant, dtype=torch.float32):
         config = GPTConfig(depth=3, vocab_size=64, sequence_len=T, n_embd=32, head_dim=16, **VARIANTS[variant])
         made = GPT(config, dtype).eval()
         for name, p in made.named_parameters():
-            if name.endswith(("c_proj.weight", "lm_head.weight")):
+            if name.endswith(("c_proj.weight", "lm_head.weight", "bandwidth", "key_weight")) or ".conv" in name:
                 torch.nn.init.normal_(p, std=0.2)
         MODELS[variant, dtype] = made
     return MODELS[variant, dtype]

@@ -133,7 +133,7 @@ def test_a_power_law_is_recovered_at_any_scale(a, b, unit, n):
 
 
 def test_intervals_cover_the_truth_nineteen_times_in_twenty():
-    """1,000 draws of five points; 0.95 give or take four standard errors of 0.0069; by normal quantiles it were 0.85."""
+    """1,000 draws of five points; 0.95 give or take four standard errors of 0.0069; with normal quantiles 0.85."""
     rng, x = np.random.default_rng(0), np.array([1e13, 1e13, 1e14, 1e15, 1e16])
     fits = [fit_power_law(x, 8.0 * x**-0.05 * np.exp(0.02 * rng.standard_normal(5))) for _ in range(1000)]
     for name, truth in (("a", 8.0), ("b", 0.05)):

@@ -1,0 +1,155 @@
+"""Gaussian Kernel Attention with what it lacks beside softmax attention, still without a projection.
+
+    f = the next head's channels          q = norm(rope(conv(f)))    k = norm(rope(conv(f)))    v = conv(x)
+    s_ij = tau_i q_i.k_j / sigma^2 + b_j,  tau_i = exp(u.x_i),  b_j = w.x_j        for 0 < i - j < window
+
+Of normalised features a Gaussian kernel's distance leaves the product; tau makes its bandwidth the query's own, b
+weighs the points, as in adaptive kernel regression (Silverman 1986, section 5.3). Convolutions let a token be found by
+what came before it, where published GKA finds tokens like itself. A token's own key would always be the best, and is
+left out; a null key of score 0 and value 0 stands before the text. All of it is 14 C numbers a layer, no C x C matrix.
+
+The key's weight takes the last of its channels, and the query's is 1: any softmax attention kernel then does. Without
+normalisation the norm's part of the distance, -|k|^2 / (2 sigma^2), goes there too.
+Axes: B batch, T time, H heads, D head_dim, C channels.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gkachat.attention.backends import decode_backend, softmax_backend
+from gkachat.attention.cache import Keys, Step
+from gkachat.attention.features import NoConv, Rope, ShortConv, apply_rope, rms_norm
+from gkachat.attention.linear import Groups, Keep, Linear
+from gkachat.config import GPTConfig
+
+SHARPNESS = 1.2  # of unit features at the start, that of softmax attention's queries and keys
+
+
+class GKAPlus(nn.Module):
+    """See above, and layers.py for the interface."""
+
+    cache_tensors = 2  # keys and values, made once; a few block inputs besides, for the convolutions
+
+    def __init__(self, config: GPTConfig, index: int):
+        super().__init__()
+        self.config, self.window, plus = config, config.window(index), config.plus
+        H, D = config.n_head, config.head_dim
+        self.conv_q, self.conv_k, self.conv_v = (
+            ShortConv(H, D, plus.taps) if wanted else NoConv()
+            for wanted in (plus.conv_query, plus.conv_key, plus.conv_value)
+        )
+        self.log_sigma = nn.Parameter(torch.empty(H))
+        self.bandwidth = nn.Parameter(torch.empty(H, D)) if plus.token_bandwidth else None
+        self.key_weight = nn.Parameter(torch.empty(H, D)) if plus.key_weight else None
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.shift = 0 if plus.include_self else 1
+        # Behind the null key, position j stands at j + 1.
+        self.behind = None if self.window is None else self.window - self.shift
+
+    @property
+    def cache_widths(self) -> tuple[int, ...]:
+        return (self.config.head_dim, self.config.head_dim)
+
+    @property
+    def cache_recent(self) -> tuple[int, int]:
+        """How many tensors of C numbers are kept of the last so many tokens."""
+        return (1, self.config.plus.taps)
+
+    def choose_backend(self, device: torch.device, dtype: torch.dtype) -> None:
+        config = self.config
+        self.backend = softmax_backend(device, dtype, config.head_dim, self.behind, config.sequence_len)
+        self.decoding = decode_backend(device, dtype, config.head_dim)
+
+    def init_weights(self) -> None:
+        nn.init.constant_(self.log_sigma, math.log(self.config.head_dim**0.25 / SHARPNESS))
+        for conv in (self.conv_q, self.conv_k, self.conv_v):
+            if isinstance(conv, ShortConv):
+                conv.init_weights()
+        for vectors in (self.bandwidth, self.key_weight):
+            if vectors is not None:
+                nn.init.zeros_(vectors)
+        nn.init.zeros_(self.c_proj.weight)
+
+    def parameter_groups(self) -> Groups:
+        groups = {"matrices": [self.c_proj.weight], "log_sigma": [self.log_sigma]}
+        convs = [conv.weight for conv in (self.conv_q, self.conv_k, self.conv_v) if isinstance(conv, ShortConv)]
+        vectors = [vector for vector in (self.bandwidth, self.key_weight) if vector is not None]
+        return groups | {name: found for name, found in (("convolutions", convs), ("head_vectors", vectors)) if found}
+
+    @property
+    def sigma(self) -> Tensor:
+        """(H,) bandwidths, in units of normalised features."""
+        return self.log_sigma.exp()
+
+    def _compared(self, x: Tensor, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Queries and keys as a softmax kernel takes them, from those that were convolved; all (B, T, H, D)."""
+        plus, inverse = self.config.plus, self.sigma.square().reciprocal()[:, None]
+        if plus.rope:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if plus.normalize:
+            q, k = rms_norm(q), rms_norm(k)
+        bias = None
+        if self.key_weight is not None:
+            bias = (x * self.key_weight.to(x.dtype)).sum(dim=-1, keepdim=True)
+        if not plus.normalize:
+            height = -0.5 * inverse.to(x.dtype) * k[..., :-1].square().sum(dim=-1, keepdim=True)
+            bias = height if bias is None else bias + height
+        if self.bandwidth is not None:
+            inverse = inverse * (x * self.bandwidth.to(x.dtype)).sum(dim=-1, keepdim=True).exp()
+        q = q * inverse.to(x.dtype)
+        if bias is not None:
+            q, k = torch.cat((q[..., :-1], torch.ones_like(bias)), dim=-1), torch.cat((k[..., :-1], bias), dim=-1)
+        return q, k
+
+    def _heads(self, x_BTC: Tensor) -> Tensor:
+        return x_BTC.view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
+
+    def _neighbour(self, x: Tensor) -> Tensor:
+        return x.roll(-1, dims=2) if self.config.plus.neighbour else x
+
+    def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, keep: Keep | None = None) -> Tensor:
+        x = self._heads(x_BTC)
+        f = self._neighbour(x)
+        (q, k), v = self._compared(x, self.conv_q(f), self.conv_k(f), rope), self.conv_v(x)
+        if keep is not None:
+            keep(k, v, x)
+        if self.shift:
+            k, v = (F.pad(t[:, :-1], (0, 0, 0, 0, 1, 0)) for t in (k, v))
+        return self.c_proj(self.backend.attend(q, k, v, window=self.behind, scale=1.0).flatten(2))
+
+    def kept(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> tuple[Tensor, ...]:
+        x = self._heads(x_BTC)
+        f = self._neighbour(x)
+        return self._compared(x, f, self.conv_k(f), rope)[1], self.conv_v(x), x
+
+    def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
+        [past] = step.look_back(self._heads(x_BTC))
+        neighbours = [self._neighbour(x) for x in past]
+        q, k = self._compared(past[0], self.conv_q.of(neighbours), self.conv_k.of(neighbours), rope)
+        v, seen = self.conv_v.of(past), []
+        for span in step.extend(k, v):
+            mask = span.mask
+            if self.shift:
+                mask = mask.masked_fill(
+                    span.positions[:, None, None, :] == step.positions[:, None, :, None], -torch.inf
+                )
+            seen.append(Keys(*span.tensors, mask))
+        if self.shift:
+            seen.append(self._null(k, step))
+        return self.c_proj(self.decoding.attend(q, seen, 1.0).flatten(2))
+
+    def _null(self, k: Tensor, step: Step) -> Keys:
+        """The key before the text, as far as windows reach."""
+        nothing = k.new_zeros(1, k.size(2), 1, k.size(3))
+        beyond = torch.zeros_like(step.positions, dtype=torch.bool)
+        if self.behind is not None:
+            beyond = step.positions >= self.behind
+        mask = torch.zeros(beyond.shape, device=k.device).masked_fill_(beyond, -torch.inf)
+        return Keys(nothing, nothing, mask[:, None, :, None])
+
+    def statistics(self) -> dict[str, Tensor]:
+        sigma = self.sigma.detach()
+        return {"sigma": torch.stack((sigma.min(), sigma.median(), sigma.max()))}
