@@ -23,6 +23,7 @@ from gkachat.files import flush, read_json, write_text
 from gkachat.gpt import GPT
 from gkachat.tokenizer import BOS, Tokenizer
 
+EXPORTED = ("softmax", "gka")  # what the exported sources know
 SOURCES = ("configuration_gkachat.py", "modeling_gkachat.py")
 END_OF_ANSWER = "<|assistant_end|>"
 CHAT_TEMPLATE = (  # what gkachat.data.conversations renders
@@ -65,6 +66,10 @@ def export(
     out = Path(out).resolve()
     _check_free(out, overwrite)
     model, tokenizer, meta = load_model(run_dir, step=step)
+    if model.config.attention not in EXPORTED or model.config.short_conv:
+        raise ValueError(
+            f"{run_dir}: given {model.config.attention} attention, expected {' or '.join(EXPORTED)} as it is"
+        )
     tensors = {name: t.to(getattr(torch, dtype)) if t.ndim > 1 else t for name, t in model.state_dict().items()}
     files = _settings(model, tokenizer, meta, dtype)
     config = files["config.json"]
