@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -215,12 +216,16 @@ def test_ctrl_c_at_a_terminal_does_not_end_the_program(tuned):
     main, terminal = pty.openpty()
     env = {**os.environ, "GKACHAT_HOME": str(tuned), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
     words = [sys.executable, "-m", "scripts.chat_cli", "d2_gka_chat"]
-    process = subprocess.Popen(words, cwd=ROOT, env=env, stdin=terminal, stdout=terminal, stderr=terminal)
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=env, stdin=terminal, stdout=terminal, stderr=terminal,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who runs tests in the background ignores it
+    )  # fmt: skip
     os.close(terminal)
 
     def read_until(text):
         seen = b""
         while text not in seen:
+            assert select.select([main], [], [], 60)[0], f"{text} did not come after {seen}"
             seen += os.read(main, 4096)
 
     read_until(b"/quit\r\n> ")
