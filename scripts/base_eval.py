@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from gkachat import distributed
 from gkachat.checkpoint import find_run, load_model
 from gkachat.config import Config, DataConfig, TokenizerConfig, home
 from gkachat.config_file import build
@@ -24,9 +25,9 @@ from gkachat.eval.core import evaluate_core
 from gkachat.eval.report import DIRECTORY, Score, write_report
 from gkachat.files import read_json, write_text
 from gkachat.gpt import GPT
+from gkachat.inference import for_inference
 from gkachat.machine import commit, pick_device, pick_dtype
 from gkachat.tokenizer import Tokenizer
-from gkachat.train import distributed
 from scripts.cli import run
 
 ROWS = 4  # that go through a device at a time; training's own number may be too many for this one
@@ -62,7 +63,7 @@ def main(
         picked = torch.device("cuda", world.local_rank)
     try:
         model, tokenizer, meta = load_model(run_dir, picked, step)
-        model.prepare(pick_dtype(dtype, picked))
+        for_inference(model, pick_dtype(dtype, picked))
         if eval == "core":
             core(run_dir, model, tokenizer, meta, world, bundle, max_per_task, tokens)
         elif world.is_main:

@@ -12,6 +12,7 @@ import tyro
 from gkachat.checkpoint import find_run, load_model
 from gkachat.eval.chat import TASKS, evaluate_chat
 from gkachat.eval.report import Score, write_report
+from gkachat.inference import for_inference
 from gkachat.machine import pick_device, pick_dtype
 from scripts.cli import run
 
@@ -40,7 +41,7 @@ def main(
     """
     run_dir = find_run(run_name)
     model, tokenizer, meta = load_model(run_dir, pick_device(device), step)
-    model.prepare(pick_dtype("auto", pick_device(device)))
+    for_inference(model, pick_dtype("auto", pick_device(device)))
     print(f"{run_dir.name}, step {meta['step']}")
     chat = meta["config"].get("chat", {})
     held_out = chat["val_fraction"] if chat.get("source") == "generated" else None

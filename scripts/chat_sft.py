@@ -24,7 +24,7 @@ def main() -> None:
         print_help("RUN", TuningConfig(), __doc__, RUN_FLAGS)
     check_flags(flags)
     from gkachat.checkpoint import MODEL, find_run, load_tokenizer, load_weights, open_checkpoint  # torch takes seconds
-    from gkachat.data.conversations import conversations, facts_of, tokenize
+    from gkachat.data.conversations import conversations, tokenize
     from gkachat.data.loader import count_rows
     from gkachat.train import recipe
     from gkachat.train.trainer import Start, Trainer
@@ -36,7 +36,7 @@ def main() -> None:
         raise ConfigError([f"options: {error}"]) from None
     directory, meta = open_checkpoint(base_dir, None, MODEL)
     tokenizer, T = load_tokenizer(base_dir, meta), config.model.sequence_len
-    found = conversations(config.chat, config.run.seed, facts_of(config.model))
+    found = conversations(config.chat, config.run.seed, recipe.facts_of(config.model))
     tokenized = tokenize(found, tokenizer, T, config.chat.val_fraction)
     rows = {name: count_rows(split.documents.length, T) for name, split in tokenized.splits.items()}
     if config.train.total_tokens is None:

@@ -28,8 +28,8 @@ def estimate(config: Config) -> dict:
     import torch
 
     from gkachat.cost import account
+    from gkachat.distributed import World
     from gkachat.machine import pick_device
-    from gkachat.train.distributed import World
     from gkachat.train.learner import Learner
     from gkachat.train.metrics import Phases
     from gkachat.train.recipe import n_steps, resolve

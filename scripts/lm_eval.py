@@ -10,6 +10,7 @@ import tyro
 
 from gkachat.checkpoint import find_run, load_model
 from gkachat.eval.report import write_report
+from gkachat.inference import for_inference
 from gkachat.machine import pick_device, pick_dtype
 from scripts.cli import run
 
@@ -44,7 +45,7 @@ def main(
     except ModuleNotFoundError as error:
         raise ValueError(f"no package {error.name}; pip install 'gkachat[eval]'") from None
     model, tokenizer, meta = load_model(run_dir, pick_device(device), step)
-    model.prepare(pick_dtype("auto", pick_device(device)))
+    for_inference(model, pick_dtype("auto", pick_device(device)))
     lm = HarnessModel(model, tokenizer, batch_size, seed)
     options = {"limit": limit, "num_fewshot": num_fewshot}
     scores, metrics = evaluate(lm, tasks, include_path=include_path, **options)

@@ -62,8 +62,8 @@ def main() -> int:
     import torch  # takes seconds, --help should not
 
     from gkachat.bench import facts
-    from gkachat.eval.sweep import Run, load_sweep, write_sweep
     from gkachat.machine import pick_device
+    from gkachat.sweep import Run, load_sweep, write_sweep
     from gkachat.train.metrics import duration
 
     sweep, jobs = load_sweep(path, words), Jobs()

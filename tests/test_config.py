@@ -20,7 +20,7 @@ from gkachat.config import (
     home,
 )
 from gkachat.config_file import build, load_config, to_toml
-from gkachat.eval.sweep import load_sweep
+from gkachat.sweep import load_sweep
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.toml"))
 SHIPPED = [path for path in FILES if not path.stem.startswith("sweep_")]

@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gkachat.config import ChatConfig, GPTConfig
-from gkachat.cost import account
+from gkachat.config import ChatConfig
 from gkachat.data.shards import Documents
 from gkachat.data.tasks import generated
 from gkachat.tokenizer import Tokenizer
@@ -61,15 +60,6 @@ def render(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[bo
 def prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """Ids, BOS first, after which an assistant's answer is due."""
     return [*render(tokenizer, messages)[0], tokenizer.special["<|assistant_start|>"]]
-
-
-def facts_of(config: GPTConfig) -> dict[str, str]:
-    """What a model is told to say about itself."""
-    return {
-        "attention": {"softmax": "softmax"}.get(config.attention, "Gaussian kernel"),
-        "parameters": f"{account(config).params['total']:,}",
-        "depth": str(config.depth),
-    }
 
 
 def conversations(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator[tuple[str, Messages]]:

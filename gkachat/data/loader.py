@@ -262,10 +262,11 @@ def count_targets(documents: Documents, plan: Plan, row: int) -> int:
 
 def read_rows(rows: Iterable[Row], sequence_len: int, bos: int) -> Batch:
     """Gather rows from their shards."""
-    read, not_scored = [], []
-    for documents, plan, row in rows:
+    read, scored = [], {}
+    for number, (documents, plan, row) in enumerate(rows):
         read.append(into := np.full(sequence_len + 1, IGNORE, dtype=np.int64))
-        not_scored.append(masked := np.full(sequence_len + 1, documents.scored is not None))
+        if documents.scored is not None:
+            scored[number] = np.zeros(sequence_len + 1, dtype=bool)
         at = 0
         for piece in plan.in_row(row):
             length = plan.length[piece]
@@ -273,8 +274,10 @@ def read_rows(rows: Iterable[Row], sequence_len: int, bos: int) -> Batch:
             into[at] = bos
             into[at + 1 : at + 1 + length] = documents.tokens[start : start + length]
             if documents.scored is not None:
-                masked[at + 1 : at + 1 + length] = ~documents.scored[start : start + length]
+                scored[number][at + 1 : at + 1 + length] = documents.scored[start : start + length]
             at += 1 + length
     tokens = torch.from_numpy(np.stack(read))
-    targets = tokens[:, 1:].masked_fill(torch.from_numpy(np.stack(not_scored))[:, 1:], IGNORE)
-    return tokens[:, :-1].clamp(min=0), targets
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
+    for number, of_row in scored.items():
+        targets[number].masked_fill_(torch.from_numpy(~of_row[1:]), IGNORE)
+    return inputs.clamp(min=0), targets

@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gkachat.config import Config
 from gkachat.data.loader import Batch
+from gkachat.distributed import World, sum_over_world
 from gkachat.gpt import GPT
 from gkachat.machine import device_name, pick_dtype
 from gkachat.train import recipe
-from gkachat.train.distributed import World, sum_over_world
 from gkachat.train.metrics import Phases
 from gkachat.train.optim import Optimizers
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gkachat.config import OptimConfig
+from gkachat.distributed import World, gather
 from gkachat.gpt import GPT
-from gkachat.train.distributed import World, gather
 
 # Polar Express for five steps: p(X) = a X + b (X X^T) X + c (X X^T)^2 X, one triple a step.
 POLAR_EXPRESS = (

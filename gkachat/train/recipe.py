@@ -83,6 +83,15 @@ def tuning(tree: dict[str, Any], base: str) -> None:
     tree["run"]["name"], tree["chat"] = f"{base}_chat", {"base": base}
 
 
+def facts_of(config: GPTConfig) -> dict[str, str]:
+    """What tuning teaches a model to say about itself."""
+    return {
+        "attention": {"softmax": "softmax"}.get(config.attention, "Gaussian kernel"),
+        "parameters": f"{account(config).params['total']:,}",
+        "depth": str(config.depth),
+    }
+
+
 def n_steps(config: Config) -> int:
     """Steps of a resolved config."""
     return max(1, round(config.train.total_tokens / config.train.total_batch_size))

@@ -24,7 +24,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from gkachat import checkpoint
+from gkachat import checkpoint, distributed
 from gkachat.config import Config, home
 from gkachat.config_file import load_config
 from gkachat.cost import account
@@ -35,7 +35,7 @@ from gkachat.eval.bpb import bpb_sums
 from gkachat.files import lock
 from gkachat.machine import device_name, peak_flops, peak_memory, pick_device
 from gkachat.tokenizer import Tokenizer
-from gkachat.train import distributed, recipe
+from gkachat.train import recipe
 from gkachat.train.learner import Learner, Outcome
 from gkachat.train.metrics import Metrics, Phases, duration
 

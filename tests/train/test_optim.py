@@ -7,8 +7,8 @@ import torch
 
 from gkachat.config import OptimConfig
 from gkachat.config_file import load_config
+from gkachat.distributed import World
 from gkachat.gpt import GPT, GPTConfig
-from gkachat.train.distributed import World
 from gkachat.train.optim import POLAR_EXPRESS, Muon, Optimizers, orthogonalize
 from gkachat.train.recipe import resolve
 

@@ -16,7 +16,7 @@ from gkachat.config import ConfigError
 from gkachat.config_file import load_config, to_toml
 from gkachat.cost import account
 from gkachat.eval import sweep as sweeps
-from gkachat.eval.sweep import Run, Sweep, fit_parabola, fit_power_law, load_sweep, student_t
+from gkachat.sweep import Run, Sweep, fit_parabola, fit_power_law, load_sweep, student_t
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY, launch
 
+from gkachat import distributed
 from gkachat.checkpoint import load_model, load_optimizer, load_weights, open_checkpoint
 from gkachat.config import ConfigError
 from gkachat.config_file import load_config
-from gkachat.train import distributed
-from gkachat.train.distributed import Watchdog, World
+from gkachat.distributed import Watchdog, World
 from gkachat.train.metrics import read_metrics
 from gkachat.train.recipe import resolve
 
