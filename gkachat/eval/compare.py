@@ -116,11 +116,13 @@ def _differences(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -> 
             error = _paired_error(*answers) if paired else math.hypot(*errors)
             found.append(Difference(f"{kind}: {task}", *(s["accuracy"] for s in scores), *errors, error, paired))
             centered.append([e / (1 - a[kind].get("baseline", {}).get(task, 0)) for e in (*errors, error)])
-        if centered and all("mean_centered" in side for side in sides) and sides[0]["name"] == sides[1]["name"]:
+        # Only what has a name for its mean, CORE, and the same one: other kinds are asked as many tasks as one likes.
+        names = [side.get("name") for side in sides]
+        if centered and names[0] is not None and names[0] == names[1]:
             # The mean of independent tasks, each stretched by what guessing gets.
             errors = [math.hypot(*column) / len(centered) for column in zip(*centered, strict=True)]
             means, paired = [side["mean_centered"] for side in sides], all(d.paired for d in found[-len(centered) :])
-            found.append(Difference(f"{kind}: {sides[0]['name']}", *means, *errors, paired))
+            found.append(Difference(f"{kind}: {names[0]}", *means, *errors, paired))
     return found
 
 

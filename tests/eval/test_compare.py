@@ -153,3 +153,12 @@ def test_only_what_both_runs_were_measured_on_is_compared(evaluated, tmp_path):
     assert [score.name for score in comparison.scores] == ["core: arc"]
     write_comparison(comparison, tmp_path)
     assert json.loads((tmp_path / "comparison.json").read_text())["scores"][0]["is_noise"]
+
+
+def test_chat_benchmarks_of_two_tuned_runs_are_compared(evaluated):
+    """They have a mean over the tasks that were asked, and no name for it."""
+    for run, accuracy in zip(evaluated, (0.9, 0.2), strict=True):
+        meta = open_checkpoint(run)[1]
+        write_report(run, "chat", meta, {"addition": Score(accuracy, 0.03, 200, 1.0, 0.1)}, mean_centered=0.1)
+    [addition] = compare_runs(*evaluated).scores
+    assert (addition.name, addition.a, addition.b, addition.is_noise) == ("chat: addition", 0.9, 0.2, False)
