@@ -20,8 +20,10 @@ from scripts.cli import RUN_FLAGS, check_flags, print_help, run, split_args
 
 def main() -> None:
     base, args, flags = split_args(sys.argv[1:], RUN_FLAGS)
-    if base is None or {"-h", "--help"} & set(args):
+    if {"-h", "--help"} & set(args):
         print_help("RUN", TuningConfig(), __doc__, RUN_FLAGS)
+    if base is None:
+        raise ValueError("given no run, expected the name or directory of the one to tune")
     check_flags(flags)
     from gkachat.checkpoint import MODEL, find_run, load_tokenizer, load_weights, open_checkpoint  # torch takes seconds
     from gkachat.data.conversations import conversations, tokenize

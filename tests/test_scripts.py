@@ -52,6 +52,7 @@ def test_importing_a_script_does_nothing(script):
         ("base_eval", ["d9"], "no run 'd9'"),
         ("chat_cli", ["d9", "-p", "x"], "no run 'd9'"),
         ("chat_sft", ["d9"], "no run 'd9'"),
+        ("chat_sft", [], "given no run"),
         ("chat_sft", ["d9", "--resume", "--overwrite"], "expected one of them"),
         ("compare", ["d9", "d8"], "no run 'd9'"),
         ("export_hf", ["d9", "out"], "no run 'd9'"),
