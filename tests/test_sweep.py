@@ -12,10 +12,10 @@ from conftest import ROOT, TINY, call
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gkachat import sweep as sweeps
 from gkachat.config import ConfigError
 from gkachat.config_file import load_config, to_toml
 from gkachat.cost import account
-from gkachat.eval import sweep as sweeps
 from gkachat.sweep import Run, Sweep, fit_parabola, fit_power_law, load_sweep, student_t
 
 

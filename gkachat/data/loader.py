@@ -277,7 +277,7 @@ def read_rows(rows: Iterable[Row], sequence_len: int, bos: int) -> Batch:
                 scored[number][at + 1 : at + 1 + length] = documents.scored[start : start + length]
             at += 1 + length
     tokens = torch.from_numpy(np.stack(read))
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
+    inputs, targets = tokens[:, :-1].clamp(min=0), tokens[:, 1:].contiguous()  # of one row, targets are a view
     for number, of_row in scored.items():
         targets[number].masked_fill_(torch.from_numpy(~of_row[1:]), IGNORE)
-    return inputs.clamp(min=0), targets
+    return inputs, targets

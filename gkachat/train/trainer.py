@@ -128,7 +128,8 @@ class Trainer:
             stored = load_config(self.run_dir / "config.toml", cls=type(self.config))
             changed = [
                 f"{section}.{f.name}: given {now!r}, the run has {then!r}"
-                for section in vars(stored).keys() - {"run"}
+                for section in vars(stored)
+                if section != "run"
                 for f in dataclasses.fields(getattr(stored, section))
                 if (now := getattr(getattr(self.config, section), f.name))
                 != (then := getattr(getattr(stored, section), f.name))
