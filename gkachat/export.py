@@ -88,7 +88,8 @@ def export(
         if overwrite and out.exists():
             remove(out)
         os.replace(temporary, out)
-        flush(out.parent)
+        with suppress(OSError):  # the export is in place; not every file system flushes directories
+            flush(out.parent)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {out}: {error}") from error
     finally:
