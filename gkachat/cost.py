@@ -1,8 +1,9 @@
 """The accounts: parameters, training FLOPs and decode-cache bytes, counted from a model built on the meta device.
 
-FLOPs a training token: 6 for each parameter of the matrices and the head (2 forward, 4 backward), and
-12 C min(window, T) a layer for comparing and averaging tokens, two products in both attentions (PaLM, arXiv 2204.02311,
-appendix B). Embeddings are looked up, not multiplied; what the causal mask saves is not counted.
+FLOPs a training token: 6 for each parameter that is multiplied with, of matrices, head, convolutions and head vectors
+(2 forward, 4 backward), and 12 C min(window, T) a layer for comparing and averaging tokens, two products in each
+attention (PaLM, arXiv 2204.02311, appendix B). Embeddings are looked up, not multiplied; what the causal mask saves is
+not counted.
 """
 
 import dataclasses
@@ -44,10 +45,11 @@ def account(config: GPTConfig) -> Account:
     with torch.device("meta"):
         model = GPT(config)
     groups = {name: sum(p.numel() for p in group) for name, group in model.parameter_groups().items()}
+    multiplied = sum(groups.get(name, 0) for name in ("matrices", "lm_head", "convolutions", "head_vectors"))
     seen = sum(min(config.window(layer) or config.sequence_len, config.sequence_len) for layer in range(config.depth))
     return Account(
         params={"total": sum(groups.values()), **groups},
-        flops_per_token=6 * (groups["matrices"] + groups["lm_head"]) + 12 * config.n_embd * seen,
+        flops_per_token=6 * multiplied + 12 * config.n_embd * seen,
         cache_bytes_per_token=ATTENTION[config.attention].cache_tensors * config.depth * config.n_embd * CACHE_BYTES,
     )
 
@@ -105,15 +107,20 @@ def horizon(protocol: str, config: GPTConfig, baseline_tokens: float) -> float:
 
 
 def compare_accounts(config: GPTConfig) -> dict[str, Any]:
-    """Both attentions at one shape, and gka over softmax; total FLOPs under each protocol."""
-    softmax, gka = (dataclasses.replace(config, attention=name) for name in ("softmax", "gka"))
-    counted = {"softmax": account(softmax), "gka": account(gka)}
-    flops = counted["gka"].flops_per_token / counted["softmax"].flops_per_token
-    return {name: dataclasses.asdict(a) for name, a in counted.items()} | {
-        "ratio": {
-            "params": counted["gka"].params["total"] / counted["softmax"].params["total"],
+    """Every attention at one shape, and its ratios over softmax (`ratio`: those of gka); total FLOPs under each
+    protocol."""
+    shapes = {name: dataclasses.replace(config, attention=name) for name in ATTENTION}
+    counted = {name: account(shape) for name, shape in shapes.items()}
+
+    def ratios(name: str) -> dict[str, Any]:
+        own, softmax = counted[name], counted["softmax"]
+        flops = own.flops_per_token / softmax.flops_per_token
+        return {
+            "params": own.params["total"] / softmax.params["total"],
             "flops_per_token": flops,
-            "cache_bytes_per_token": counted["gka"].cache_bytes_per_token / counted["softmax"].cache_bytes_per_token,
-            "total_flops": {protocol: flops * horizon(protocol, gka, 1.0) for protocol in PROTOCOLS},
+            "cache_bytes_per_token": own.cache_bytes_per_token / softmax.cache_bytes_per_token,
+            "total_flops": {protocol: flops * horizon(protocol, shapes[name], 1.0) for protocol in PROTOCOLS},
         }
-    }
+
+    over = {name: ratios(name) for name in ATTENTION if name != "softmax"}
+    return {name: dataclasses.asdict(a) for name, a in counted.items()} | {"ratio": over["gka"], "ratios": over}

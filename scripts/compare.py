@@ -1,6 +1,6 @@
-"""Put two runs side by side: comparison.md, .json and .png, and the table on the terminal.
+"""Put runs side by side: comparison.md, .json and .png, and the table on the terminal.
 
-python -m scripts.compare d4_softmax d4_gka
+python -m scripts.compare d4_softmax d4_gka d4_gka_plus
 """
 
 import datetime
@@ -18,18 +18,16 @@ from scripts.cli import run
 
 
 def main(
-    run_a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_A")],
-    run_b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_B")],
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     out: str | None = None,
 ) -> None:
-    """Compare two evaluated runs.
+    """Compare evaluated runs.
 
     Args:
-        run_a: The baseline: a run's name, or the path of its directory.
-        run_b: What is compared with it.
+        runs: Their names, or the paths of their directories; the baseline first.
         out: Directory to write to; by default comparisons/<a>-<b> beside the runs.
     """
-    directories = find_run(run_a), find_run(run_b)
+    directories = [find_run(name) for name in runs]
     comparison = compare_runs(*directories)
     names = "-".join(directory.resolve().name for directory in directories)
     directory = Path(out) if out else home() / "comparisons" / names

@@ -1,4 +1,4 @@
-"""Count parameters, training FLOPs and decode-cache bytes of both attentions, on the meta device.
+"""Count parameters, training FLOPs and decode-cache bytes of all attentions, on the meta device.
 
 python -m scripts.cost --depth 20
 python -m scripts.cost --depth 20 --json
@@ -16,6 +16,7 @@ from gkachat.bench import table
 from gkachat.config import GPTConfig
 from gkachat.config_file import load_config
 from gkachat.cost import (
+    PROTOCOLS,
     PUBLISHED_FLOPS_RATIO,
     PUBLISHED_PARAMS_RATIO,
     account,
@@ -88,23 +89,26 @@ def training_plan(config: str | None, overrides: list[str], depths: Sequence[int
 
 
 def _print_tables(counted: dict) -> None:
-    softmax, gka, ratio = counted["softmax"], counted["gka"], counted["ratio"]
+    ratios = counted["ratios"]
+    names = ["softmax", *ratios]
 
-    def line(name: str, a: int, b: int, note: str = "") -> None:
-        print(f"{name:28} {a:16,} {b:16,} {f'{b / a:8.4f}' if a else '':>8}  {note}".rstrip())
+    def line(name: str, values: list[int], note: str = "") -> None:
+        over = [f"{value / values[0]:10.4f}" if values[0] else " " * 10 for value in values[1:]]
+        print("".join([f"{name:28}", *(f"{value:16,}" for value in values), *over, f"  {note}"]).rstrip())
 
-    print(f"{'':28} {'softmax':>16} {'gka':>16} {'ratio':>8}")
-    groups = list(dict.fromkeys([*softmax["params"], *gka["params"]]))
-    for group in [g for g in groups if g != "total"]:
-        line(group.replace("_", " "), softmax["params"].get(group, 0), gka["params"].get(group, 0))
-    total = softmax["params"]["total"], gka["params"]["total"]
-    line("parameters", *total, f"published at depth 20: {PUBLISHED_PARAMS_RATIO}")
-    line("training FLOPs a token", softmax["flops_per_token"], gka["flops_per_token"])
-    line("decode cache, bytes a token", softmax["cache_bytes_per_token"], gka["cache_bytes_per_token"])
-    print("\ntotal training FLOPs, gka over softmax, by protocol")
-    for protocol, value in ratio["total_flops"].items():
-        note = f"  published at depth 20: {PUBLISHED_FLOPS_RATIO}" if protocol == "paper" else ""
-        print(f"  {protocol:14} {value:.4f}{note}")
+    print("".join([f"{'':28}", *(f"{name:>16}" for name in names), *(f"{name:>10}" for name in ratios)]))
+    groups = dict.fromkeys(group for name in names for group in counted[name]["params"])
+    for group in [group for group in groups if group != "total"]:
+        line(group.replace("_", " "), [counted[name]["params"].get(group, 0) for name in names])
+    published = f"published at depth 20, gka: {PUBLISHED_PARAMS_RATIO}"
+    line("parameters", [counted[name]["params"]["total"] for name in names], published)
+    line("training FLOPs a token", [counted[name]["flops_per_token"] for name in names])
+    line("decode cache, bytes a token", [counted[name]["cache_bytes_per_token"] for name in names])
+    print("\nthe last columns and what follows are over softmax\n")
+    print("".join([f"{'total training FLOPs under':28}", *(f"{name:>10}" for name in ratios)]))
+    for protocol in PROTOCOLS:
+        note = f"  published at depth 20, gka: {PUBLISHED_FLOPS_RATIO}" if protocol == "paper" else ""
+        print(f"{protocol:28}" + "".join(f"{ratio['total_flops'][protocol]:10.4f}" for ratio in ratios.values()) + note)
 
 
 if __name__ == "__main__":

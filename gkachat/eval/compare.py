@@ -1,13 +1,14 @@
-"""Two runs side by side: a table, scores on tasks, curves of bits per byte, learned bandwidths.
+"""Runs side by side: a table, scores on tasks, curves of bits per byte, learned bandwidths.
 
-comparison = compare_runs(run_a, run_b)      # a is the baseline: ratios are b over a
-write_comparison(comparison, directory)      # comparison.md, .json, .png
+comparison = compare_runs(baseline, another, ...)     # ratios are over the first
+write_comparison(comparison, directory)               # comparison.md, .json, .png
 """
 
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 from gkachat.checkpoint import MODEL, load_weights, model_config, open_checkpoint
@@ -21,22 +22,23 @@ EVAL_FILE = "eval.json"
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; `published` is the paper's ratio, at depth 20."""
+    """A line of the table, a value for each run; `published` is the paper's ratio of gka over softmax, at depth 20."""
 
     name: str
-    a: float
-    b: float
+    values: tuple[float, ...]
     style: str
     published: float | None = None
 
     @property
-    def ratio(self) -> float | None:
-        return self.b / self.a if self.a > 0 and self.b > 0 else None
+    def ratios(self) -> list[float | None]:
+        """Of each other run over the first."""
+        first, *others = self.values
+        return [other / first if first > 0 and other > 0 else None for other in others]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Two runs' scores on a task; errors are standard errors.
+    """The first run's score on a task, a, and another's, b; errors are standard errors.
 
     A difference counts as more than noise where it is more than 1.96 of its standard errors, which chance alone brings
     about in one of twenty tasks. Where both runs answered the very same rows it is taken over the pairs, whose
@@ -44,6 +46,8 @@ class Difference:
     the root of the sum of both squared errors.
     """
 
+    run: str
+    """That b is of."""
     name: str
     a: float
     b: float
@@ -60,27 +64,35 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    names: tuple[str, str]
+    names: tuple[str, ...]
     rows: list[Row]
     scores: list[Difference]
-    """On the tasks of evals/ that both runs have."""
+    """On the tasks of evals/ that a run has in common with the first."""
     curves: dict[str, list[dict[str, float]]]
     """Of each run: tokens, FLOPs and BPB at every evaluation."""
     sigma: dict[str, list[list[float]]]
-    """Of each gka run: bandwidths, a list a layer, a number a head."""
+    """Of each run that has them: bandwidths, a list a layer, a number a head."""
     facts: dict[str, Any]
     """What the runs were made with."""
 
 
-def compare_runs(run_a: Path, run_b: Path) -> Comparison:
-    """Read two finished runs. FileNotFoundError or ValueError where something is missing or they cannot be compared."""
-    runs = [read_run(run) for run in (run_a, run_b)]
-    if runs[0]["eval"]["val_sha256"] != runs[1]["eval"]["val_sha256"]:
-        raise ValueError(f"{run_a.name} and {run_b.name} were evaluated on different val texts: nothing to compare")
-    names = (run_a.name, run_b.name) if run_a.name != run_b.name else (f"{run_a.name} (a)", f"{run_b.name} (b)")
+def compare_runs(*run_dirs: Path) -> Comparison:
+    """Read finished runs, the baseline first. FileNotFoundError or ValueError where something is missing or they
+    cannot be compared."""
+    if len(run_dirs) < 2:
+        raise ValueError(f"given {len(run_dirs)} run to compare, expected two or more")
+    runs = [read_run(run) for run in run_dirs]
+    for run_dir, run in zip(run_dirs, runs, strict=True):
+        if run["eval"]["val_sha256"] != runs[0]["eval"]["val_sha256"]:
+            raise ValueError(
+                f"{run_dirs[0].name} and {run_dir.name} were evaluated on different val texts: nothing to compare"
+            )
+    names = tuple(run_dir.name for run_dir in run_dirs)
+    if len(set(names)) < len(names):
+        names = tuple(f"{name} ({letter})" for name, letter in zip(names, ascii_lowercase, strict=False))
 
     def row(name: str, key: str, style: str, published: float | None = None) -> Row:
-        return Row(name, runs[0]["figures"][key], runs[1]["figures"][key], style, published)
+        return Row(name, tuple(run["figures"][key] for run in runs), style, published)
 
     return Comparison(
         names=names,
@@ -96,14 +108,18 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
             row("training tokens a second", "tokens_per_second", "{:,.0f}"),
             row("decode cache, bytes a token", "cache_bytes_per_token", "{:,.0f}"),
         ],
-        scores=_differences(runs[0]["reports"], runs[1]["reports"]),
+        scores=[
+            difference
+            for name, run in zip(names[1:], runs[1:], strict=True)
+            for difference in _differences(name, runs[0]["reports"], run["reports"])
+        ],
         curves={name: run["curve"] for name, run in zip(names, runs, strict=True)},
         sigma={name: run["sigma"] for name, run in zip(names, runs, strict=True) if run["sigma"]},
         facts={name: run["facts"] for name, run in zip(names, runs, strict=True)},
     )
 
 
-def _differences(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -> list[Difference]:
+def _differences(run: str, a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -> list[Difference]:
     found: list[Difference] = []
     for kind in [kind for kind in a if kind in b]:
         sides, centered = (a[kind], b[kind]), []
@@ -114,7 +130,7 @@ def _differences(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -> 
             answers = [side.get("correct", {}).get(task) for side in sides]
             paired = None not in answers and rows[0] == rows[1] is not None
             error = _paired_error(*answers) if paired else math.hypot(*errors)
-            found.append(Difference(f"{kind}: {task}", *(s["accuracy"] for s in scores), *errors, error, paired))
+            found.append(Difference(run, f"{kind}: {task}", *(s["accuracy"] for s in scores), *errors, error, paired))
             centered.append([e / (1 - a[kind].get("baseline", {}).get(task, 0)) for e in (*errors, error)])
         # Only what has a name for its mean, CORE, and the same one: other kinds are asked as many tasks as one likes.
         names = [side.get("name") for side in sides]
@@ -122,7 +138,7 @@ def _differences(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -> 
             # The mean of independent tasks, each stretched by what guessing gets.
             errors = [math.hypot(*column) / len(centered) for column in zip(*centered, strict=True)]
             means, paired = [side["mean_centered"] for side in sides], all(d.paired for d in found[-len(centered) :])
-            found.append(Difference(f"{kind}: {names[0]}", *means, *errors, paired))
+            found.append(Difference(run, f"{kind}: {names[0]}", *means, *errors, paired))
     return found
 
 
@@ -183,26 +199,32 @@ def _layer(key: str) -> int:
 
 def markdown(comparison: Comparison) -> str:
     """The table, and what it was made with."""
-    a, b = comparison.names
-    lines = [f"| | {a} | {b} | ratio | published |", "| --- | ---: | ---: | ---: | ---: |"]
+    first, *others = comparison.names
+    over = ["ratio"] if len(others) == 1 else [f"{name} over {first}" for name in others]
+    header = [first, *others, *over, "published"]
+    lines = [f"| | {' | '.join(header)} |", f"| --- |{' ---: |' * len(header)}"]
     for row in comparison.rows:
-        ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
-        published = "" if row.published is None else f"{row.published:.2f}"
-        lines.append(f"| {row.name} | {row.style.format(row.a)} | {row.style.format(row.b)} | {ratio} | {published} |")
+        cells = [row.style.format(value) for value in row.values]
+        cells += ["" if ratio is None else f"{ratio:.3f}" for ratio in row.ratios]
+        cells.append("" if row.published is None else f"{row.published:.2f}")
+        lines.append(f"| {row.name} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Ratios are {b} over {a}. Published: gka over softmax at depth 20 (arXiv 2605.02144).",
+        f"Ratios are over {first}. Published: gka over softmax at depth 20 (arXiv 2605.02144).",
         "Bits per byte are taken over all of the val split, and over as many training tokens.",
         "",
     ]
+    for name in others:
+        if scores := [d for d in comparison.scores if d.run == name]:
+            lines += [f"| score | {first} | {name} | difference | |", "| --- | ---: | ---: | ---: | --- |"]
+            for d in scores:
+                shown = [f"{value:{sign}.4f} ± {error:.4f}" for value, sign, error in (
+                    (d.a, "", d.error_a), (d.b, "", d.error_b), (d.b - d.a, "+", d.error))]  # fmt: skip
+                words = ("within noise" if d.is_noise else "more than noise") + (", paired" if d.paired else "")
+                lines.append(f"| {d.name} | {' | '.join(shown)} | {words} |")
+            lines.append("")
     if comparison.scores:
-        lines += [f"| score | {a} | {b} | difference | |", "| --- | ---: | ---: | ---: | --- |"]
-        for d in comparison.scores:
-            shown = [f"{value:{sign}.4f} ± {error:.4f}" for value, sign, error in (
-                (d.a, "", d.error_a), (d.b, "", d.error_b), (d.b - d.a, "+", d.error))]  # fmt: skip
-            words = ("within noise" if d.is_noise else "more than noise") + (", paired" if d.paired else "")
-            lines.append(f"| {d.name} | {' | '.join(shown)} | {words} |")
-        lines += ["", "± one standard error; more than noise: more than 1.96 of them. Paired: on the same rows.", ""]
+        lines += ["± one standard error; more than noise: more than 1.96 of them. Paired: on the same rows.", ""]
     for name, facts in comparison.facts.items():
         words = (
             f"depth {facts['depth']} {facts['attention']}, {facts['steps']:,} steps"
@@ -220,7 +242,7 @@ def write_comparison(comparison: Comparison, directory: Path, notes: str = "") -
     tree = {
         "names": comparison.names,
         "table": {
-            row.name: {"values": [row.a, row.b], "ratio": row.ratio, "published_ratio": row.published}
+            row.name: {"values": row.values, "ratios": row.ratios, "published_ratio": row.published}
             for row in comparison.rows
         },
         "scores": [{**asdict(d), "is_noise": d.is_noise} for d in comparison.scores],
@@ -234,7 +256,7 @@ def write_comparison(comparison: Comparison, directory: Path, notes: str = "") -
 
 
 def draw(comparison: Comparison) -> Any:
-    """A matplotlib figure: BPB against tokens, against FLOPs, and a heat map of bandwidths for each gka run."""
+    """A matplotlib figure: BPB against tokens, against FLOPs, and each run's heat map of bandwidths."""
     from matplotlib.figure import Figure
 
     panels = 2 + len(comparison.sigma)

@@ -1,4 +1,4 @@
-"""The comparison of two runs: what it reads, computes and writes."""
+"""The comparison of runs: what it reads, computes and writes."""
 
 import json
 import shutil
@@ -38,16 +38,16 @@ def test_the_table_holds_the_counted_figures_and_their_ratios(evaluated):
     rows = {row.name: row for row in comparison.rows}
     counted = [account(load_config(d / "config.toml").model) for d in evaluated]
     params = rows["parameters"]
-    assert (params.a, params.b) == tuple(c.params["total"] for c in counted)
-    assert params.ratio == pytest.approx(params.b / params.a) and params.published == 0.42
+    assert params.values == tuple(c.params["total"] for c in counted)
+    assert params.ratios == [pytest.approx(params.values[1] / params.values[0])] and params.published == 0.42
     flops = rows["training FLOPs"]
-    assert (flops.a, flops.b) == tuple(2048 * c.flops_per_token for c in counted) and flops.published == 0.49
-    assert (rows["training tokens"].a, rows["training tokens"].b) == (2048, 2048)
+    assert flops.values == tuple(2048 * c.flops_per_token for c in counted) and flops.published == 0.49
+    assert rows["training tokens"].values == (2048, 2048)
     stored = [json.loads((d / "eval.json").read_text()) for d in evaluated]
-    assert (rows["val bits per byte"].a, rows["val bits per byte"].b) == tuple(s["val_bpb"] for s in stored)
-    assert rows["val - train gap"].b == pytest.approx(stored[1]["val_bpb"] - stored[1]["train_bpb"])
-    assert rows["unigram bits per byte, val"].ratio == 1.0
-    assert rows["training tokens a second"].a > 0
+    assert rows["val bits per byte"].values == tuple(s["val_bpb"] for s in stored)
+    assert rows["val - train gap"].values[1] == pytest.approx(stored[1]["val_bpb"] - stored[1]["train_bpb"])
+    assert rows["unigram bits per byte, val"].ratios == [1.0]
+    assert rows["training tokens a second"].values[0] > 0
 
 
 def test_curves_and_bandwidths_come_from_the_runs(evaluated):
@@ -66,13 +66,31 @@ def test_everything_is_written_and_says_the_same(evaluated, tmp_path):
     assert set(written) == {"comparison.md", "comparison.json", "comparison.png"}
     assert written["comparison.md"].read_text() == markdown(comparison) + "- a note\n"
     table = json.loads(written["comparison.json"].read_text())["table"]
-    assert table["parameters"]["ratio"] == comparison.rows[0].ratio
+    assert table["parameters"]["ratios"] == comparison.rows[0].ratios
     assert written["comparison.png"].read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_compared_with_itself_has_ratios_of_one(evaluated):
-    rows = compare_runs(evaluated[0], evaluated[0]).rows
-    assert {row.ratio for row in rows if row.ratio is not None} == {1.0}
+    comparison = compare_runs(evaluated[0], evaluated[0])
+    assert {ratio for row in comparison.rows for ratio in row.ratios if ratio is not None} == {1.0}
+    assert comparison.names == ("d2_softmax (a)", "d2_softmax (b)")
+
+
+def test_more_than_two_are_each_compared_with_the_first(evaluated):
+    softmax, gka = evaluated
+    shutil.copytree(gka, third := gka.with_name("third"))
+    for run, answers in ((softmax, [True, False]), (gka, [True, True]), (third, [False, False])):
+        with_scores(run, {"arc": answers})
+    comparison = compare_runs(softmax, gka, third)
+    assert comparison.rows[0].ratios[0] == comparison.rows[0].ratios[1] < 1
+    assert [(d.run, d.a, d.b) for d in comparison.scores] == [("d2_gka", 0.5, 1.0), ("third", 0.5, 0.0)]
+    table = markdown(comparison)
+    assert "| | d2_softmax | d2_gka | third | d2_gka over d2_softmax | third over d2_softmax | published |" in table
+    assert {line.count("|") for line in table.splitlines()[:12]} == {8}
+
+
+def test_one_run_is_nothing_to_compare(evaluated, tiny_home):
+    assert "given 1 run to compare" in call("compare", "d2_softmax", home=tiny_home).stderr
 
 
 def test_a_run_that_was_not_evaluated_is_named(evaluated):
