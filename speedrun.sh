@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Trains softmax attention and Gaussian Kernel Attention side by side, and compares them.
+# Trains softmax attention, Gaussian Kernel Attention as published (gka) and with its additions (gka_plus) side by side,
+# and compares them.
 #
-#   bash speedrun.sh                 no GPU: the laptop pair, minutes; with GPUs: the depth-20 pair on all of them, hours
+#   bash speedrun.sh                 no GPU: at a laptop's size, minutes; with GPUs: at depth 20 on all of them, hours
 #   bash speedrun.sh --overwrite     start anew; without it, what is finished is kept and what was interrupted goes on
-#   bash speedrun.sh --protocol equal-flops     how long GKA trains beside softmax: paper (with GPUs; 0.49 of its FLOPs),
+#   bash speedrun.sh --protocol equal-flops     how long both train beside softmax: paper (with GPUs; 0.49 of its FLOPs),
 #                                    equal-tokens (without), equal-ratio or equal-flops
-#   bash speedrun.sh --run.seed 43   any field of the configs, for both trainings; those of --chat.* are for the tuning on
+#   bash speedrun.sh --run.seed 43   any field of the configs, for all trainings; those of --chat.* are for the tuning on
 #                                    conversations that follows them
 #
 # Everything is written under GKACHAT_HOME (default: ~/.cache/gkachat).
@@ -38,53 +39,44 @@ step() {
     fi
 }
 
+attentions=(softmax gka gka_plus)
 gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true)
 if [ "$gpus" -gt 0 ]; then
-    softmax_config=configs/d20_softmax.toml gka_config=configs/d20_gka.toml depth=20
+    depth=20 configs=("${attentions[@]/#/configs/d20_}") configs=("${configs[@]/%/.toml}")
     launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$gpus" -m)
     talks=(--chat.source huggingface) questions=()
     overrides=(--train.protocol paper ${overrides[@]+"${overrides[@]}"})  # what comes later wins
+    step "count" "$PYTHON" -m scripts.cost --config "${configs[0]}"
+    step "estimate the hours of training" "$PYTHON" -m scripts.estimate "${configs[@]}" "${overrides[@]}"
 else
-    softmax_config=configs/laptop.toml gka_config=configs/laptop.toml depth=4
+    depth=4 configs=(configs/laptop.toml configs/laptop.toml configs/laptop.toml)
     launch=("$PYTHON" -m)
     talks=(--chat.conversations 24000) questions=(--tasks addition counting)
 fi
+runs=("${attentions[@]/#/d${depth}_}")
 
-train() {
-    local attention=$1 config=$2
-    "${launch[@]}" scripts.base_train "$config" "${go_on[@]}" \
-        --model.attention "$attention" --run.name "d${depth}_$attention" ${overrides[@]+"${overrides[@]}"}
-}
-
-tune() {
-    "${launch[@]}" scripts.chat_sft "d${depth}_$1" "${go_on[@]}" "${talks[@]}" \
+step "train the tokenizer" "$PYTHON" -m scripts.tok_train "${configs[0]}"
+step "tokenize the corpus" "$PYTHON" -m scripts.data_prep "${configs[0]}"
+for i in "${!runs[@]}"; do
+    step "train ${attentions[i]}" "${launch[@]}" scripts.base_train "${configs[i]}" "${go_on[@]}" \
+        --model.attention "${attentions[i]}" --run.name "${runs[i]}" ${overrides[@]+"${overrides[@]}"}
+done
+for run in "${runs[@]}"; do
+    step "evaluate $run" "$PYTHON" -m scripts.base_eval "$run"
+    if [ "$gpus" -gt 0 ]; then step "score $run on CORE" "${launch[@]}" scripts.base_eval "$run" --eval core; fi
+done
+step "compare" "$PYTHON" -m scripts.compare "${runs[@]}"
+for run in "${runs[@]}"; do
+    step "tune $run on conversations" "${launch[@]}" scripts.chat_sft "$run" "${go_on[@]}" "${talks[@]}" \
         ${chat_overrides[@]+"${chat_overrides[@]}"}
-}
-
-if [ "$gpus" -gt 0 ]; then
-    step "count" "$PYTHON" -m scripts.cost --config "$softmax_config"
-    step "estimate the hours of training" "$PYTHON" -m scripts.estimate "$softmax_config" "$gka_config" "${overrides[@]}"
-fi
-step "train the tokenizer" "$PYTHON" -m scripts.tok_train "$softmax_config"
-step "tokenize the corpus" "$PYTHON" -m scripts.data_prep "$softmax_config"
-step "train softmax attention" train softmax "$softmax_config"
-step "train Gaussian Kernel Attention" train gka "$gka_config"
-step "evaluate softmax attention" "$PYTHON" -m scripts.base_eval "d${depth}_softmax"
-step "evaluate Gaussian Kernel Attention" "$PYTHON" -m scripts.base_eval "d${depth}_gka"
-if [ "$gpus" -gt 0 ]; then
-    for attention in softmax gka; do
-        step "score $attention on CORE" "${launch[@]}" scripts.base_eval "d${depth}_$attention" --eval core
-    done
-fi
-step "compare" "$PYTHON" -m scripts.compare "d${depth}_softmax" "d${depth}_gka"
-step "tune softmax attention on conversations" tune softmax
-step "tune Gaussian Kernel Attention on conversations" tune gka
-for attention in softmax gka; do
-    step "ask the tuned $attention model" "$PYTHON" -m scripts.chat_eval "d${depth}_${attention}_chat" ${questions[@]+"${questions[@]}"}
+done
+for run in "${runs[@]}"; do
+    step "ask the tuned $run" "$PYTHON" -m scripts.chat_eval "${run}_chat" ${questions[@]+"${questions[@]}"}
 done
 
 [ "$GKACHAT_HOME" = "$HOME/.cache/gkachat" ] && prefix= || prefix="GKACHAT_HOME=$GKACHAT_HOME "
-chat="  ${prefix}$PYTHON -m scripts.chat_cli d${depth}"
+chat="  ${prefix}$PYTHON -m scripts.chat_cli"
 echo
-echo "Talk to them, one by one or to both at once:"
-printf '%s\n' "${chat}_softmax_chat" "${chat}_gka_chat" "${chat}_softmax_chat --compare d${depth}_gka_chat"
+echo "Talk to them, one by one or to two at once:"
+printf "$chat %s_chat\n" "${runs[@]}"
+echo "$chat ${runs[0]}_chat --compare ${runs[2]}_chat"

@@ -1,4 +1,4 @@
-"""Time a whole training step, forward, backward and optimizers, of the softmax and the GKA models of one shape.
+"""Time a whole training step, forward, backward and optimizers, of models of one shape that differ in their attention.
 
 python -m scripts.bench_step --depth 4 --tokens 512 --batch 4
 python -m scripts.bench_step --depth 20 --tokens 2048 --batch 16 --compile --out results/h200_step
@@ -18,9 +18,11 @@ from gkachat.train.recipe import resolve
 from scripts.cli import benchmark_parser, parse_benchmark, positive, run
 
 VARIANTS = {
-    "softmax": ("softmax", GKAConfig()),
-    "gka": ("gka", GKAConfig()),
-    "gka normalised": ("gka", GKAConfig(normalize=True)),
+    "softmax": {},
+    "softmax, short_conv": {"short_conv": True},
+    "gka": {"attention": "gka"},
+    "gka normalised": {"attention": "gka", "gka": GKAConfig(normalize=True)},
+    "gka_plus": {"attention": "gka_plus"},
 }
 
 
@@ -60,10 +62,10 @@ def main() -> None:
     parser.add_argument("--window-pattern", default="SSSL")
     options, device, dtype = parse_benchmark(parser)
     steps, models, configs = {}, {}, {}
-    for name, (attention, gka) in VARIANTS.items():
+    for name, variant in VARIANTS.items():
         configs[name] = GPTConfig(
-            depth=options.depth, attention=attention, sequence_len=options.tokens, vocab_size=options.vocab_size,
-            window_pattern=options.window_pattern, gka=gka,
+            depth=options.depth, sequence_len=options.tokens, vocab_size=options.vocab_size,
+            window_pattern=options.window_pattern, **variant,
         )  # fmt: skip
         steps[name], models[name] = training_step(configs[name], options.batch, device, dtype, options.compile)
     for name, model in models.items():

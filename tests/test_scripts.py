@@ -274,13 +274,13 @@ def test_the_speedrun_trains_compares_and_says_how_to_talk(speedrun):
     home, result = speedrun
     assert result.returncode == 0, result.stderr
     assert "| parameters |" in result.stdout and "unigram" in result.stdout
-    assert result.stdout.count("  addition  ") == result.stdout.count("  counting  ") == 2
+    assert result.stdout.count("  addition  ") == result.stdout.count("  counting  ") == 3
     commands = [line.strip() for line in result.stdout.splitlines() if "scripts.chat_cli" in line]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         spoken = bash("-c", f"{command} -p 'What is 12 + 34?' --max-tokens 3", home=home)
         assert spoken.returncode == 0 and spoken.stdout
-    assert (home / "comparisons" / "d4_softmax-d4_gka" / "comparison.png").exists()
+    assert (home / "comparisons" / "d4_softmax-d4_gka-d4_gka_plus" / "comparison.png").exists()
 
 
 def test_a_second_speedrun_keeps_what_is_finished(speedrun):

@@ -45,24 +45,31 @@ def protocol(line):
     return (re.findall(r"--train\.protocol[ =](\S+)", line) or [None])[-1]
 
 
-def test_on_gpus_the_pair_is_counted_estimated_trained_scored_and_compared_in_this_order(commands):
+ATTENTIONS = ("softmax", "gka", "gka_plus")
+
+
+def test_on_gpus_runs_are_counted_estimated_trained_scored_and_compared_in_this_order(commands):
     lines = commands(2)
     torchrun = "torch.distributed.run --standalone --nproc_per_node=2 -m "
     assert [line.removeprefix(torchrun).split()[0].removeprefix("scripts.") for line in lines] == [
-        "cost", "estimate", "tok_train", "data_prep", "base_train", "base_train", "base_eval", "base_eval", "base_eval",
-        "base_eval", "compare", "chat_sft", "chat_sft", "chat_eval", "chat_eval",
+        "cost", "estimate", "tok_train", "data_prep", *["base_train"] * 3, *["base_eval"] * 6, "compare",
+        *["chat_sft"] * 3, *["chat_eval"] * 3,
     ]  # fmt: skip
-    assert lines[1].split()[1:3] == ["configs/d20_softmax.toml", "configs/d20_gka.toml"]
+    configs = [f"configs/d20_{attention}.toml" for attention in ATTENTIONS]
+    assert lines[1].split()[1:4] == configs and all((ROOT / config).exists() for config in configs)
     assert [line for line in lines if "--eval core" in line] == [
-        f"{torchrun}scripts.base_eval d20_{attention} --eval core" for attention in ("softmax", "gka")
+        f"{torchrun}scripts.base_eval d20_{attention} --eval core" for attention in ATTENTIONS
     ]
-    assert all(line.startswith(torchrun) for line in trainings(lines))
+    for line, config, attention in zip(trainings(lines), configs, ATTENTIONS, strict=True):
+        assert line.startswith(f"{torchrun}scripts.base_train {config} ")
+        assert f"--model.attention {attention} --run.name d20_{attention} " in line
+    assert "scripts.compare d20_softmax d20_gka d20_gka_plus" in lines
 
 
 def test_without_gpus_nothing_is_estimated_or_scored_on_core(commands):
     lines = commands(0)
     assert not any("estimate" in line or "core" in line or "torch.distributed" in line for line in lines)
-    assert len(trainings(lines)) == 2 and all("--resume" in line for line in trainings(lines))
+    assert len(trainings(lines)) == 3 and all("--resume" in line for line in trainings(lines))
 
 
 @pytest.mark.parametrize(
@@ -77,10 +84,10 @@ def test_without_gpus_nothing_is_estimated_or_scored_on_core(commands):
         (0, ["--protocol", "paper"], "paper"),
     ],
 )
-def test_the_protocol_holds_for_both_trainings_and_the_estimate(commands, gpus, options, expected):
+def test_the_protocol_holds_for_all_trainings_and_the_estimate(commands, gpus, options, expected):
     lines = commands(gpus, *options)
     told = [*trainings(lines), *(line for line in lines if "scripts.estimate" in line)]
-    assert len(told) == 2 + gpus and [protocol(line) for line in told] == [expected] * len(told)
+    assert len(told) == 3 + gpus and [protocol(line) for line in told] == [expected] * len(told)
     assert all(("--overwrite" in line) == ("--overwrite" in options) for line in trainings(lines))
     assert all(("--chat.epochs 2" in line) == ("--chat.epochs" in options) for line in lines if "chat_sft" in line)
     assert not any(re.search(r"--protocol|--overwrite", line) for line in lines if "estimate" in line)
