@@ -169,6 +169,8 @@ class PlusConfig:
     """... and of the values."""
     taps: int = 4
     """Tokens that are mixed."""
+    key_delay: bool = True
+    """Start the keys' mixing as a delay by one token, so that what is found is what followed a token like itself."""
     neighbour: bool = True
     """Compare by the next head's channels, while values are a head's own."""
     normalize: bool = True
@@ -177,13 +179,11 @@ class PlusConfig:
     """Let each query have a bandwidth of its own, by exp(w.x)."""
     key_weight: bool = True
     """Add to the scores of each key a weight of its own, w.x."""
-    include_self: bool = False
-    """Let a token be among its own keys."""
     rope: bool = True
     """Rotate what is compared by position."""
 
     def __post_init__(self) -> None:
-        require(self, **at_least(1, self, "taps"))
+        require(self, **at_least(1 + self.key_delay, self, "taps"))
 
 
 @dataclass(frozen=True)

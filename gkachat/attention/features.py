@@ -71,15 +71,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class ShortConv(nn.Module):
-    """Each channel mixes its last `taps` tokens: y_t = sum_n w_n x_(t-n), 0 before the text. Starts as the identity."""
+    """Each channel mixes its last `taps` tokens: y_t = sum_n w_n x_(t-n), 0 before the text. Starts as a delay."""
 
     def __init__(self, n_head: int, head_dim: int, taps: int = 4):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(taps, n_head, head_dim))
 
-    def init_weights(self) -> None:
+    def init_weights(self, delay: int = 0) -> None:
+        """y_t = x_(t - delay); with no delay the identity."""
         nn.init.zeros_(self.weight)
-        nn.init.ones_(self.weight[0])
+        nn.init.ones_(self.weight[delay])
 
     def forward(self, x_BTHD: Tensor) -> Tensor:
         return _ShortConv.apply(x_BTHD, self.weight.to(x_BTHD.dtype))

@@ -1,12 +1,13 @@
 """Gaussian Kernel Attention with what it lacks beside softmax attention, still without a projection.
 
     f = the next head's channels          q = norm(rope(conv(f)))    k = norm(rope(conv(f)))    v = conv(x)
-    s_ij = tau_i q_i.k_j / sigma^2 + b_j,  tau_i = exp(u.x_i),  b_j = w.x_j        for 0 < i - j < window
+    s_ij = tau_i q_i.k_j / sigma^2 + b_j,  tau_i = exp(u.x_i),  b_j = w.x_j
 
 Of normalised features a Gaussian kernel's distance leaves the product; tau makes its bandwidth the query's own, b
-weighs the points, as in adaptive kernel regression (Silverman 1986, section 5.3). Convolutions let a token be found by
-what came before it, where published GKA finds tokens like itself. A token's own key would always be the best, and is
-left out; a null key of score 0 and value 0 stands before the text. All of it is 14 C numbers a layer, no C x C matrix.
+weighs the points, as in adaptive kernel regression (Silverman 1986, section 5.3). Published GKA finds tokens like
+itself. Here convolutions let a token be found by what came before it, and the keys' starts as a delay by one token:
+what is found is what followed a token like itself, the step of an induction head (arXiv 2209.11895), from the first
+training step on. All of it is 14 C numbers a layer, no C x C matrix.
 
 The key's weight takes the last of its channels, and the query's is 1: any softmax attention kernel then does. Without
 normalisation the norm's part of the distance, -|k|^2 / (2 sigma^2), goes there too.
@@ -16,7 +17,6 @@ Axes: B batch, T time, H heads, D head_dim, C channels.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkachat.attention.backends import decode_backend, softmax_backend
@@ -45,9 +45,6 @@ class GKAPlus(nn.Module):
         self.bandwidth = nn.Parameter(torch.empty(H, D)) if plus.token_bandwidth else None
         self.key_weight = nn.Parameter(torch.empty(H, D)) if plus.key_weight else None
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.shift = 0 if plus.include_self else 1
-        # Behind the null key, position j stands at j + 1.
-        self.behind = None if self.window is None else self.window - self.shift
 
     @property
     def cache_widths(self) -> tuple[int, ...]:
@@ -60,14 +57,14 @@ class GKAPlus(nn.Module):
 
     def choose_backend(self, device: torch.device, dtype: torch.dtype) -> None:
         config = self.config
-        self.backend = softmax_backend(device, dtype, config.head_dim, self.behind, config.sequence_len)
+        self.backend = softmax_backend(device, dtype, config.head_dim, self.window, config.sequence_len)
         self.decoding = decode_backend(device, dtype, config.head_dim)
 
     def init_weights(self) -> None:
         nn.init.constant_(self.log_sigma, math.log(self.config.head_dim**0.25 / SHARPNESS))
-        for conv in (self.conv_q, self.conv_k, self.conv_v):
+        for conv, delay in ((self.conv_q, 0), (self.conv_k, int(self.config.plus.key_delay)), (self.conv_v, 0)):
             if isinstance(conv, ShortConv):
-                conv.init_weights()
+                conv.init_weights(delay)
         for vectors in (self.bandwidth, self.key_weight):
             if vectors is not None:
                 nn.init.zeros_(vectors)
@@ -116,9 +113,7 @@ class GKAPlus(nn.Module):
         (q, k), v = self._compared(x, self.conv_q(f), self.conv_k(f), rope), self.conv_v(x)
         if keep is not None:
             keep(k, v, x)
-        if self.shift:
-            k, v = (F.pad(t[:, :-1], (0, 0, 0, 0, 1, 0)) for t in (k, v))
-        return self.c_proj(self.backend.attend(q, k, v, window=self.behind, scale=1.0).flatten(2))
+        return self.c_proj(self.backend.attend(q, k, v, window=self.window, scale=1.0).flatten(2))
 
     def kept(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> tuple[Tensor, ...]:
         x = self._heads(x_BTC)
@@ -129,26 +124,8 @@ class GKAPlus(nn.Module):
         [past] = step.look_back(self._heads(x_BTC))
         neighbours = [self._neighbour(x) for x in past]
         q, k = self._compared(past[0], self.conv_q.of(neighbours), self.conv_k.of(neighbours), rope)
-        v, seen = self.conv_v.of(past), []
-        for span in step.extend(k, v):
-            mask = span.mask
-            if self.shift:
-                mask = mask.masked_fill(
-                    span.positions[:, None, None, :] == step.positions[:, None, :, None], -torch.inf
-                )
-            seen.append(Keys(*span.tensors, mask))
-        if self.shift:
-            seen.append(self._null(k, step))
+        seen = [Keys(*span.tensors, span.mask) for span in step.extend(k, self.conv_v.of(past))]
         return self.c_proj(self.decoding.attend(q, seen, 1.0).flatten(2))
-
-    def _null(self, k: Tensor, step: Step) -> Keys:
-        """The key before the text, as far as windows reach."""
-        nothing = k.new_zeros(1, k.size(2), 1, k.size(3))
-        beyond = torch.zeros_like(step.positions, dtype=torch.bool)
-        if self.behind is not None:
-            beyond = step.positions >= self.behind
-        mask = torch.zeros(beyond.shape, device=k.device).masked_fill_(beyond, -torch.inf)
-        return Keys(nothing, nothing, mask[:, None, :, None])
 
     def statistics(self) -> dict[str, Tensor]:
         sigma = self.sigma.detach()

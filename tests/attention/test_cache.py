@@ -17,7 +17,7 @@ VARIANTS = {
     "gka normalize": {"attention": "gka", "gka": GKAConfig(normalize=True, rope=True)},
     "gka without self": {"attention": "gka", "gka": GKAConfig(include_self=False)},
     "gka_plus": {"attention": "gka_plus"},
-    "gka_plus with self": {"attention": "gka_plus", "plus": PlusConfig(include_self=True, taps=2)},
+    "gka_plus of two taps": {"attention": "gka_plus", "plus": PlusConfig(taps=2)},
     "gka_plus as it is": {"attention": "gka_plus", "plus": PlusConfig(normalize=False, rope=False, conv_value=False)},
     "softmax short_conv": {"attention": "softmax", "short_conv": True},
 }

@@ -12,7 +12,7 @@ from gkachat.gpt import GPT, GPTConfig
 B, T, H, D = 2, 150, 3, 16
 SETTINGS = {
     "whole": {},
-    "self included": {"include_self": True},
+    "one tap": {"taps": 1, "key_delay": False},
     "not normalised": {"normalize": False},
     "without bias": {"key_weight": False, "token_bandwidth": False},
     "bare": {
@@ -63,12 +63,7 @@ def defined(attn, x_BTC, rope):
     scores = scores * (tau * inverse).transpose(1, 2)[..., None] + bias.transpose(1, 2)[:, :, None]
     i = torch.arange(T)
     distance = i[:, None] - i[None, :]
-    least = 0 if plus.include_self else 1
-    scores = scores.masked_fill((distance < least) | (distance >= attn.window), -torch.inf)
-    if not plus.include_self:  # the null key, at position -1
-        null = torch.zeros(T, dtype=x.dtype).masked_fill(i + 1 >= attn.window, -torch.inf)
-        scores = torch.cat((null.expand(B, H, T)[..., None], scores), dim=-1)
-        v = F.pad(v, (0, 0, 0, 0, 1, 0))
+    scores = scores.masked_fill((distance < 0) | (distance >= attn.window), -torch.inf)
     y = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
     return attn.c_proj(y.flatten(2))
 
@@ -100,11 +95,12 @@ def test_the_future_is_not_seen():
 
 
 @pytest.mark.parametrize("length", [1, 3, 9])
-def test_a_convolution_starts_as_the_identity_and_has_the_right_gradients(length):
+def test_a_convolution_starts_as_a_delay_and_has_the_right_gradients(length):
     conv = ShortConv(2, 3).double()
-    conv.init_weights()
     x = torch.randn(2, length, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(conv(x), x)
+    for delay in (0, 1):
+        conv.init_weights(delay)
+        assert torch.equal(conv(x), F.pad(x, (0, 0, 0, 0, delay, 0))[:, :length])
     torch.nn.init.normal_(conv.weight)
     past = [F.pad(x, (0, 0, 0, 0, n, 0))[:, :length] for n in range(4)]
     torch.testing.assert_close(conv(x), conv.of(past), rtol=1e-12, atol=1e-12)
@@ -116,3 +112,22 @@ def test_the_additions_take_less_than_a_hundredth_of_the_parameters():
     added = plus["total"] - gka["total"]
     assert added == plus["convolutions"] + plus["head_vectors"] == 20 * 14 * 1280
     assert added < 0.01 * gka["total"] and plus["matrices"] == gka["matrices"]
+
+
+def test_untrained_a_token_finds_what_followed_one_like_itself():
+    """Of a text said twice, the most is given to what came after a token the first time, where keys are delayed."""
+    n, found = 32, {}
+    for delayed in (True, False):
+        torch.manual_seed(0)
+        config = GPTConfig(
+            depth=1, attention="gka_plus", vocab_size=16, sequence_len=2 * n, n_embd=64, head_dim=64,
+            plus=PlusConfig(key_delay=delayed, neighbour=False),
+        )  # fmt: skip
+        attn = GPT(config).blocks[0].attn
+        torch.nn.init.eye_(attn.c_proj.weight)
+        x = rms_norm(torch.randn(1, n, 64)).repeat(1, 2, 1)
+        with torch.no_grad():
+            y = attn(x, None, rope_table(2 * n, 64))
+        found[delayed] = (y[0, n : 2 * n - 1] @ x[0, :n].T).argmax(dim=-1)
+    assert torch.equal(found[True], torch.arange(1, n))
+    assert torch.equal(found[False], torch.arange(n - 1))
