@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 HEAD_DIM = 128
+ATTENTIONS = ["softmax", "gka", "gka_plus"]  # and what attention.register adds
 
 
 class ConfigError(ValueError):
@@ -192,8 +193,8 @@ class GPTConfig:
 
     depth: int = 20
     """Layers; the dial that everything else follows."""
-    attention: Literal["softmax", "gka", "gka_plus"] = "softmax"
-    """What mixes tokens."""
+    attention: str = "softmax"
+    """What mixes tokens: softmax, gka, gka_plus, or another that was registered."""
     vocab_size: int = 32_768
     """Rows of the embedding and of the head; from tokenizer.vocab_size when it is not given."""
     sequence_len: int = 2048
@@ -220,7 +221,7 @@ class GPTConfig:
         divides = self.head_dim > 0 and self.n_embd % self.head_dim == 0
         require(
             self,
-            attention=(self.attention in ("softmax", "gka", "gka_plus"), "'softmax', 'gka' or 'gka_plus'"),
+            attention=(self.attention in ATTENTIONS, " or ".join(map(repr, ATTENTIONS))),
             window_pattern=(bool(self.window_pattern) and set(self.window_pattern) <= set("SL"), "letters S and L"),
             head_dim=(self.head_dim >= 2 and self.head_dim % 2 == 0, "an even number, 2 or more"),
             n_embd=(

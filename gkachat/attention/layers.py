@@ -21,7 +21,7 @@ from gkachat.attention.cache import Keys, Step
 from gkachat.attention.features import NoConv, Rope, ShortConv, apply_rope, rms_norm
 from gkachat.attention.linear import Groups, Keep, Linear, uniform_
 from gkachat.attention.plus import GKAPlus
-from gkachat.config import GPTConfig
+from gkachat.config import ATTENTIONS, GPTConfig
 
 QK_SCALE = 1.2  # sharpens the logits of unit queries and keys
 GATE_CHANNELS = 12  # block-input channels that the value gates look at
@@ -191,3 +191,11 @@ class GaussianKernelAttention(nn.Module):
 
 
 ATTENTION = {"softmax": SoftmaxAttention, "gka": GaussianKernelAttention, "gka_plus": GKAPlus}
+
+
+def register(name: str, layer: type[nn.Module]) -> None:
+    """Let configs name one more attention (docs/attention.md). ValueError for a name that is taken."""
+    if name in ATTENTION:
+        raise ValueError(f"attention {name!r}: there is one already, expected another name than {', '.join(ATTENTION)}")
+    ATTENTION[name] = layer
+    ATTENTIONS.append(name)

@@ -86,7 +86,7 @@ def tuning(tree: dict[str, Any], base: str) -> None:
 def facts_of(config: GPTConfig) -> dict[str, str]:
     """What tuning teaches a model to say about itself."""
     return {
-        "attention": {"softmax": "softmax"}.get(config.attention, "Gaussian kernel"),
+        "attention": {"gka": "Gaussian kernel", "gka_plus": "Gaussian kernel"}.get(config.attention, config.attention),
         "parameters": f"{account(config).params['total']:,}",
         "depth": str(config.depth),
     }
