@@ -170,8 +170,9 @@ class PlusConfig:
     """... and of the values."""
     taps: int = 4
     """Tokens that are mixed."""
-    key_delay: bool = True
-    """Start the keys' mixing as a delay by one token, so that what is found is what followed a token like itself."""
+    key_delays: bool = True
+    """Start the keys' mixing as a delay, by 1 token, 2 .. taps - 1, 1 .. from head to head, so that what is found is
+    what followed a token like itself."""
     neighbour: bool = True
     """Compare by the next head's channels, while values are a head's own."""
     normalize: bool = True
@@ -184,7 +185,7 @@ class PlusConfig:
     """Rotate what is compared by position."""
 
     def __post_init__(self) -> None:
-        require(self, **at_least(1 + self.key_delay, self, "taps"))
+        require(self, **at_least(1 + self.key_delays, self, "taps"))
 
 
 @dataclass(frozen=True)

@@ -71,16 +71,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class ShortConv(nn.Module):
-    """Each channel mixes its last `taps` tokens: y_t = sum_n w_n x_(t-n), 0 before the text. Starts as a delay."""
+    """Each channel mixes its last `taps` tokens: y_t = sum_n w_n x_(t-n), 0 before the text. Starts as delays."""
 
     def __init__(self, n_head: int, head_dim: int, taps: int = 4):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(taps, n_head, head_dim))
 
-    def init_weights(self, delay: int = 0) -> None:
-        """y_t = x_(t - delay); with no delay the identity."""
+    def init_weights(self, delays: Sequence[int] = (0,)) -> None:
+        """y_t = x_(t - delay), heads taking one of the delays after another."""
         nn.init.zeros_(self.weight)
-        nn.init.ones_(self.weight[delay])
+        for head in range(self.weight.size(1)):
+            nn.init.ones_(self.weight[delays[head % len(delays)], head])
 
     def forward(self, x_BTHD: Tensor) -> Tensor:
         return _ShortConv.apply(x_BTHD, self.weight.to(x_BTHD.dtype))

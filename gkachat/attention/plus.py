@@ -5,9 +5,9 @@
 
 Of normalised features a Gaussian kernel's distance leaves the product; tau makes its bandwidth the query's own, b
 weighs the points, as in adaptive kernel regression (Silverman 1986, section 5.3). Published GKA finds tokens like
-itself. Here convolutions let a token be found by what came before it, and the keys' starts as a delay by one token:
-what is found is what followed a token like itself, the step of an induction head (arXiv 2209.11895), from the first
-training step on. All of it is 14 C numbers a layer, no C x C matrix.
+itself. Here convolutions let a token be found by what came before it, and the keys' start as delays, by 1, 2, 3, 1, ..
+tokens from head to head: what is found is what followed a token like itself, the step of an induction head (arXiv
+2209.11895), from the first training step on. All of it is 14 C numbers a layer, no C x C matrix.
 
 The key's weight takes the last of its channels, and the query's is 1: any softmax attention kernel then does. Without
 normalisation the norm's part of the distance, -|k|^2 / (2 sigma^2), goes there too.
@@ -62,9 +62,11 @@ class GKAPlus(nn.Module):
 
     def init_weights(self) -> None:
         nn.init.constant_(self.log_sigma, math.log(self.config.head_dim**0.25 / SHARPNESS))
-        for conv, delay in ((self.conv_q, 0), (self.conv_k, int(self.config.plus.key_delay)), (self.conv_v, 0)):
+        for conv in (self.conv_q, self.conv_k, self.conv_v):
             if isinstance(conv, ShortConv):
-                conv.init_weights(delay)
+                conv.init_weights()
+        if isinstance(self.conv_k, ShortConv) and self.config.plus.key_delays:
+            self.conv_k.init_weights(range(1, self.config.plus.taps))
         for vectors in (self.bandwidth, self.key_weight):
             if vectors is not None:
                 nn.init.zeros_(vectors)

@@ -12,7 +12,7 @@ from gkachat.gpt import GPT, GPTConfig
 B, T, H, D = 2, 150, 3, 16
 SETTINGS = {
     "whole": {},
-    "one tap": {"taps": 1, "key_delay": False},
+    "one tap": {"taps": 1, "key_delays": False},
     "not normalised": {"normalize": False},
     "without bias": {"key_weight": False, "token_bandwidth": False},
     "bare": {
@@ -97,10 +97,12 @@ def test_the_future_is_not_seen():
 @pytest.mark.parametrize("length", [1, 3, 9])
 def test_a_convolution_starts_as_a_delay_and_has_the_right_gradients(length):
     conv = ShortConv(2, 3).double()
+    conv.init_weights()
     x = torch.randn(2, length, 2, 3, dtype=torch.float64, requires_grad=True)
-    for delay in (0, 1):
-        conv.init_weights(delay)
-        assert torch.equal(conv(x), F.pad(x, (0, 0, 0, 0, delay, 0))[:, :length])
+    assert torch.equal(conv(x), x)
+    conv.init_weights((1, 3))
+    for head, delay in enumerate((1, 3)):
+        assert torch.equal(conv(x)[:, :, head], F.pad(x, (0, 0, 0, 0, delay, 0))[:, :length, head])
     torch.nn.init.normal_(conv.weight)
     past = [F.pad(x, (0, 0, 0, 0, n, 0))[:, :length] for n in range(4)]
     torch.testing.assert_close(conv(x), conv.of(past), rtol=1e-12, atol=1e-12)
@@ -115,19 +117,21 @@ def test_the_additions_take_less_than_a_hundredth_of_the_parameters():
 
 
 def test_untrained_a_token_finds_what_followed_one_like_itself():
-    """Of a text said twice, the most is given to what came after a token the first time, where keys are delayed."""
-    n, found = 32, {}
+    """Of a text said twice, heads give most to what came 1, 2, 3 tokens after a token the first time, or to that token
+    where keys are not delayed."""
+    n, found = 12, {}
     for delayed in (True, False):
         torch.manual_seed(0)
         config = GPTConfig(
-            depth=1, attention="gka_plus", vocab_size=16, sequence_len=2 * n, n_embd=64, head_dim=64,
-            plus=PlusConfig(key_delay=delayed, neighbour=False),
+            depth=1, attention="gka_plus", vocab_size=16, sequence_len=2 * n, n_embd=192, head_dim=64,
+            plus=PlusConfig(key_delays=delayed, neighbour=False),
         )  # fmt: skip
         attn = GPT(config).blocks[0].attn
         torch.nn.init.eye_(attn.c_proj.weight)
-        x = rms_norm(torch.randn(1, n, 64)).repeat(1, 2, 1)
+        x = rms_norm(torch.randn(n, 3, 64)).repeat(2, 1, 1)
         with torch.no_grad():
-            y = attn(x, None, rope_table(2 * n, 64))
-        found[delayed] = (y[0, n : 2 * n - 1] @ x[0, :n].T).argmax(dim=-1)
-    assert torch.equal(found[True], torch.arange(1, n))
-    assert torch.equal(found[False], torch.arange(n - 1))
+            y = attn(x.view(1, 2 * n, 192), None, rope_table(2 * n, 64)).view(2 * n, 3, 64)
+        found[delayed] = torch.einsum("ihd,jhd->hij", y[n : 2 * n - 3], x[:n]).argmax(dim=-1)
+    for head in range(3):
+        assert torch.equal(found[True][head], torch.arange(head + 1, head + n - 2))
+        assert torch.equal(found[False][head], torch.arange(n - 3))
