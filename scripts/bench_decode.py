@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true", help="keep matrices as bytes")
     options, device, dtype = parse_benchmark(parser)
     models = {}
-    for attention in ("softmax", "gka"):
+    for attention in ("softmax", "gka", "gka_plus"):
         torch.manual_seed(0)
         config = GPTConfig(
             depth=options.depth, attention=attention, vocab_size=options.vocab_size, n_embd=options.n_embd,
