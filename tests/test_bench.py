@@ -54,7 +54,7 @@ def test_a_benchmark_prints_a_table_and_leaves_its_figures(script, args, tmp_pat
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["facts"]["torch"] == torch.__version__ and script in figures["command"]
-    assert len(figures["rows"]) == {"bench_attention": 14, "bench_step": 3, "bench_decode": 8}[script]
+    assert len(figures["rows"]) == {"bench_attention": 14, "bench_step": 5, "bench_decode": 12}[script]
     written = (tmp_path / "out.md").read_text()
     for row in figures["rows"]:
         assert f"| {row['name']} |" in result.stdout and f"| {row['name']} |" in written
