@@ -67,9 +67,9 @@ class SoftmaxAttention(nn.Module):
         for module in (self.c_q, self.c_k, self.c_v, self.value_embedding, self.value_gate):
             if module is not None:
                 uniform_(module.weight, std)
-        for conv in self.convs:
-            if isinstance(conv, ShortConv):
-                conv.init_weights()
+        if self.config.short_conv:
+            for conv, delays in zip(self.convs, ((0,), range(1, TAPS), (0,)), strict=True):
+                conv.init_weights(delays)  # as gka_plus has them
         nn.init.zeros_(self.c_proj.weight)
 
     def parameter_groups(self) -> Groups:
