@@ -305,7 +305,7 @@ def draw_maps(inspection: Inspection) -> Any:
     figure, axes = _figure(len(inspection.maps), 1.2 + 0.085 * n, 0.9 + 0.085 * n, columns=3)
     labels = [_label(token) for token in inspection.tokens]
     for axis, (name, weights) in zip(axes, inspection.maps.items(), strict=True):
-        weights = weights.masked_fill(~visible(n, None), math.nan)
+        weights = weights.masked_fill(~visible(n, None), math.nan).numpy()
         image = axis.imshow(weights, cmap="viridis", norm=PowerNorm(0.5, 0, 1))
         axis.set_title(f"layer {name.replace('.', ', head ')}")
         axis.set_xticks(range(n), labels, rotation=90, fontsize=5, family="monospace", parse_math=False)
@@ -361,13 +361,13 @@ def draw_distances(inspection: Inspection) -> Any:
     figure, axes = _figure(len(inspection.sigma), 4.2, 3.0)
     for layer, (axis, distances, sigma) in enumerate(zip(axes, inspection.distances, inspection.sigma, strict=True)):
         marks = [math.log10(2 * value**2) for value in sigma]
-        # Equal tokens are at distance 0, at least in the first layer: they go to the first bin.
-        logs = distances.clamp(min=max(1e-9, distances.quantile(0.01).item())).log10()
+        # Equal tokens are at distance 0 or near it: they go to the first bin.
+        logs = distances.clamp(min=max(1e-9, distances.median().item() / 100)).log10()
         bins = torch.linspace(min(logs.min().item(), *marks) - 0.05, max(logs.max().item(), *marks) + 0.05, 81)
         for head, value in enumerate(sigma):
             color = f"C{head % 10}"
             counts = torch.histogram(logs[head].contiguous(), bins)[0] / distances.size(1)
-            axis.stairs(counts, 10**bins, color=color, label=f"head {head}")
+            axis.stairs(counts.numpy(), (10**bins).numpy(), color=color, label=f"head {head}")
             axis.axvline(2 * value**2, color=color, linestyle="--", linewidth=1)
         axis.set(xscale="log", title=f"layer {layer}", xlabel="squared distance", ylabel="share of pairs")
         if len(sigma) <= 10:

@@ -45,8 +45,9 @@ function draw() {
   map.replaceChildren();
   data.heads[head.value].forEach((row, i) => row.forEach((weight, j) => {
     const cell = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-    const side = size - 1, of = {x: j * size, y: i * size, width: side, height: side};
-    Object.entries({...of, "fill-opacity": 0.04 + 0.96 * depth(weight)}).forEach(([name, value]) => cell.setAttribute(name, value));
+    const side = size - 1;
+    const of = {x: j * size, y: i * size, width: side, height: side, "fill-opacity": 0.04 + 0.96 * depth(weight)};
+    Object.entries(of).forEach(([name, value]) => cell.setAttribute(name, value));
     Object.assign(cell.dataset, {i, j});
     map.append(cell);
   }));

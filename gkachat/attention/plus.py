@@ -153,14 +153,15 @@ class GKAPlus(nn.Module):
         return Keys(nothing, nothing, mask[:, None, :, None])
 
     def look(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Look:
-        """Queries have a bandwidth of their own, keys a weight: sigma is what distances are measured against before."""
+        """Distances as sigma alone measures them, before a query's own bandwidth and a key's weight."""
         x = self._heads(x_BTC)
         convolved = [conv(self._neighbour(x)) for conv in (self.conv_q, self.conv_k)]
         q, k = self._compared(x, *convolved, rope)
         if self.shift:  # the null key first, as in forward, whose share is nobody's
             k = F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0))
         weights = softmax_weights(q, k, window=self.behind, scale=1.0)
-        f = [self._features(t.float(), rope).transpose(1, 2) for t in convolved]
+        width = x.size(-1) - (self.key_weight is not None or not self.config.plus.normalize)
+        f = [self._features(t.float(), rope)[..., :width].transpose(1, 2) for t in convolved]
         distances = torch.cdist(*f, compute_mode="donot_use_mm_for_euclid_dist").square()
         return Look(F.pad(weights[..., self.shift :], (0, self.shift)), self.conv_v(x), distances)
 
