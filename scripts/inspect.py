@@ -16,6 +16,7 @@ import tyro
 from gkachat.checkpoint import find_run
 from gkachat.inspection import inspect_run, markdown, write_inspection
 from gkachat.machine import pick_device
+from gkachat.train.metrics import upload
 from scripts.cli import run
 
 
@@ -29,6 +30,7 @@ def main(
     step: int | None = None,
     device: str = "auto",
     out: Path | None = None,
+    wandb: str = "",
 ) -> None:
     """Print a table, a row a head, and draw pictures and a page.
 
@@ -42,6 +44,7 @@ def main(
         step: Which checkpoint; by default the last.
         device: A torch device, or auto.
         out: Directory to write to; by default inspect/ in the run's.
+        wandb: Weights & Biases project to send all files to; empty: none.
     """
     if text is not None and prompt is not None:
         raise ValueError("given --text and --prompt, expected one of them")
@@ -58,6 +61,8 @@ def main(
     files = write_inspection(inspection, directory)
     print(markdown(inspection))
     print(f"written to {directory}: {', '.join(files)}")
+    if wandb:
+        upload(wandb, "inspection", inspection.run, directory, files)
 
 
 if __name__ == "__main__":

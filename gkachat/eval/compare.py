@@ -17,6 +17,7 @@ from gkachat.files import atomic_write, write_text
 from gkachat.train.metrics import read_metrics
 
 EVAL_FILE = "eval.json"
+FILES = ("comparison.md", "comparison.json", "comparison.png")
 
 
 @dataclass(frozen=True)
