@@ -32,9 +32,8 @@ FIGURES = {
     "self": "share of the token itself",
     "nothing": "share of no token",
 }
-MOST_PAIRS = 20_000  # distances kept of each text and head
+MOST_PAIRS = 160_000  # distances kept of each head
 MOST_MAPS = 12  # by default
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Inspection:
     """Of this checkpoint, a list a layer; empty where there is none."""
     distances: list[Tensor]
     """Squared distances to earlier tokens within the window, (H, pairs) a layer; empty where there are none."""
-    history: dict[str, list[Any]]
+    history: tuple[list[str], dict[int, list[list[float]]]]
     """sigma_history's."""
     tokens: list[str]
     """Of the maps."""
@@ -99,8 +98,10 @@ def inspect_run(
         seen[layer] += visible(T, window).sum()
         if look.distances is not None:
             earlier = look.distances[0].cpu()[:, visible(T, window, include_self=False)]
-            few = torch.randint(earlier.size(1), (MOST_PAIRS,), generator=random)
-            pairs[layer].append(earlier if earlier.size(1) <= MOST_PAIRS else earlier[:, few])
+            few = max(1, MOST_PAIRS // len(texts))
+            if earlier.size(1) > few:
+                earlier = earlier[:, torch.randint(earlier.size(1), (few,), generator=random)]
+            pairs[layer].append(earlier)
         for name, (at, head) in chosen.items():
             if at == layer and name not in maps:
                 maps[name] = weights[head, :tokens, :tokens].clone()
@@ -114,6 +115,7 @@ def inspect_run(
     for ids in texts:
         model(torch.tensor([ids], device=device))
     means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+    sigma = [block.attn.sigma.tolist() for block in model.blocks if hasattr(block.attn, "sigma")]
     return Inspection(
         run=run_dir.resolve().name,
         attention=config.attention,
@@ -121,9 +123,9 @@ def inspect_run(
         source=source,
         figures=dict(zip(FIGURES, means, strict=True)),
         visible=(seen / sum(map(len, texts))).tolist(),
-        sigma=[block.attn.sigma.tolist() for block in model.blocks if hasattr(block.attn, "sigma")],
+        sigma=sigma,
         distances=[torch.cat(layer, dim=1) for layer in pairs if layer],
-        history=sigma_history(run_dir),
+        history=sigma_history(run_dir) if sigma else ([], {}),
         tokens=[tokenizer.decode_bytes([id]).decode(errors="backslashreplace") for id in texts[0][:tokens]],
         maps={name: maps[name] for name in chosen},
     )
@@ -175,26 +177,20 @@ def _texts(
     return texts, f"{source}, {sum(map(len, texts)):,} tokens read with BOS, {longest:,} of each at most"
 
 
-def sigma_history(run_dir: Path) -> dict[str, list[Any]]:
-    """Bandwidths over training, empty lists where there are none.
+def sigma_history(run_dir: Path) -> tuple[list[str], dict[int, list[list[float]]]]:
+    """What a layer's numbers are, and at each step a list a layer; none where there is no sigma.
 
-    `steps` and `sigma` (a list a layer, a number a head): from metrics.jsonl, and from checkpoints for other steps.
-    `summary_steps` and `summary` (least, median, largest of each layer): from metrics.jsonl.
+    Every head's, from metrics.jsonl, or where it has none from checkpoints. Runs of before logged three numbers.
     """
-    try:
-        records = [record for record in read_metrics(run_dir) if "sigma" in record]
-    except FileNotFoundError:  # a run that was given away with its weights alone
-        records = []
+    records = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+    three = {record["step"]: record["sigma"] for record in records if "sigma" in record}
     by_head = {record["step"]: record["sigma_by_head"] for record in records if "sigma_by_head" in record}
-    for step in checkpoint_steps(run_dir):
-        if step not in by_head and (sigma := by_layer(load_weights(step_dir(run_dir, step)))):
-            by_head[step] = sigma
-    return {
-        "steps": sorted(by_head),
-        "sigma": [by_head[step] for step in sorted(by_head)],
-        "summary_steps": [record["step"] for record in records],
-        "summary": [record["sigma"] for record in records],
-    }
+    if not three:
+        read = {step: by_layer(load_weights(step_dir(run_dir, step))) for step in checkpoint_steps(run_dir)}
+        by_head = {step: sigma for step, sigma in read.items() if sigma}
+    if by_head:
+        return [f"head {head}" for head in range(len(next(iter(by_head.values()))[0]))], by_head
+    return ["least", "median", "largest"], three
 
 
 def markdown(inspection: Inspection) -> str:
@@ -226,16 +222,8 @@ def _is_told(inspection: Inspection, figure: str) -> bool:
 
 def write_inspection(inspection: Inspection, directory: Path) -> list[str]:
     """Write what there is to see; the names of the files."""
-    tree = {
-        **{key: getattr(inspection, key) for key in ("run", "attention", "step", "source", "figures", "visible")},
-        "sigma": inspection.sigma,
-        "sigma_history": inspection.history,
-        "squared_distance_quantiles": {
-            str(q): [layer.quantile(q, dim=1).tolist() for layer in inspection.distances] for q in QUANTILES
-        },
-        "tokens": inspection.tokens,
-        "maps": {name: weights.tolist() for name, weights in inspection.maps.items()},
-    }
+    tree = {key: value for key, value in vars(inspection).items() if key not in ("distances", "maps")}
+    tree["maps"] = {name: weights.tolist() for name, weights in inspection.maps.items()}
     texts = {
         "inspection.md": markdown(inspection),
         "inspection.json": json.dumps(tree) + "\n",
@@ -323,35 +311,26 @@ def _label(token: str) -> str:
 
 
 def draw_sigma(inspection: Inspection) -> Any:
-    """Bandwidths over training: curves, where only a layer's least, median and largest were logged as a band; a map."""
+    """Bandwidths over training: curves, a color a layer, and a heat map."""
     from matplotlib import colormaps
 
-    history, depth, n_head = inspection.history, len(inspection.sigma), len(inspection.sigma[0])
-    figure, (curves, chart) = _figure(2, 6.5, max(4.2, 0.8 + 0.16 * depth * n_head))
-    colors = [colormaps["viridis"](0.9 * layer / max(1, depth - 1)) for layer in range(depth)]
-    styles = ("-", "--", ":", "-.")
-    banded = len(history["summary_steps"]) > len(history["steps"])
-    for layer, color in enumerate(colors):
-        if banded:
-            low, middle, high = zip(*(row[layer] for row in history["summary"]), strict=True)
-            curves.fill_between(history["summary_steps"], low, high, color=color, alpha=0.25, linewidth=0)
-            curves.plot(history["summary_steps"], middle, color=color, label=f"layer {layer}")
-            continue
-        for head in range(n_head):
-            values = [sigma[layer][head] for sigma in history["sigma"]]
-            label = f"layer {layer}" if head == 0 else None
-            curves.plot(history["steps"], values, styles[head % 4], color=color, label=label, linewidth=1.2)
-    said = "median, and least to largest head" if banded else "each head"
-    curves.set(xlabel="step", ylabel="sigma", title=f"{said} of a layer")
+    labels, history = inspection.history
+    steps, depth, few = list(history), len(inspection.sigma), -(-len(labels) * len(inspection.sigma) // 70)
+    names = [f"{layer}, {label}" for layer in range(depth) for label in labels]
+    rows = [[history[step][at // len(labels)][at % len(labels)] for step in steps] for at in range(len(names))]
+    figure, (curves, chart) = _figure(2, 6.5, min(12, max(4.2, 0.8 + 0.16 * len(rows))))
+    for at, values in enumerate(rows):
+        layer, i = divmod(at, len(labels))
+        color = colormaps["viridis"](0.9 * layer / max(1, depth - 1))
+        curves.plot(steps, values, ("-", "--", ":", "-.")[i % 4], color=color, label=None if i else f"layer {layer}")
+    curves.set(xlabel="step", ylabel="sigma", title=f"{labels[0]} to {labels[-1]} of each layer")
     curves.grid(alpha=0.3)
     curves.legend(fontsize=7, ncols=-(-depth // 10))
-    table = [[sigma[layer][head] for sigma in history["sigma"]] for layer in range(depth) for head in range(n_head)]
-    image = chart.imshow(table, aspect="auto", cmap="viridis", interpolation="nearest")
-    every = -(-len(history["steps"]) // 8)
-    chart.set_xticks(range(0, len(history["steps"]), every), history["steps"][::every])
-    names = [f"{layer}.{head}" for layer in range(depth) for head in range(n_head)]
-    chart.set_yticks(range(len(names)), names, fontsize=7)
-    chart.set(xlabel="step", ylabel="layer.head", title="sigma")
+    image = chart.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest")
+    every = -(-len(steps) // 8)
+    chart.set_xticks(range(0, len(steps), every), steps[::every])
+    chart.set_yticks(range(0, len(rows), few), names[::few], fontsize=7)
+    chart.set(xlabel="step", title="sigma of each layer")
     figure.colorbar(image, ax=chart)
     return _titled(figure, inspection, "bandwidths over training")
 

@@ -122,6 +122,9 @@ def _wandb_records(path):
 
 def wandb_runs(directory):
     """What each wandb run below a directory holds, in the order they were made."""
+    import wandb
+
+    wandb.teardown()  # of this process: only then is all of it in the files
     found = []
     for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
         told = SimpleNamespace(history=[], config={}, artifacts=[], files=path.parent / "files")

@@ -123,20 +123,25 @@ def run(trained):
     return trained / "runs" / "d2_gka"
 
 
-def test_bandwidths_over_training_come_from_the_log_and_from_checkpoints(run, tmp_path):
-    logged = sigma_history(run)
-    assert logged["steps"] == logged["summary_steps"] == [2, 4, 6, 8]
-    assert all(len(layer) == 2 for sigma in logged["sigma"] for layer in sigma)
+def test_bandwidths_over_training_come_from_the_log_or_from_checkpoints(run, tmp_path):
+    labels, logged = sigma_history(run)
+    assert labels == ["head 0", "head 1"] and list(logged) == [2, 4, 6, 8]
+    assert all(len(layer) == 2 for sigma in logged.values() for layer in sigma)
     shutil.copytree(run, tmp_path / "run")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         record.pop("sigma_by_head", None)  # as runs were logged before
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    old = sigma_history(tmp_path / "run")
-    assert old["steps"] == [4, 8] and old["summary"] == logged["summary"]
-    torch.testing.assert_close(torch.tensor(old["sigma"]), torch.tensor(logged["sigma"])[[1, 3]])
+    labels, old = sigma_history(tmp_path / "run")
+    assert labels == ["least", "median", "largest"] and list(old) == [2, 4, 6, 8]
+    assert all(old[s][i][0] == min(logged[s][i]) and old[s][i][2] == max(logged[s][i]) for s in old for i in (0, 1))
+    early = [record for record in records if "sigma" not in record]  # of a run that logged no step yet
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in early))
+    labels, saved = sigma_history(tmp_path / "run")
+    assert labels == ["head 0", "head 1"] and list(saved) == [4, 8]
+    torch.testing.assert_close(torch.tensor(list(saved.values())), torch.tensor([logged[4], logged[8]]))
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    assert sigma_history(tmp_path / "run")["steps"] == [4, 8]
+    assert sigma_history(tmp_path / "run") == (labels, saved)
 
 
 def test_pictures_of_sigma_are_drawn_where_there_is_one(run, trained, tmp_path):
@@ -147,7 +152,7 @@ def test_pictures_of_sigma_are_drawn_where_there_is_one(run, trained, tmp_path):
     assert set(gka) - set(softmax) == {"sigma.png", "distances.png"}
     assert set(softmax) == {path.name for path in tmp_path.iterdir()}  # nothing is left of the run before
     tree = json.loads((tmp_path / "inspection.json").read_text())
-    assert tree["attention"] == "softmax" and not tree["sigma"] and not tree["sigma_history"]["steps"]
+    assert tree["attention"] == "softmax" and not tree["sigma"] and not tree["history"][1]
 
 
 def test_maps_are_of_the_chosen_heads_and_of_the_first_tokens(run):
@@ -198,7 +203,7 @@ def shown(tokens, heads=("0.0",), run="a run"):
     n = len(tokens)
     weights = visible(n, None).float()
     maps = {name: weights / weights.sum(dim=-1, keepdim=True) for name in heads}
-    return Inspection(run, "softmax", 1, "", {}, [], [], [], {}, tokens, maps)
+    return Inspection(run, "softmax", 1, "", {}, [], [], [], ([], {}), tokens, maps)
 
 
 class Elements(HTMLParser):

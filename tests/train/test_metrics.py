@@ -8,7 +8,6 @@ from conftest import TINY, call, wandb_runs
 
 from gkachat.train.metrics import Metrics
 
-
 NAMES = {"eval": {"val_bpb": "val/bpb", "train_bpb": "train/bpb"}, "train": {"loss": "train/loss"}}
 
 
