@@ -10,7 +10,7 @@ PAGE = """<!DOCTYPE html>
 <style>
 body { font: 14px sans-serif; margin: 1.5em; color: #222 }
 #views { display: flex; flex-wrap: wrap; gap: 2em; align-items: flex-start }
-#text { font: 13px/1.9 monospace; max-width: 44em; overflow-wrap: anywhere }
+#text { font: 13px/1.9 monospace; flex: 1 1 20em; max-width: 60em; overflow-wrap: anywhere }
 #text span { padding: 2px 0; cursor: default; border-bottom: 2px solid transparent }
 #text span.query { border-color: #c33 }
 #info { min-height: 1.4em; font-family: monospace; white-space: pre-wrap }
