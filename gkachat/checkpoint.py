@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gkachat.config import Config, ConfigError, GPTConfig, home
+from gkachat.config import Config, ConfigError, DataConfig, GPTConfig, TokenizerConfig, home
 from gkachat.config_file import build, to_toml
 from gkachat.files import flush, read_json, sha256, write_text
 from gkachat.gpt import GPT
@@ -294,6 +294,13 @@ def model_config(meta: dict[str, Any]) -> GPTConfig:
         raise ValueError(f"{META}: config.model: {error}") from None
     # What computed the operator in training may not run here, and is no part of the model.
     return dataclasses.replace(config, gka=dataclasses.replace(config.gka, backend="auto"))
+
+
+def tokens_dir(meta: dict[str, Any]) -> Path:
+    """Where the corpus is that a checkpoint was trained on."""
+    stored = meta["config"]
+    sections = {"data": build(DataConfig, stored["data"]), "tokenizer": build(TokenizerConfig, stored["tokenizer"])}
+    return home() / "tokens" / Config(**sections).data_name
 
 
 def load_model(

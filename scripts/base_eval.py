@@ -13,9 +13,7 @@ import torch
 import tyro
 
 from gkachat import distributed
-from gkachat.checkpoint import find_run, load_model
-from gkachat.config import Config, DataConfig, TokenizerConfig, home
-from gkachat.config_file import build
+from gkachat.checkpoint import find_run, load_model, tokens_dir
 from gkachat.data.loader import val_batches
 from gkachat.data.shards import Split, read_manifest
 from gkachat.eval.bpb import evaluate_bpb, unigram_bpb
@@ -138,10 +136,8 @@ def line(label: str, result: dict[str, Any]) -> str:
 
 
 def bpb(run_dir: Path, model: GPT, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
-    stored = meta["config"]
-    sections = {"data": build(DataConfig, stored["data"]), "tokenizer": build(TokenizerConfig, stored["tokenizer"])}
-    tokens_dir = home() / "tokens" / Config(**sections).data_name
-    splits = {name: Split(tokens_dir, name, tokenizer) for name in ("train", "val")}
+    corpus = tokens_dir(meta)
+    splits = {name: Split(corpus, name, tokenizer) for name in ("train", "val")}
     n_val, token_bytes = sum(int(documents.length.sum()) for documents in splits["val"]), tokenizer.token_bytes()
 
     def measured(name: str, tokens: int | None) -> float:
@@ -154,7 +150,7 @@ def bpb(run_dir: Path, model: GPT, tokenizer: Tokenizer, meta: dict[str, Any]) -
         "train_bpb": measured("train", n_val),
         "unigram_bpb": unigram_bpb(splits["train"], splits["val"], token_bytes),
         "val_tokens": n_val,
-        "val_sha256": [shard.text_sha256 for shard in read_manifest(tokens_dir).shards if shard.split == "val"],
+        "val_sha256": [shard.text_sha256 for shard in read_manifest(corpus).shards if shard.split == "val"],
     }
     write_text(run_dir / EVAL_FILE, json.dumps(result, indent=1) + "\n")
     write_report(run_dir, "bpb", meta, {}, **result)

@@ -12,20 +12,23 @@ import tyro
 
 from gkachat.checkpoint import find_run
 from gkachat.config import home
-from gkachat.eval.compare import compare_runs, markdown, write_comparison
+from gkachat.eval.compare import FILES, compare_runs, markdown, write_comparison
 from gkachat.machine import commit, processor
+from gkachat.train.metrics import upload
 from scripts.cli import run
 
 
 def main(
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     out: str | None = None,
+    wandb: str = "",
 ) -> None:
     """Compare evaluated runs.
 
     Args:
         runs: Their names, or the paths of their directories; the baseline first.
         out: Directory to write to; by default comparisons/<a>-<b> beside the runs.
+        wandb: Weights & Biases project to send the table and all files to; empty: none.
     """
     directories = [find_run(name) for name in runs]
     comparison = compare_runs(*directories)
@@ -34,7 +37,12 @@ def main(
     where = f"- {datetime.date.today()}, commit {commit()}, {processor()}, Python {platform.python_version()}\n"
     write_comparison(comparison, directory, where)
     print(markdown(comparison))
-    print(f"written to {directory}: comparison.md, comparison.json, comparison.png")
+    print(f"written to {directory}: {', '.join(FILES)}")
+    if wandb:
+        rows = [[row.name, *row.values, *row.ratios, row.published] for row in comparison.rows]
+        over = [f"{name} over {comparison.names[0]}" for name in comparison.names[1:]]
+        table = [["", *comparison.names, *over, "published"], *rows]
+        upload(wandb, "comparison", names, directory, FILES, table=table)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Shared by all tests: one thread a process, a home of their own, and one small corpus with a tokenizer and shards."""
 
+import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 # Triton reads it when it is first imported: kernels run in its interpreter, which needs no GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -92,3 +95,50 @@ def launch(n, *options, home, script="scripts.base_train", timeout=300):
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "GKACHAT_HOME": str(home)},
         capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
+
+
+def _wandb_records(path):
+    """The records of a .wandb file: LevelDB's log format after 7 bytes of wandb's own, one protobuf message each.
+
+    wandb's own reader is inside its binary; its own definition of the messages reads them.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    full, first, middle, last = range(1, 5)
+    data, at, whole = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # what is left of a block is too short for a header
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        assert kind in (full, first, middle, last)
+        if kind in (full, last):
+            yield Record.FromString(whole)
+            whole = b""
+
+
+def wandb_runs(directory):
+    """What each wandb run below a directory holds, in the order they were made."""
+    import wandb
+
+    wandb.teardown()  # of this process: only then is all of it in the files
+    found = []
+    for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+        told = SimpleNamespace(history=[], config={}, artifacts=[], files=path.parent / "files")
+        for record in _wandb_records(path):
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                told.id, told.project, told.name = record.run.run_id, record.run.project, record.run.display_name
+                told.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            elif kind == "history":
+                items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+                told.history.append(items)
+            elif kind == "artifact":
+                told.artifacts.append(record.artifact)
+            elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
+                told.artifacts.append(record.request.log_artifact.artifact)
+        found.append(told)
+    return found

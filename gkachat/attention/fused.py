@@ -43,6 +43,12 @@ def visible(
     return mask
 
 
+def softmax_weights(q_BTHD: Tensor, k_BTHD: Tensor, *, window: int | None, scale: float) -> Tensor:
+    """What these kernels average values by, (B, H, T, S) in float32: for looking at, not for computing with."""
+    scores = torch.einsum("bthd,bshd->bhts", q_BTHD.float(), k_BTHD.float()) * scale
+    return scores.masked_fill(~visible(q_BTHD.size(1), window, device=scores.device), -torch.inf).softmax(dim=-1)
+
+
 def sdpa(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *, window: int | None, scale: float) -> Tensor:
     """torch's scaled_dot_product_attention, cuDNN's kernel first: on Hopper it is the fastest of those torch brings."""
     T = q_BTHD.size(1)

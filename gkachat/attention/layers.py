@@ -7,8 +7,8 @@
 x_BTC is the block input after the pre-norm, idx_BT the tokens, rope the tables for T positions. `decode` takes a step
 of a cache besides, which holds what came before; `kept` is what a cache holds of these tokens, and `forward` hands it
 to `keep` where that is given. Each layer knows its window, initialises itself, sorts its parameters
-into the groups that the optimizer and the accounts work with, and tells what is worth watching (`statistics`: least,
-median and largest of each).
+into the groups that the optimizer and the accounts work with, and tells what is worth watching (`statistics`: numbers
+by name). `look` is `forward` written down plainly up to c_proj: the weights themselves, for looking at.
 """
 
 import math
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from gkachat.attention.backends import decode_backend, gka_backend, softmax_backend
 from gkachat.attention.cache import Keys, Step
 from gkachat.attention.features import NoConv, Rope, ShortConv, apply_rope, rms_norm
-from gkachat.attention.linear import Groups, Keep, Linear, uniform_
+from gkachat.attention.fused import softmax_weights
+from gkachat.attention.linear import Groups, Keep, Linear, Look, uniform_
+from gkachat.attention.operator import kernel_weights
 from gkachat.attention.plus import GKAPlus
 from gkachat.config import ATTENTIONS, GPTConfig
 
@@ -117,6 +119,10 @@ class SoftmaxAttention(nn.Module):
         seen = [Keys(*span.tensors, span.mask) for span in step.extend(k, v)]
         return self.c_proj(self.decoding.attend(q, seen, self.config.head_dim**-0.5).flatten(2))
 
+    def look(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Look:
+        q, k, v = self._attended(x_BTC, idx_BT, rope, None)
+        return Look(softmax_weights(q, k, window=self.window, scale=self.config.head_dim**-0.5), v, None)
+
     def statistics(self) -> dict[str, Tensor]:
         return {}
 
@@ -185,9 +191,15 @@ class GaussianKernelAttention(nn.Module):
         q = apply_rope(x, rope) if options.rope else x
         return self.c_proj(self.decoding.attend(q, seen, self.sigma.square().reciprocal()).flatten(2))
 
+    def look(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Look:
+        (x, _), options = self.kept(x_BTC, idx_BT, rope), self.config.gka
+        rotation = rope if options.rope else None
+        weights, distances = kernel_weights(x, self.sigma, self.window, True, rotation, options.include_self)
+        return Look(weights, x, distances)
+
     def statistics(self) -> dict[str, Tensor]:
         sigma = self.sigma.detach()
-        return {"sigma": torch.stack((sigma.min(), sigma.median(), sigma.max()))}
+        return {"sigma": torch.stack((sigma.min(), sigma.median(), sigma.max())), "sigma_by_head": sigma}
 
 
 ATTENTION = {"softmax": SoftmaxAttention, "gka": GaussianKernelAttention, "gka_plus": GKAPlus}

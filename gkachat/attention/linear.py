@@ -2,12 +2,24 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Groups = dict[str, list[nn.Parameter]]
 Keep = Callable[..., None]  # given what decoding keeps of some tokens, each (B, T, H, width)
+
+
+class Look(NamedTuple):
+    """What a layer does with a text, written down plainly; B batch, T query time, S key time, H heads, D head_dim."""
+
+    weights: Tensor
+    """(B, H, T, S) float32. A row sums to 1, or to less where something else than a token takes a share."""
+    values: Tensor
+    """(B, S, H, D), what the weights are of: weights @ values through c_proj is the layer's output."""
+    distances: Tensor | None
+    """(B, H, T, S) float32, the squared distances that sigma is measured against, where there is one."""
 
 
 class Linear(nn.Linear):

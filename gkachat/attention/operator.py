@@ -114,16 +114,26 @@ def choose(
 def _reference(
     x: Tensor, sigma: Tensor, window: int | None, causal: bool, rope: Rope | None, include_self: bool
 ) -> Tensor:
-    """The definition, in float32 at least: all T x T distances, from differences and not from norms."""
+    """The definition, in float32 at least."""
+    weights_BHTS, _ = kernel_weights(x, sigma, window, causal, rope, include_self)
+    return (weights_BHTS @ x.to(weights_BHTS.dtype).transpose(1, 2)).transpose(1, 2).to(x.dtype)
+
+
+def kernel_weights(
+    x: Tensor, sigma: Tensor, window: int | None, causal: bool, rope: Rope | None, include_self: bool
+) -> tuple[Tensor, Tensor]:
+    """The weights and the squared distances, each (B, H, T, S), from differences and not from norms.
+
+    In float32 at least; a row without a key has no weights.
+    """
     dtype = torch.promote_types(torch.promote_types(x.dtype, sigma.dtype), torch.float32)
-    x_BHTD = x.to(dtype).transpose(1, 2)
     f_BHTD = (x.to(dtype) if rope is None else apply_rope(x.to(dtype), rope)).transpose(1, 2)
-    distances_BHTS = torch.cdist(f_BHTD, f_BHTD, compute_mode="donot_use_mm_for_euclid_dist")
-    scores_BHTS = -distances_BHTS.square() / (2 * sigma.to(dtype).square()[:, None, None])
+    distances_BHTS = torch.cdist(f_BHTD, f_BHTD, compute_mode="donot_use_mm_for_euclid_dist").square()
+    scores_BHTS = -distances_BHTS / (2 * sigma.to(dtype).square()[:, None, None])
     mask = visible(x.size(1), window, causal, include_self, x.device)
     keyless = ~mask.any(dim=1, keepdim=True)
     weights_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf).masked_fill(keyless, 0).softmax(dim=-1)
-    return (weights_BHTS.masked_fill(keyless, 0) @ x_BHTD).transpose(1, 2).to(x.dtype)
+    return weights_BHTS.masked_fill(keyless, 0), distances_BHTS
 
 
 def normalised_kernel_attention(

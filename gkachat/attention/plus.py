@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from gkachat.attention.backends import decode_backend, softmax_backend
 from gkachat.attention.cache import Keys, Step
 from gkachat.attention.features import NoConv, Rope, ShortConv, apply_rope, rms_norm
-from gkachat.attention.linear import Groups, Keep, Linear
+from gkachat.attention.fused import softmax_weights
+from gkachat.attention.linear import Groups, Keep, Linear, Look
 from gkachat.config import GPTConfig
 
 SHARPNESS = 1.2  # of unit features at the start, that of softmax attention's queries and keys
@@ -86,10 +87,7 @@ class GKAPlus(nn.Module):
     def _compared(self, x: Tensor, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Queries and keys as a softmax kernel takes them, from those that were convolved; all (B, T, H, D)."""
         plus, inverse = self.config.plus, self.sigma.square().reciprocal()[:, None]
-        if plus.rope:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if plus.normalize:
-            q, k = rms_norm(q), rms_norm(k)
+        q, k = self._features(q, rope), self._features(k, rope)
         bias = None
         if self.key_weight is not None:
             bias = (x * self.key_weight.to(x.dtype)).sum(dim=-1, keepdim=True)
@@ -102,6 +100,10 @@ class GKAPlus(nn.Module):
         if bias is not None:
             q, k = torch.cat((q[..., :-1], torch.ones_like(bias)), dim=-1), torch.cat((k[..., :-1], bias), dim=-1)
         return q, k
+
+    def _features(self, t: Tensor, rope: Rope) -> Tensor:
+        t = apply_rope(t, rope) if self.config.plus.rope else t
+        return rms_norm(t) if self.config.plus.normalize else t
 
     def _heads(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
@@ -129,6 +131,16 @@ class GKAPlus(nn.Module):
         seen = [Keys(*span.tensors, span.mask) for span in step.extend(k, self.conv_v.of(past))]
         return self.c_proj(self.decoding.attend(q, seen, 1.0).flatten(2))
 
+    def look(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Look:
+        """Distances as sigma alone measures them, before a query's own bandwidth and a key's weight."""
+        x = self._heads(x_BTC)
+        convolved = [conv(self._neighbour(x)) for conv in (self.conv_q, self.conv_k)]
+        weights = softmax_weights(*self._compared(x, *convolved, rope), window=self.window, scale=1.0)
+        width = x.size(-1) - (self.key_weight is not None or not self.config.plus.normalize)
+        f = [self._features(t.float(), rope)[..., :width].transpose(1, 2) for t in convolved]
+        distances = torch.cdist(*f, compute_mode="donot_use_mm_for_euclid_dist").square()
+        return Look(weights, self.conv_v(x), distances)
+
     def statistics(self) -> dict[str, Tensor]:
         sigma = self.sigma.detach()
-        return {"sigma": torch.stack((sigma.min(), sigma.median(), sigma.max()))}
+        return {"sigma": torch.stack((sigma.min(), sigma.median(), sigma.max())), "sigma_by_head": sigma}

@@ -18,6 +18,7 @@ from gkachat.files import atomic_write, write_text
 from gkachat.train.metrics import read_metrics
 
 EVAL_FILE = "eval.json"
+FILES = ("comparison.md", "comparison.json", "comparison.png")
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,6 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     if evaluated["step"] != meta["step"]:
         raise ValueError(f"{run_dir} has trained on since it was evaluated; run python -m scripts.base_eval again")
     counted = account(model_config(meta))
-    weights = load_weights(directory)
-    log_sigma = [weights[k] for k in sorted(weights, key=_layer) if k.endswith("log_sigma")]
     train = meta["config"]["train"]
     return {
         "eval": evaluated,
@@ -179,7 +178,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
             for r in read_metrics(run_dir)
             if r["kind"] == "eval"
         ],
-        "sigma": [tensor.exp().tolist() for tensor in log_sigma],
+        "sigma": by_layer(load_weights(directory)),
         "facts": {
             "attention": meta["config"]["model"]["attention"],
             "depth": meta["config"]["model"]["depth"],
@@ -192,9 +191,10 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _layer(key: str) -> int:
-    parts = key.split(".")
-    return int(parts[1]) if parts[0] == "blocks" else -1
+def by_layer(weights: dict[str, Any]) -> list[list[float]]:
+    """The bandwidths among a checkpoint's weights, a list a layer, a number a head."""
+    keys = [key for key in weights if key.endswith("log_sigma")]
+    return [weights[key].exp().tolist() for key in sorted(keys, key=lambda key: int(key.split(".")[1]))]
 
 
 def markdown(comparison: Comparison) -> str:
@@ -277,15 +277,21 @@ def draw(comparison: Comparison) -> Any:
         axis.grid(alpha=0.3)
         axis.legend()
     for axis, (name, sigma) in zip(axes[2:], comparison.sigma.items(), strict=True):
-        image = axis.imshow(sigma, aspect="auto", cmap="viridis")
-        axis.set(xlabel="head", ylabel="layer", title=f"{name}: learned bandwidth")
-        axis.set_xticks(range(len(sigma[0])))
-        axis.set_yticks(range(len(sigma)))
-        if len(sigma) * len(sigma[0]) <= 64:
-            middle = (image.norm.vmin + image.norm.vmax) / 2
-            for layer, heads in enumerate(sigma):
-                for head, value in enumerate(heads):
-                    color = "black" if value > middle else "white"
-                    axis.text(head, layer, f"{value:.2f}", ha="center", va="center", color=color)
-        figure.colorbar(image, ax=axis)
+        heat_map(figure, axis, sigma, f"{name}: learned bandwidth")
     return figure
+
+
+def heat_map(figure: Any, axis: Any, values: list[list[float]], title: str, *limits: float) -> None:
+    """A number for each layer and head, on a scale between `limits` where they are given; written out where few."""
+    low, high = limits or (None, None)
+    image = axis.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=high)
+    axis.set(xlabel="head", ylabel="layer", title=title)
+    axis.set_xticks(range(len(values[0])))
+    axis.set_yticks(range(len(values)))
+    if len(values) * len(values[0]) <= 64:
+        middle = (image.norm.vmin + image.norm.vmax) / 2
+        for layer, heads in enumerate(values):
+            for head, value in enumerate(heads):
+                color = "black" if value > middle else "white"
+                axis.text(head, layer, f"{value:.2f}", ha="center", va="center", color=color)
+    figure.colorbar(image, ax=axis)

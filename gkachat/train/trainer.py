@@ -186,7 +186,6 @@ class Trainer:
             self.metrics = Metrics(
                 self.run_dir,
                 wandb_project=self.config.run.wandb,
-                name=self.config.run.name,
                 config=dataclasses.asdict(self.config),
                 upto=self.step if self.resumed else -1,
             )

@@ -4,13 +4,14 @@ import json
 import shutil
 
 import pytest
-from conftest import TINY, call
+from conftest import TINY, call, wandb_runs
 
 from gkachat.checkpoint import find_run, open_checkpoint
 from gkachat.config_file import load_config
 from gkachat.cost import account
 from gkachat.eval.compare import compare_runs, markdown, write_comparison
 from gkachat.eval.report import Score, write_report
+from scripts.compare import main
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +181,21 @@ def test_chat_benchmarks_of_two_tuned_runs_are_compared(evaluated):
         write_report(run, "chat", meta, {"addition": Score(accuracy, 0.03, 200, 1.0, 0.1)}, mean_centered=0.1)
     [addition] = compare_runs(*evaluated).scores
     assert (addition.name, addition.a, addition.b, addition.is_noise) == ("chat: addition", 0.9, 0.2, False)
+
+
+def test_a_comparison_becomes_an_artefact_of_weights_and_biases(evaluated, tiny_home, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    main(("d2_softmax", "d2_gka"), out=str(tmp_path / "out"), wandb="tests")
+    [told] = wandb_runs(tmp_path / "out")
+    assert (told.project, told.name) == ("tests", "d2_softmax-d2_gka")
+    [artifact] = [a for a in told.artifacts if a.type == "comparison"]
+    assert artifact.name == "comparison-d2_softmax-d2_gka"
+    paths = {entry.path for entry in artifact.manifest.contents}
+    assert paths == {"comparison.md", "comparison.json", "comparison.png"}
+    [items] = told.history
+    table = json.loads((told.files / items["table/path"]).read_text())
+    assert table["columns"] == ["", "d2_softmax", "d2_gka", "d2_gka over d2_softmax", "published"]
+    [params] = [row for row in table["data"] if row[0] == "parameters"]
+    stored = json.loads((tmp_path / "out" / "comparison.json").read_text())["table"]["parameters"]
+    assert params[1:4] == [*stored["values"], *stored["ratios"]]
+    assert (told.files / items["comparison/path"]).read_bytes() == (tmp_path / "out" / "comparison.png").read_bytes()
