@@ -236,6 +236,11 @@ class GPTConfig:
     def n_head(self) -> int:
         return self.n_embd // self.head_dim
 
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees the past alone."""
+        return True
+
     def window(self, layer: int) -> int | None:
         """Visible positions of a layer, the token itself included; None: all of the past."""
         letter = self.window_pattern[layer % len(self.window_pattern)]

@@ -59,7 +59,7 @@ class SoftmaxAttention(nn.Module):
 
     def choose_backend(self, device: torch.device, dtype: torch.dtype) -> None:
         config = self.config
-        self.backend = softmax_backend(device, dtype, config.head_dim, self.window, config.sequence_len)
+        self.backend = softmax_backend(device, dtype, config.head_dim, self.window, config.sequence_len, config.causal)
         self.decoding = decode_backend(device, dtype, config.head_dim)
 
     def init_weights(self) -> None:
@@ -143,7 +143,7 @@ class GaussianKernelAttention(nn.Module):
 
     def choose_backend(self, device: torch.device, dtype: torch.dtype) -> None:
         config = self.config
-        self.backend = gka_backend(device, dtype, config.head_dim, self.window, config.sequence_len, config.gka)
+        self.backend = gka_backend(device, dtype, config.head_dim, self.window, config.sequence_len, config.gka, config.causal)
         self.decoding = decode_backend(device, dtype, config.head_dim)
 
     def init_weights(self) -> None:
