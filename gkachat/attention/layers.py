@@ -4,7 +4,8 @@
     layer.choose_backend(device, dtype)
     y_BTC = layer(x_BTC, idx_BT, rope)
 
-x_BTC is the block input after the pre-norm, idx_BT the tokens, rope the tables for T positions. `decode` takes a step
+x_BTC is the block input after the pre-norm, idx_BT the tokens (None where nothing looks them up), rope the tables for T
+positions (None: they are told otherwise). `decode` takes a step
 of a cache besides, which holds what came before; `kept` is what a cache holds of these tokens, and `forward` hands it
 to `keep` where that is given. Each layer knows its window, initialises itself, sorts its parameters
 into the groups that the optimizer and the accounts work with, and tells what is worth watching (`statistics`: least,
@@ -143,7 +144,9 @@ class GaussianKernelAttention(nn.Module):
 
     def choose_backend(self, device: torch.device, dtype: torch.dtype) -> None:
         config = self.config
-        self.backend = gka_backend(device, dtype, config.head_dim, self.window, config.sequence_len, config.gka, config.causal)
+        self.backend = gka_backend(
+            device, dtype, config.head_dim, self.window, config.sequence_len, config.gka, config.causal
+        )
         self.decoding = decode_backend(device, dtype, config.head_dim)
 
     def init_weights(self) -> None:

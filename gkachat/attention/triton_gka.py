@@ -170,33 +170,24 @@ def forward_kernel(
     acc = tl.zeros([BM, D], tl.float32)
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
-    # Keys: the window's edge (masked), those that every row sees (not masked), the diagonal (masked); without the
-    # causal mask those after it, the same backwards.
+    # Keys: the window's edge (masked), those that every row sees (not masked), the diagonal (masked). Without the causal
+    # mask all of them masked: loops for the other side's parts too would take more registers than there are.
     lo = tl.maximum(0, i0 - window + 1) // BN * BN
-    diagonal = i0 // BN * BN
-    inner = tl.minimum(tl.maximum(lo, tl.cdiv(tl.maximum(0, i0 + BM - window), BN) * BN), diagonal)
-    hi = tl.minimum(T, i0 + BM)
-    clear = hi
-    if not CAUSAL:
-        hi = tl.minimum(T, i0 + BM - 1 + window)
-        clear = tl.minimum(tl.cdiv(i0 + BM, BN) * BN, tl.cdiv(hi, BN) * BN)
-    acc, total, top = _forward_span(
-        acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, lo, inner,
-        T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
-    acc, total, top = _forward_span(
-        acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, inner, diagonal,
-        T, window, D, BN, False, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
-    acc, total, top = _forward_span(
-        acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, diagonal, clear,
-        T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
-    if not CAUSAL:
-        edge = tl.maximum(clear, tl.minimum(i0 + window, T) // BN * BN)
+    diagonal, hi = i0 // BN * BN, tl.minimum(T, i0 + BM)
+    if CAUSAL:
+        inner = tl.minimum(tl.maximum(lo, tl.cdiv(tl.maximum(0, i0 + BM - window), BN) * BN), diagonal)
         acc, total, top = _forward_span(
-            acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, clear, edge,
-            T, window, D, BN, False, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
-        acc, total, top = _forward_span(
-            acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, edge, hi,
+            acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, lo, inner,
             T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
+        acc, total, top = _forward_span(
+            acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, inner, diagonal,
+            T, window, D, BN, False, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
+        lo = diagonal
+    else:
+        hi = tl.minimum(T, i0 + BM - 1 + window)
+    acc, total, top = _forward_span(
+        acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, lo, hi,
+        T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
     safe = tl.where(total > 0.0, total, 1.0)
     lse = tl.log2(safe)
     if not SELF:
@@ -301,49 +292,39 @@ def backward_kernel(
     back = tl.zeros([BM], tl.float32)  # sum of ds over both roles, taken times f at the end
     moved = tl.zeros([BM], tl.float32)  # sum of ds times score
 
-    # Later queries: the diagonal (masked), those that see every key (not masked), the window's edge (masked).
-    hi = tl.minimum(T, b0 + BM - 1 + window)
-    start = b0 // BN * BN
-    clear = tl.minimum(tl.cdiv(b0 + BM, BN) * BN, tl.cdiv(hi, BN) * BN)
-    edge = tl.maximum(clear, tl.minimum(b0 + window, T) // BN * BN)
+    # Later queries: the diagonal (masked), those that see every key (not masked), the window's edge (masked). Without
+    # the causal mask all of them masked, as in the forward.
     lo = tl.maximum(0, b0 - window + 1) // BN * BN
-    inner = tl.minimum(tl.maximum(lo, tl.cdiv(tl.maximum(0, b0 + BM - window), BN) * BN), start)
-    if not CAUSAL:  # and earlier ones, the same backwards
+    start, hi = b0 // BN * BN, tl.minimum(T, b0 + BM - 1 + window)
+    edge = lo
+    if CAUSAL:
+        clear = tl.minimum(tl.cdiv(b0 + BM, BN) * BN, tl.cdiv(hi, BN) * BN)
+        edge = tl.maximum(clear, tl.minimum(b0 + window, T) // BN * BN)
         acc, accf, back = _as_keys_span(
-            acc, accf, back, f_b, x_b, height_b, b, scale, inverse, F, DY, LEVEL, DELTA, f_t, dy_t, lo, inner,
+            acc, accf, back, f_b, x_b, height_b, b, scale, inverse, F, DY, LEVEL, DELTA, f_t, dy_t, start, clear,
             T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
         acc, accf, back = _as_keys_span(
-            acc, accf, back, f_b, x_b, height_b, b, scale, inverse, F, DY, LEVEL, DELTA, f_t, dy_t, inner, start,
+            acc, accf, back, f_b, x_b, height_b, b, scale, inverse, F, DY, LEVEL, DELTA, f_t, dy_t, clear, edge,
             T, window, D, BN, False, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
-    acc, accf, back = _as_keys_span(
-        acc, accf, back, f_b, x_b, height_b, b, scale, inverse, F, DY, LEVEL, DELTA, f_t, dy_t, start, clear,
-        T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
-    acc, accf, back = _as_keys_span(
-        acc, accf, back, f_b, x_b, height_b, b, scale, inverse, F, DY, LEVEL, DELTA, f_t, dy_t, clear, edge,
-        T, window, D, BN, False, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
     acc, accf, back = _as_keys_span(
         acc, accf, back, f_b, x_b, height_b, b, scale, inverse, F, DY, LEVEL, DELTA, f_t, dy_t, edge, hi,
         T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
 
-    # Earlier keys: the window's edge, those that every row sees, the diagonal; without the causal mask later ones too.
+    # Earlier keys: the window's edge, those that every row sees, the diagonal.
     dy_b = _load_rows(DY, b, T, dy_t, D)
     level_b, delta_b = _load_row(LEVEL, b, T), _load_row(DELTA, b, T)
-    acc, accf, back, moved = _as_queries_span(
-        acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, lo, inner,
-        T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
-    acc, accf, back, moved = _as_queries_span(
-        acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, inner, start,
-        T, window, D, BN, False, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
-    acc, accf, back, moved = _as_queries_span(
-        acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, start,
-        tl.minimum(T, b0 + BM) if CAUSAL else clear, T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
-    if not CAUSAL:
+    if CAUSAL:
+        inner = tl.minimum(tl.maximum(lo, tl.cdiv(tl.maximum(0, b0 + BM - window), BN) * BN), start)
         acc, accf, back, moved = _as_queries_span(
-            acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, clear, edge,
-            T, window, D, BN, False, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
-        acc, accf, back, moved = _as_queries_span(
-            acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, edge, hi,
+            acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, lo, inner,
             T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
+        acc, accf, back, moved = _as_queries_span(
+            acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, inner, start,
+            T, window, D, BN, False, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
+        lo, hi = start, tl.minimum(T, b0 + BM)
+    acc, accf, back, moved = _as_queries_span(
+        acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, lo, hi,
+        T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
 
     d = tl.arange(0, D)
     out = batch * T * H * D + head * D + b[:, None] * (H * D) + d[None, :]
