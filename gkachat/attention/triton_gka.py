@@ -170,8 +170,8 @@ def forward_kernel(
     acc = tl.zeros([BM, D], tl.float32)
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
-    # Keys: the window's edge (masked), those that every row sees (not masked), the diagonal (masked). Without the causal
-    # mask all of them masked: loops for the other side's parts too would take more registers than there are.
+    # Keys: the window's edge (masked), those that every row sees (not masked), the diagonal (masked). Without the
+    # causal mask all of them masked: loops for the other side's parts too take more registers than there are.
     lo = tl.maximum(0, i0 - window + 1) // BN * BN
     diagonal, hi = i0 // BN * BN, tl.minimum(T, i0 + BM)
     if CAUSAL:
@@ -316,11 +316,11 @@ def backward_kernel(
     if CAUSAL:
         inner = tl.minimum(tl.maximum(lo, tl.cdiv(tl.maximum(0, b0 + BM - window), BN) * BN), start)
         acc, accf, back, moved = _as_queries_span(
-            acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, lo, inner,
-            T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
+            acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t,
+            lo, inner, T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
         acc, accf, back, moved = _as_queries_span(
-            acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, inner, start,
-            T, window, D, BN, False, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
+            acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t,
+            inner, start, T, window, D, BN, False, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
         lo, hi = start, tl.minimum(T, b0 + BM)
     acc, accf, back, moved = _as_queries_span(
         acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, lo, hi,
@@ -358,6 +358,13 @@ BACKWARD = {
     (torch.float32, 64, True): [(64, 16, 4, 1)],
     (torch.float32, 128, True): [(16, 16, 8, 1)],
 }
+
+
+def backward_candidates(dtype: torch.dtype, D: int, apart: bool, causal: bool) -> list[tuple[int, int, int, int]]:
+    """Without the causal mask every block is masked: 64 columns would not fit the registers."""
+    return [candidate for candidate in BACKWARD[dtype, D, apart] if causal or candidate[1] < 64]
+
+
 ROWS = 64  # a block of the kernels that only go over rows
 
 
@@ -405,7 +412,7 @@ def gka_backward(
     x, dy = _rows(x), _rows(dy)
     features = x if f is None else _rows(f)
     apart = f is not None or x.dtype == torch.float32
-    candidates = BACKWARD[x.dtype, D, apart]
+    candidates = backward_candidates(x.dtype, D, apart, causal)
     height, level, delta = lse.new_empty(3, *lse.shape)
     backward_rows_kernel[(triton.cdiv(T, ROWS), B * H)](
         features, sigma, y, dy, lse, height, level, delta, *features.stride()[:3], *dy.stride()[:3], T, H,
