@@ -86,8 +86,11 @@ def _huggingface(data: ImageConfig, model: ViTConfig) -> Images:
 
     try:
         from torchvision.transforms import v2
-    except (ImportError, RuntimeError):
-        raise ValueError("data.source: huggingface needs torchvision; pip install 'gkachat[vision]'") from None
+    except (ImportError, RuntimeError) as error:  # the latter where it was built for another torch
+        raise ValueError(
+            f"data.source: huggingface needs torchvision, which cannot be imported ({error}); "
+            "pip install 'gkachat[vision]', from the index that torch came from"
+        ) from None
     rows = {}
     for split in (data.train_split, data.val_split):
         try:

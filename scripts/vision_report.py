@@ -1,0 +1,77 @@
+"""Compare trained image classifiers: parameters, and accuracies with their spread over seeds.
+
+for seed in 0 1 2 3 4; do for attention in softmax gka; do
+    python -m scripts.vision_train configs/vision_digits.toml --model.attention $attention \
+        --run.seed $seed --run.name digits_${attention}_$seed
+done; done
+python -m scripts.vision_report digits_softmax_? digits_gka_? --out results/vision_digits
+"""
+
+import argparse
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from scripts.cli import run
+
+COLUMNS = {
+    "": "{attention}",
+    "parameters": "{params:,}",
+    "of the first": "{ratio:.3f}",
+    "FLOPs an image": "{flops_per_image:.3g}",
+    "top-1, mean": "{top1:.4f}",
+    "standard deviation": "{spread:.4f}",
+    "lowest": "{low:.4f}",
+    "highest": "{high:.4f}",
+    "val loss, mean": "{loss:.4f}",
+    "images/s": "{images_per_second:,.0f}",
+    "seeds": "{seeds}",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="names, * and ? stand for any letters; directories")
+    parser.add_argument("--out", help="write OUT.json and OUT.md")
+    options = parser.parse_args()
+    import torch  # takes seconds
+
+    from gkachat.bench import publish, table
+    from gkachat.checkpoint import find_run, model_config, open_checkpoint
+    from gkachat.config import ViTConfig, home
+    from gkachat.train.metrics import read_metrics
+    from gkachat.vit import account
+
+    found: dict[ViTConfig, list[dict]] = defaultdict(list)
+    matches = {name: sorted(path.name for path in (home() / "runs").glob(Path(name).name)) for name in options.runs}
+    for name in (each for name in options.runs for each in matches[name] or [name]):
+        run_dir = find_run(name)
+        meta = open_checkpoint(run_dir)[1]
+        final = [r for r in read_metrics(run_dir) if r["kind"] == "eval" and r["step"] == meta["n_steps"]]
+        if not final or "val_top1" not in final[0]:
+            raise ValueError(
+                f"{run_dir}: no accuracy at its last step, {meta['n_steps']}: not an image model, or not done"
+            )
+        figures = final[0] | {"name": run_dir.name, "seed": meta["config"]["run"]["seed"], "version": meta["version"]}
+        found[model_config(meta, ViTConfig)].append(figures)
+    rows: list[dict] = []
+    for config, runs in found.items():
+        counted, top1 = account(config), [r["val_top1"] for r in runs]
+        images = runs[0]["tokens"] / config.sequence_len
+        rows.append(
+            {
+                "attention": config.attention, "params": counted.params["total"], "top1": statistics.mean(top1),
+                "spread": statistics.stdev(top1) if len(top1) > 1 else None, "low": min(top1), "high": max(top1),
+                "loss": statistics.mean(r["val_loss"] for r in runs),
+                "flops_per_image": counted.flops_per_token * config.sequence_len,
+                "images_per_second": images / statistics.median(r["seconds"] for r in runs),
+                "seeds": " ".join(str(r["seed"]) for r in runs), "runs": runs,
+            }
+        )  # fmt: skip
+        rows[-1]["ratio"] = rows[-1]["params"] / rows[0]["params"]
+    result = {"trained_by": sorted({r["version"] for runs in found.values() for r in runs}), "rows": rows}
+    publish("Image classifiers over seeds", result, table(rows, COLUMNS), torch.device("cpu"), options.out)
+
+
+if __name__ == "__main__":
+    run(main)
