@@ -4,13 +4,12 @@ for seed in 0 1 2 3 4; do for attention in softmax gka; do
     python -m scripts.vision_train configs/vision_digits.toml --model.attention $attention \
         --run.seed $seed --run.name digits_${attention}_$seed
 done; done
-python -m scripts.vision_report digits_softmax_? digits_gka_? --out results/vision_digits
+python -m scripts.vision_report digits_softmax_{0..4} digits_gka_{0..4} --out results/vision_digits
 """
 
 import argparse
 import statistics
 from collections import defaultdict
-from pathlib import Path
 
 from scripts.cli import run
 
@@ -31,20 +30,19 @@ COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="names, * and ? stand for any letters; directories")
+    parser.add_argument("runs", nargs="+", help="names or directories")
     parser.add_argument("--out", help="write OUT.json and OUT.md")
     options = parser.parse_args()
     import torch  # takes seconds
 
     from gkachat.bench import publish, table
     from gkachat.checkpoint import find_run, model_config, open_checkpoint
-    from gkachat.config import ViTConfig, home
+    from gkachat.config import ViTConfig
     from gkachat.train.metrics import read_metrics
     from gkachat.vit import account
 
     found: dict[ViTConfig, list[dict]] = defaultdict(list)
-    matches = {name: sorted(path.name for path in (home() / "runs").glob(Path(name).name)) for name in options.runs}
-    for name in (each for name in options.runs for each in matches[name] or [name]):
+    for name in options.runs:
         run_dir = find_run(name)
         meta = open_checkpoint(run_dir)[1]
         final = [r for r in read_metrics(run_dir) if r["kind"] == "eval" and r["step"] == meta["n_steps"]]
