@@ -468,30 +468,13 @@ class ImageConfig:
     """huggingface: what is trained on ..."""
     val_split: str = "validation"
     """... and what is evaluated."""
-    image_column: str = "image"
-    """huggingface: where the images are ..."""
-    label_column: str = "label"
-    """... and their classes."""
     shift: int = 0
     """digits: move training images by up to so many pixels."""
-    rand_augment: int = 9
-    """huggingface: strength of RandAugment's two operations; 0: none."""
-    erasing: float = 0.25
-    """huggingface: how often a rectangle of a training image is erased."""
-    mixup: float = 0.8
-    """huggingface: alpha of MixUp; 0: none."""
-    cutmix: float = 1.0
-    """huggingface: alpha of CutMix; 0: none. With both, each has half of the batches."""
     workers: int = 0
     """Processes that read images."""
 
     def __post_init__(self) -> None:
-        require(
-            self,
-            erasing=(0 <= self.erasing <= 1, "0 to 1"),
-            rand_augment=(0 <= self.rand_augment <= 30, "0 to 30"),
-            **at_least(0, self, "shift", "mixup", "cutmix", "workers"),
-        )
+        require(self, **at_least(0, self, "shift", "workers"))
 
     @property
     def name(self) -> str:

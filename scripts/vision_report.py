@@ -23,7 +23,6 @@ COLUMNS = {
     "lowest": "{low:.4f}",
     "highest": "{high:.4f}",
     "val loss, mean": "{loss:.4f}",
-    "images/s": "{images_per_second:,.0f}",
     "seeds": "{seeds}",
 }
 
@@ -54,19 +53,12 @@ def main() -> None:
         found[model_config(meta, ViTConfig)].append(figures)
     rows: list[dict] = []
     for config, runs in found.items():
-        counted, top1 = account(config), [r["val_top1"] for r in runs]
-        images = runs[0]["tokens"] / config.sequence_len
-        rows.append(
-            {
-                "attention": config.attention, "params": counted.params["total"], "top1": statistics.mean(top1),
-                "spread": statistics.stdev(top1) if len(top1) > 1 else None, "low": min(top1), "high": max(top1),
-                "loss": statistics.mean(r["val_loss"] for r in runs),
-                "flops_per_image": counted.flops_per_token * config.sequence_len,
-                "images_per_second": images / statistics.median(r["seconds"] for r in runs),
-                "seeds": " ".join(str(r["seed"]) for r in runs), "runs": runs,
-            }
-        )  # fmt: skip
-        rows[-1]["ratio"] = rows[-1]["params"] / rows[0]["params"]
+        counted, top1, T = account(config), [r["val_top1"] for r in runs], config.sequence_len
+        row = {"attention": config.attention, "params": counted.params["total"], "top1": statistics.mean(top1)}
+        row |= {"spread": statistics.stdev(top1) if len(top1) > 1 else None, "low": min(top1), "high": max(top1)}
+        row |= {"loss": statistics.mean(r["val_loss"] for r in runs), "flops_per_image": counted.flops_per_token * T}
+        row |= {"ratio": row["params"] / (rows or [row])[0]["params"], "seeds": " ".join(str(r["seed"]) for r in runs)}
+        rows.append(row | {"runs": runs})
     result = {"trained_by": sorted({r["version"] for runs in found.values() for r in runs}), "rows": rows}
     publish("Image classifiers over seeds", result, table(rows, COLUMNS), torch.device("cpu"), options.out)
 

@@ -21,6 +21,7 @@ from gkachat.config import ImageConfig, VisionConfig, ViTConfig
 from gkachat.distributed import World
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+RAND_AUGMENT, ERASING, MIXUP, CUTMIX = (2, 9), 0.25, 0.8, 1.0  # operations and their strength; share; alphas
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue, 0 to 1
 
 
@@ -97,31 +98,31 @@ def _huggingface(data: ImageConfig, model: ViTConfig) -> Images:
             rows[split] = datasets.load_dataset(data.dataset, split=split)
         except Exception as error:  # every reader of `datasets` has its own
             raise ValueError(f"data.dataset: cannot load {split!r} of {data.dataset!r}: {error}") from None
-        for column in (data.image_column, data.label_column):
-            if column not in rows[split].features:
-                known = ", ".join(rows[split].features)
-                raise ValueError(f"data.image_column, label_column: given {column!r}, the dataset has {known}")
-    labels = rows[data.train_split].features[data.label_column]
-    _check(model, classes=getattr(labels, "num_classes", model.classes))
+    features = rows[data.train_split].features
+    columns = [
+        next((name for name, feature in features.items() if isinstance(feature, kind)), None)
+        for kind in (datasets.Image, datasets.ClassLabel)
+    ]
+    if None in columns:
+        raise ValueError(f"data.dataset: given {data.dataset!r}, expected images and class labels, it has {features}")
+    image, label = columns
+    _check(model, classes=features[label].num_classes)
     size, mode = model.image_size, "RGB" if model.colours == 3 else "L"
     cubic = v2.InterpolationMode.BICUBIC
     normal = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN[: model.colours], STD[: model.colours])]
     augmented = [v2.RandomResizedCrop(size, interpolation=cubic, antialias=True), v2.RandomHorizontalFlip()]
-    if data.rand_augment:
-        augmented.append(v2.RandAugment(2, data.rand_augment, interpolation=v2.InterpolationMode.BILINEAR))
-    augmented += [*normal, v2.RandomErasing(data.erasing, value="random")]
+    augmented += [v2.RandAugment(*RAND_AUGMENT), *normal, v2.RandomErasing(ERASING, value="random")]
     plain = [v2.Resize(round(size * 256 / 224), interpolation=cubic, antialias=True), v2.CenterCrop(size), *normal]
-    blends: list[Any] = [v2.MixUp(alpha=data.mixup, num_classes=model.classes)] if data.mixup else []
-    blends += [v2.CutMix(alpha=data.cutmix, num_classes=model.classes)] if data.cutmix else []
+    blends = (kind(alpha=a, num_classes=model.classes) for kind, a in ((v2.MixUp, MIXUP), (v2.CutMix, CUTMIX)))
 
     def prepare(transforms: list[Any]) -> Callable[[dict], tuple[Tensor, int]]:
         transform = v2.Compose([v2.PILToTensor(), *transforms])
-        return lambda row: (transform(row[data.image_column].convert(mode)), row[data.label_column])
+        return lambda row: (transform(row[image].convert(mode)), row[label])
 
     return Images(
         Split(rows[data.train_split], prepare(augmented)),
         Split(rows[data.val_split], prepare(plain)),
-        v2.RandomChoice(blends) if blends else None,
+        v2.RandomChoice(list(blends)),
     )
 
 
