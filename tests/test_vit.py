@@ -253,6 +253,8 @@ def test_the_scripts_train_and_report(tmp_path):
     assert result.returncode == 0, result.stderr
     params = account(ViTConfig(attention="gka", **SHAPE)).params["total"]
     assert out.with_suffix(".md").read_text().splitlines()[4].startswith(f"| gka | {params:,} | 1.000 |")
+    result = call("verify_run", "digits_gka", home=tmp_path)
+    assert result.returncode == 0 and "no problems" in result.stdout
     result = call("chat_cli", "-p", "x", home=tmp_path)
     assert result.returncode == 1 and "no run with a checkpoint" in result.stderr  # an image model does not talk
 
