@@ -59,8 +59,9 @@ def main() -> None:
         row |= {"loss": statistics.mean(r["val_loss"] for r in runs), "flops_per_image": counted.flops_per_token * T}
         row |= {"ratio": row["params"] / (rows or [row])[0]["params"], "seeds": " ".join(str(r["seed"]) for r in runs)}
         rows.append(row | {"runs": runs})
-    result = {"trained_by": sorted({r["version"] for runs in found.values() for r in runs}), "rows": rows}
-    publish("Image classifiers over seeds", result, table(rows, COLUMNS), torch.device("cpu"), options.out)
+    trained_by = ", ".join(sorted({r["version"] for runs in found.values() for r in runs}))
+    title = f"Image classifiers over seeds, trained at commit {trained_by}"
+    publish(title, {"rows": rows}, table(rows, COLUMNS), torch.device("cpu"), options.out)
 
 
 if __name__ == "__main__":
