@@ -48,10 +48,11 @@ def find_run(name: str | Path) -> Path:
     raise FileNotFoundError(f"no run {str(name)!r}; in {runs} there are: {', '.join(known) or 'none'}")
 
 
-def start_run(run_dir: Path, config: Config, tokenizer: Tokenizer) -> None:
-    """Write what a run needs besides its weights."""
+def start_run(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
+    """Write what a run needs besides its weights; the tokenizer only where there is text."""
     (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(run_dir)
+    if tokenizer is not None:
+        tokenizer.save(run_dir)
     write_text(run_dir / "config.toml", to_toml(config))  # last: from now on it is a run
 
 
@@ -75,7 +76,7 @@ class Saver:
         self,
         run_dir: Path,
         config: Config,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         report: Callable[[str], None],
         rank: int = 0,
         world_size: int = 1,
@@ -144,7 +145,7 @@ class Saver:
                 "torch": torch.__version__,
                 **meta,
                 "config": dataclasses.asdict(self.config),
-                "tokenizer_sha256": self.tokenizer.sha256,
+                "tokenizer_sha256": self.tokenizer.sha256 if self.tokenizer else "",
                 "sha256": digests,
             }
             write_text(temporary / META, json.dumps(content, indent=1) + "\n")
@@ -286,10 +287,10 @@ def load_tokenizer(run_dir: str | Path, meta: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def model_config(meta: dict[str, Any]) -> GPTConfig:
+def model_config(meta: dict[str, Any], Config: type = GPTConfig) -> Any:
     """The shape in a checkpoint's meta. Raises ValueError where there is none."""
     try:
-        config = build(GPTConfig, meta["config"].get("model"))
+        config = build(Config, meta["config"].get("model"))
     except ConfigError as error:
         raise ValueError(f"{META}: config.model: {error}") from None
     # What computed the operator in training may not run here, and is no part of the model.
@@ -317,14 +318,21 @@ def load_model(
     """
     directory, meta = open_checkpoint(run_dir, step, MODEL)
     tokenizer = load_tokenizer(run_dir, meta)
-    tensors, config = load_weights(directory), model_config(meta)
+    return built(directory, meta, device), tokenizer, meta
+
+
+def built(
+    directory: Path, meta: dict[str, Any], device: str | torch.device, Config: type = GPTConfig, Model: type = GPT
+) -> Any:
+    """The model of a checkpoint, as `load_model` gives it; with Config and Model, one of another kind."""
+    tensors, config = load_weights(directory), model_config(meta, Config)
     if config.depth > len(tensors):  # nobody waits for a million layers to be built before they are missed
         raise ValueError(f"{directory}: given {len(tensors)} tensors, expected those of {config.depth} layers")
     try:
         with torch.device("meta"):  # no weights are drawn only to be overwritten
-            model = GPT(config)
+            model = Model(config)
         model.load_state_dict(tensors, assign=True)
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"{directory / MODEL} is not of the shape in its meta.json: {error}") from None
     model.prepare(model.compute_dtype)  # rotation tables are no weights: they are still on the meta device
-    return model.to(device).eval(), tokenizer, meta
+    return model.to(device).eval()

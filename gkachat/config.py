@@ -238,6 +238,11 @@ class GPTConfig:
     def n_head(self) -> int:
         return self.n_embd // self.head_dim
 
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees the past alone."""
+        return True
+
     def window(self, layer: int) -> int | None:
         """Visible positions of a layer, the token itself included; None: all of the past."""
         letter = self.window_pattern[layer % len(self.window_pattern)]
@@ -249,18 +254,13 @@ Protocol = Literal["equal-tokens", "equal-ratio", "paper", "equal-flops"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    protocol: Protocol = "equal-tokens"
-    """How long a gka model trains beside the softmax model of the same shape: the same tokens, the same tokens per
-    parameter, the paper's 0.49 of its total FLOPs, or the same total FLOPs."""
-    tokens_per_param: float = 12.0
-    """Horizon of the softmax model, in tokens per parameter of its matrices and head."""
-    baseline_tokens: int | None = None
-    """Horizon of the softmax model by hand, in tokens."""
+class LoopConfig:
+    """What training takes, whatever is trained."""
+
     total_tokens: int | None = None
-    """Horizon of this very model by hand, in tokens; takes the place of the protocol."""
+    """Horizon of this very model by hand, in tokens; takes the place of what it is derived from."""
     total_batch_size: int | None = None
-    """Tokens a step, over all devices and accumulation; by default from the horizon."""
+    """Tokens a step, over all devices and accumulation; by default derived too."""
     device_batch_size: int | str = 32
     """Rows that go through a device at a time; auto: as many as fit its memory (on a CPU, 32)."""
     recompute_blocks: bool = False
@@ -273,24 +273,43 @@ class TrainConfig:
     """Steps over which the learning rate rises."""
     warmdown_fraction: float = 0.65
     """Last share of the steps, over which it falls ..."""
+    warmdown_shape: Literal["linear", "cosine"] = "linear"
+    """... in a straight line, or along half a cosine ..."""
     final_lr_fraction: float = 0.05
     """... to this share of its height."""
     eval_every: int = 250
     """Steps between validations; 0: only at the end."""
-    eval_tokens: int = 10_485_760
-    """Tokens of train and of val that these are measured on; scripts.base_eval measures all of val."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, **more: tuple[bool, str]) -> None:
         batch = self.device_batch_size
         require(
             self,
             device_batch_size=(batch == "auto" if isinstance(batch, str) else batch >= 1, "1 or more rows, or auto"),
-            tokens_per_param=(self.tokens_per_param > 0, "above 0"),
             clip_norm=(self.clip_norm is None or self.clip_norm > 0, "above 0"),
             warmdown_fraction=(0 <= self.warmdown_fraction <= 1, "0 to 1"),
             final_lr_fraction=(0 <= self.final_lr_fraction <= 1, "0 to 1"),
             **at_least(0, self, "warmup_steps", "eval_every"),
-            **at_least(1, self, "baseline_tokens", "total_tokens", "total_batch_size", "eval_tokens", "max_skipped"),
+            **at_least(1, self, "total_tokens", "total_batch_size", "max_skipped"),
+            **more,
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    protocol: Protocol = "equal-tokens"
+    """How long a gka model trains beside the softmax model of the same shape: the same tokens, the same tokens per
+    parameter, the paper's 0.49 of its total FLOPs, or the same total FLOPs."""
+    tokens_per_param: float = 12.0
+    """Horizon of the softmax model, in tokens per parameter of its matrices and head."""
+    baseline_tokens: int | None = None
+    """Horizon of the softmax model by hand, in tokens."""
+    eval_tokens: int = 10_485_760
+    """Tokens of train and of val that these are measured on; scripts.base_eval measures all of val."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__(
+            tokens_per_param=(self.tokens_per_param > 0, "above 0"),
+            **at_least(1, self, "baseline_tokens", "eval_tokens"),
         )
 
 
@@ -316,6 +335,8 @@ class OptimConfig:
     """Taps of short convolutions."""
     head_vector_lr: float = 0.01
     """What a token's bandwidth and a key's weight are read with."""
+    position_lr: float = 0.01
+    """Positions and class token of image models."""
     lr_scale: float | None = None
     """Times all of them; by default sqrt(batch / 2^19)."""
     adam_scale: float | None = None
@@ -388,6 +409,111 @@ class ChatConfig:
 @dataclass(frozen=True)
 class TuningConfig(Config):
     chat: ChatConfig = field(default_factory=ChatConfig)
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """An image model's shape; by default DeiT-Tiny's. Raises ConfigError for a shape that cannot be built."""
+
+    depth: int = 12
+    """Layers."""
+    attention: Literal["softmax", "gka"] = "softmax"
+    """What mixes patches; it sees all of the image."""
+    n_embd: int = 192
+    """Channels."""
+    head_dim: int = 64
+    """Channels a head."""
+    image_size: int = 224
+    """Pixels a side."""
+    patch_size: int = 16
+    """Pixels a side of a patch; each is a token, and the class token stands before them."""
+    colours: int = 3
+    """Numbers a pixel."""
+    classes: int = 1000
+    """What the head tells apart."""
+    drop_path: float = 0.0
+    """How often the last block is left out of an image's training step; earlier ones less often, the first never."""
+    gka: GKAConfig = field(default_factory=GKAConfig)
+
+    def __post_init__(self) -> None:
+        divides = self.head_dim > 0 and self.n_embd % self.head_dim == 0
+        fits = self.patch_size > 0 and self.image_size % self.patch_size == 0
+        require(
+            self,
+            n_embd=(self.n_embd >= 1 and divides, f"a multiple of head_dim {self.head_dim}"),
+            head_dim=(self.head_dim >= 2 and self.head_dim % 2 == 0, "an even number, 2 or more"),
+            image_size=(self.image_size >= 1 and fits, f"a multiple of patch_size {self.patch_size}"),
+            colours=(self.colours in (1, 3), "1 (grey) or 3"),
+            drop_path=(0 <= self.drop_path < 1, "0 or more and below 1"),
+            **at_least(1, self, "depth", "patch_size"),
+            **at_least(2, self, "classes"),
+        )
+        if self.gka.rope:
+            raise ConfigError(["gka.rope: given True, expected false: positions in an image are learned"])
+
+    # What else attention layers ask: positions are the tokens' own, nothing is looked up by token, all is seen.
+    causal = value_embeddings = short_conv = property(lambda self: False)
+    n_head = property(lambda self: self.n_embd // self.head_dim)
+    sequence_len = property(lambda self: (self.image_size // self.patch_size) ** 2 + 1)
+
+    def window(self, layer: int) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    source: Literal["digits", "huggingface"] = "digits"
+    """digits: 1,797 images of 8 x 8 pixels that scikit-learn brings along. huggingface: a dataset by name."""
+    dataset: str = "ILSVRC/imagenet-1k"
+    """huggingface: the dataset's name, or a folder with a folder of images for each class of each split."""
+    train_split: str = "train"
+    """huggingface: what is trained on ..."""
+    val_split: str = "validation"
+    """... and what is evaluated."""
+    shift: int = 0
+    """digits: move training images by up to so many pixels."""
+    workers: int = 0
+    """Processes that read images."""
+
+    def __post_init__(self) -> None:
+        require(self, **at_least(0, self, "shift", "workers"))
+
+    @property
+    def name(self) -> str:
+        return "digits" if self.source == "digits" else Path(self.dataset).name
+
+
+@dataclass(frozen=True)
+class VisionTrainConfig(LoopConfig):
+    epochs: float = 300.0
+    """How often each image is trained on."""
+    batch_images: int = 1024
+    """Images a step, over all devices and accumulation."""
+    label_smoothing: float = 0.1
+    """Share of each target that is spread over all classes."""
+    ema_decay: float = 0.0
+    """Evaluate and save an average of the weights that moves by 1 - ema_decay a step; 0: the weights themselves."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__(
+            epochs=(self.epochs > 0, "above 0"),
+            label_smoothing=(0 <= self.label_smoothing < 1, "0 or more and below 1"),
+            ema_decay=(0 <= self.ema_decay < 1, "0 or more and below 1"),
+            **at_least(1, self, "batch_images"),
+        )
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: ImageConfig = field(default_factory=ImageConfig)
+    model: ViTConfig = field(default_factory=ViTConfig)
+    train: VisionTrainConfig = field(default_factory=VisionTrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    @property
+    def run_name(self) -> str:
+        return self.run.name or f"{self.data.name}_{self.model.attention}"
 
 
 def home() -> Path:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from gkachat.config import Config, ConfigError
+from gkachat.config import Config, ConfigError, VisionConfig
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C", Config, VisionConfig)
 
 
 def load_config(
@@ -37,7 +37,7 @@ def load_config(
     config = _build(cls, tree, "", problems)
     if problems:
         raise ConfigError(problems)
-    if config.model.vocab_size < config.tokenizer.vocab_size:
+    if isinstance(config, Config) and config.model.vocab_size < config.tokenizer.vocab_size:
         raise ConfigError(
             [f"model.vocab_size: given {config.model.vocab_size}, expected at least "
              f"tokenizer.vocab_size {config.tokenizer.vocab_size}"]

@@ -46,7 +46,7 @@ class Block(nn.Module):
         self.attn = ATTENTION[config.attention](config, index)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, keep: Keep | None = None) -> Tensor:
+    def forward(self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None, keep: Keep | None = None) -> Tensor:
         x_BTC = x_BTC + self.attn(rms_norm(x_BTC), idx_BT, rope, keep)
         return x_BTC + self.mlp(rms_norm(x_BTC))
 
@@ -55,31 +55,20 @@ class Block(nn.Module):
         return x_BTC + self.mlp(rms_norm(x_BTC))
 
 
-class GPT(nn.Module):
-    """Autoregressive transformer. Builds on any device, also `torch.device("meta")`; weights follow torch's seed."""
+class Transformer(nn.Module):
+    """What models of such blocks share, whatever goes in and comes out: `self.blocks`, and what these run on."""
 
-    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
+    def __init__(self) -> None:
         super().__init__()
-        self.config = config
         self.recompute_blocks = False  # in the backward, instead of keeping what is inside them
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
-        self.lm_head = Linear(config.n_embd, config.vocab_size)
-        self.residual_scale = nn.Parameter(torch.empty(config.depth))
-        self.x0_mix = nn.Parameter(torch.empty(config.depth))
-        self.prepare(compute_dtype)
-        self.init_weights()
 
     def prepare(self, compute_dtype: torch.dtype) -> None:
-        """Everything that follows from dtype and device: rotation tables, and the kernels that attention runs on."""
-        self.compute_dtype, device = compute_dtype, self.wte.weight.device
-        cos, sin = rope_table(self.config.sequence_len, self.config.head_dim, device)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        """Everything that follows from dtype and device: the kernels that attention runs on."""
+        self.compute_dtype, device = compute_dtype, next(self.parameters()).device
         for block in self.blocks:
             block.attn.choose_backend(device, compute_dtype)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "GPT":
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Transformer":
         """What .to() and its like run: kernels and tables follow the weights."""
         super()._apply(fn, recurse)
         self.prepare(self.compute_dtype)
@@ -92,6 +81,51 @@ class GPT(nn.Module):
             layers.setdefault(f"{block.attn.backend.name} ({block.attn.backend.reason})", []).append(index)
         return layers
 
+    def statistics(self) -> dict[str, list[list[float]]]:
+        """Least, median and largest of what each layer's attention finds worth watching, a row a layer."""
+        found: dict[str, list[Tensor]] = {}
+        for block in self.blocks:
+            for name, values in block.attn.statistics().items():
+                found.setdefault(name, []).append(values)
+        return {name: torch.stack(values).tolist() for name, values in found.items()}
+
+    def parameter_groups(self) -> Groups:
+        """All parameters by what they are: what the optimizer tells apart and the accounts list."""
+        groups = self._outer_groups()
+        for block in self.blocks:
+            groups["matrices"] += [block.mlp.c_fc.weight, block.mlp.c_proj.weight]
+            for name, parameters in block.attn.parameter_groups().items():
+                groups.setdefault(name, []).extend(parameters)
+        assert sum(map(len, groups.values())) == len(list(self.parameters())), "a parameter belongs to no group"
+        return groups
+
+    def _through(self, block: Block, *inputs: Tensor | Rope | None) -> Tensor:
+        if self.recompute_blocks:
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
+
+
+class GPT(Transformer):
+    """Autoregressive transformer. Builds on any device, also `torch.device("meta")`; weights follow torch's seed."""
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self.residual_scale = nn.Parameter(torch.empty(config.depth))
+        self.x0_mix = nn.Parameter(torch.empty(config.depth))
+        self.prepare(compute_dtype)
+        self.init_weights()
+
+    def prepare(self, compute_dtype: torch.dtype) -> None:
+        """Rotation tables besides."""
+        super().prepare(compute_dtype)
+        cos, sin = rope_table(self.config.sequence_len, self.config.head_dim, self.wte.weight.device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Every block starts as the identity: output projections are zero."""
@@ -103,29 +137,19 @@ class GPT(nn.Module):
             block.attn.init_weights()
             block.mlp.init_weights()
 
-    def parameter_groups(self) -> Groups:
-        """All parameters by what they are: what the optimizer tells apart and the accounts list."""
-        groups: Groups = {
+    def _outer_groups(self) -> Groups:
+        return {
             "embedding": [self.wte.weight],
             "lm_head": [self.lm_head.weight],
             "matrices": [],
             "residual_scale": [self.residual_scale],
             "x0_mix": [self.x0_mix],
         }
-        for block in self.blocks:
-            groups["matrices"] += [block.mlp.c_fc.weight, block.mlp.c_proj.weight]
-            for name, parameters in block.attn.parameter_groups().items():
-                groups.setdefault(name, []).extend(parameters)
-        assert sum(map(len, groups.values())) == len(list(self.parameters())), "a parameter belongs to no group"
-        return groups
 
-    def statistics(self) -> dict[str, list[list[float]]]:
-        """Least, median and largest of what each layer's attention finds worth watching, a row a layer."""
-        found: dict[str, list[Tensor]] = {}
-        for block in self.blocks:
-            for name, values in block.attn.statistics().items():
-                found.setdefault(name, []).append(values)
-        return {name: torch.stack(values).tolist() for name, values in found.items()}
+    def example_batch(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the largest shape there is."""
+        idx = torch.zeros(rows, self.config.sequence_len, dtype=torch.long, device=self.wte.weight.device)
+        return idx, idx
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) in float32, or with targets (B, T) the mean loss in nats over those that are not -1.
@@ -138,11 +162,7 @@ class GPT(nn.Module):
         rope = (self.cos[:T], self.sin[:T])
         x_BTC = x0_BTC = rms_norm(self.wte(idx).to(self.compute_dtype))
         for index, block in enumerate(self.blocks):
-            x_BTC = self._mixed(index, x_BTC, x0_BTC)
-            if self.recompute_blocks:
-                x_BTC = checkpoint(block, x_BTC, idx, rope, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BTC = block(x_BTC, idx, rope)
+            x_BTC = self._through(block, self._mixed(index, x_BTC, x0_BTC), idx, rope)
         x_BTC = rms_norm(x_BTC)
         if targets is None:
             return capped_logits(x_BTC, self.lm_head.weight)

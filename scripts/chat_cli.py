@@ -261,7 +261,8 @@ def main(
 
 def newest_run() -> str:
     """FileNotFoundError where there is none."""
-    found = list((home() / "runs").glob(f"*/{CHECKPOINTS}/step_*"))
+    runs = (path.parent for path in (home() / "runs").glob("*/tokenizer.json"))  # those of language models
+    found = [step for run in runs for step in run.glob(f"{CHECKPOINTS}/step_*")]
     if not found:
         raise FileNotFoundError(f"no run with a checkpoint in {home() / 'runs'}; train one, or name one")
     return max(found, key=lambda path: path.stat().st_mtime).parents[1].name

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from gkachat.config import Config, ConfigError
-from gkachat.config_file import load_config
+from gkachat.config_file import C, load_config
 
 T = TypeVar("T")
 
@@ -38,16 +38,18 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(130)
 
 
-def config_from_args(args: list[str], description: str, flags: dict[str, str] | None = None) -> tuple[Config, set[str]]:
+def config_from_args(
+    args: list[str], description: str, flags: dict[str, str] | None = None, cls: type[C] = Config
+) -> tuple[C, set[str]]:
     """`[CONFIG.toml] [--flag ...] [--section.field value ...]` as a config and the flags that were given.
 
     `flags` are a script's own switches and what they do.
     """
     path, args, given = split_args(args, flags or {})
     if {"-h", "--help"} & set(args):
-        print_help("[CONFIG.toml]", load_config(path), description, flags or {})
+        print_help("[CONFIG.toml]", load_config(path, cls=cls), description, flags or {})
     try:
-        return load_config(path, args), given
+        return load_config(path, args, cls), given
     except ConfigError as error:
         raise ConfigError([f"{path or 'options'}: {error}"]) from None
 

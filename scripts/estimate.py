@@ -29,6 +29,7 @@ def estimate(config: Config) -> dict:
 
     from gkachat.cost import account
     from gkachat.distributed import World
+    from gkachat.gpt import GPT
     from gkachat.machine import pick_device
     from gkachat.train.learner import Learner
     from gkachat.train.metrics import Phases
@@ -37,7 +38,7 @@ def estimate(config: Config) -> dict:
     config, device = resolve(config), pick_device(config.run.device)
     model, train = config.model, config.train
     rows, counted = train.total_batch_size // model.sequence_len, account(model)
-    learner = Learner(config, rows, device, World(), Phases())
+    learner = Learner(config, GPT, rows, device, World(), Phases())
     of_a_pass = min(learner.device_batch_size, rows)
     idx = torch.randint(model.vocab_size, (2 * of_a_pass, model.sequence_len))
     seconds: dict[int, list[float]] = {1: [], 2: []}

@@ -11,14 +11,18 @@ import torch
 import tyro
 
 from gkachat import checkpoint
-from gkachat.config_file import load_config
+from gkachat.config import Config, VisionConfig
+from gkachat.config_file import load_config, read_toml
+from gkachat.vit import load_vit
 from scripts.cli import run
 
 
 def problems(run_dir: Path) -> Iterator[str]:
     """One line for each."""
+    of_images = False
     try:
-        load_config(run_dir / "config.toml")
+        of_images = "patch_size" in str(read_toml(run_dir / "config.toml").get("model"))
+        load_config(run_dir / "config.toml", cls=VisionConfig if of_images else Config)
     except (ValueError, FileNotFoundError) as error:
         yield f"config.toml: {error}"
     steps = checkpoint.checkpoint_steps(run_dir)
@@ -30,8 +34,8 @@ def problems(run_dir: Path) -> Iterator[str]:
             meta = checkpoint.verify(directory)
             if meta["step"] != step:
                 raise ValueError(f"meta.json says step {meta['step']}")
-            checkpoint.load_tokenizer(run_dir, meta)
-            names = {name for name, _ in checkpoint.load_model(run_dir, step=step)[0].named_parameters()}
+            model = (load_vit if of_images else checkpoint.load_model)(run_dir, step=step)[0]
+            names = {name for name, _ in model.named_parameters()}
             for name, tensor in checkpoint.load_optimizer(directory, meta["world_size"]):
                 if name.split("/")[0] not in names or not torch.isfinite(tensor).all():
                     raise ValueError(f"what the optimizers remember of {name} belongs to no parameter or is not finite")

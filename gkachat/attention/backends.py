@@ -32,24 +32,31 @@ class Backend:
 
 
 def softmax_backend(
-    device: torch.device, dtype: torch.dtype, head_dim: int, window: int | None, sequence_len: int
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    window: int | None,
+    sequence_len: int,
+    causal: bool = True,
 ) -> Backend:
-    """The fastest causal softmax attention for these; `attend(q, k, v, window=, scale=)`, each (B, T, H, D)."""
+    """The fastest softmax attention for these; `attend(q, k, v, window=, scale=)`, each (B, T, H, D)."""
     if window is not None and window >= sequence_len:
         window = None
+    sdpa = partial(fused.sdpa, causal=causal)
     if device.type != "cuda":
-        if window is None or device.type != "cpu":
-            return Backend("sdpa", f"torch's kernel on {device.type}", fused.sdpa)
+        if window is None or device.type != "cpu" or not causal:
+            return Backend("sdpa", f"torch's kernel on {device.type}", sdpa)
         return Backend("blocks", f"window {window} on a CPU: cost follows T x window", fused.blocks)
     if dtype in HALF and head_dim <= 256 and head_dim % 8 == 0:
         major = torch.cuda.get_device_capability(device)[0]
         if major == 9 and importlib.util.find_spec("flash_attn_interface"):
-            attend = partial(fused.flash, module="flash_attn_interface")
+            attend = partial(fused.flash, module="flash_attn_interface", causal=causal)
             return Backend("flash-attention-3", "installed, and the device is a Hopper", attend)
         if major >= 8 and importlib.util.find_spec("flash_attn"):
-            return Backend("flash-attention-2", "installed", partial(fused.flash, module="flash_attn"))
-    if window is None:
-        return Backend("sdpa", "full window; no flash-attn for this device and dtype", fused.sdpa)
+            return Backend("flash-attention-2", "installed", partial(fused.flash, module="flash_attn", causal=causal))
+    if window is None or not causal:
+        window = "full window" if window is None else f"window {window} on both sides, masked"
+        return Backend("sdpa", f"{window}; no flash-attn for this device and dtype", sdpa)
     flex = fused.Flex(window, sequence_len, device)
     return Backend("flex", f"window {window}; no flash-attn for this device and dtype", flex)
 
@@ -61,18 +68,19 @@ def gka_backend(
     window: int | None,
     sequence_len: int,
     options: GKAConfig,
+    causal: bool = True,
 ) -> Backend:
     """The fastest exact GKA for these; `attend(x, sigma, rope)`, x (B, T, H, D). ValueError for one that cannot be."""
     if options.normalize and options.include_self and options.backend == "auto":
-        softmax = softmax_backend(device, dtype, head_dim, window, sequence_len)
+        softmax = softmax_backend(device, dtype, head_dim, window, sequence_len, causal)
         attend = partial(normalised_kernel_attention, attend=softmax.attend, window=window)
         reason = f"normalised features need no key bias; {softmax.reason}"
         name = f"softmax {softmax.name}"
     else:
         name, reason = choose(device, dtype, head_dim, window=window, backend=options.backend)
         attend = partial(
-            _kernel_attention, window=window, include_self=options.include_self, backend=name,
-            normalize=options.normalize,
+            _kernel_attention, window=window, causal=causal, include_self=options.include_self,
+            backend=name, normalize=options.normalize,
         )  # fmt: skip
     return Backend(name, reason, attend if options.rope else partial(_without_rope, attend))
 

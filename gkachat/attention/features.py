@@ -59,9 +59,10 @@ def rope_at(positions: Tensor, head_dim: int) -> Rope:
     return angles.cos(), angles.sin()
 
 
-def apply_rope(x_BTHD: Tensor, rope: Rope) -> Tensor:
-    """Rotate channel i against channel i + D/2 by the position's angle; norms and dot products at a distance stay."""
-    return rotate(x_BTHD, *(table.unsqueeze(-2) for table in rope))
+def apply_rope(x_BTHD: Tensor, rope: Rope | None) -> Tensor:
+    """Rotate channel i against channel i + D/2 by the position's angle; norms and dot products at a distance stay.
+    None: positions are told otherwise."""
+    return x_BTHD if rope is None else rotate(x_BTHD, *(table.unsqueeze(-2) for table in rope))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

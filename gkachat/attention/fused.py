@@ -1,9 +1,10 @@
 """Fused softmax attention kernels: what softmax attention runs on, and GKA through its identities.
 
-All take (B, T, H, D) queries, keys and values, and see `window` positions back, self included. Full windows go to
-torch's own kernels. Short ones could, but a kernel that is handed a mask computes all T x T scores and throws most
-away; here cost follows T times the window: on a CPU in blocks of queries, each against the few keys it sees, on a GPU
-through FlexAttention's block mask or FlashAttention's own window. Which one a model uses is decided in backends.py.
+All take (B, T, H, D) queries, keys and values, and see `window` positions back, self included (where they are not
+causal, as many ahead). Full windows go to torch's own kernels. Short ones could, but a kernel that is handed a mask
+computes all T x T scores and throws most away; here cost follows T times the window: on a CPU in blocks of queries,
+each against the few keys it sees, on a GPU through FlexAttention's block mask or FlashAttention's own window. Which one
+a model uses is decided in backends.py.
 Axes: B batch, H heads, T time, S key time, D head_dim.
 """
 
@@ -43,22 +44,25 @@ def visible(
     return mask
 
 
-def softmax_weights(q_BTHD: Tensor, k_BTHD: Tensor, *, window: int | None, scale: float) -> Tensor:
+def softmax_weights(q_BTHD: Tensor, k_BTHD: Tensor, *, window: int | None, scale: float, causal: bool = True) -> Tensor:
     """What these kernels average values by, (B, H, T, S) in float32: for looking at, not for computing with."""
     scores = torch.einsum("bthd,bshd->bhts", q_BTHD.float(), k_BTHD.float()) * scale
-    return scores.masked_fill(~visible(q_BTHD.size(1), window, device=scores.device), -torch.inf).softmax(dim=-1)
+    hidden = ~visible(q_BTHD.size(1), window, causal, device=scores.device)
+    return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
 
 
-def sdpa(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *, window: int | None, scale: float) -> Tensor:
+def sdpa(
+    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *, window: int | None, scale: float, causal: bool = True
+) -> Tensor:
     """torch's scaled_dot_product_attention, cuDNN's kernel first: on Hopper it is the fastest of those torch brings."""
     T = q_BTHD.size(1)
     q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTHD, v_BTHD))
-    mask = None if window is None or window >= T else visible(T, window, device=q.device)
+    mask = None if window is None or window >= T else visible(T, window, causal, device=q.device)
     if q.device.type == "cuda" and mask is None:
         with sdpa_kernel(SDPA_PRIORITY, set_priority=True):
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale)
     return y.transpose(1, 2)
 
 
@@ -90,11 +94,26 @@ class Flex:
         return self.attend(q, k, v, block_mask=self.masks[T], scale=scale).transpose(1, 2)
 
 
-def flash(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *, window: int | None, scale: float, module: str) -> Tensor:
+def flash(
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    *,
+    window: int | None,
+    scale: float,
+    module: str,
+    causal: bool = True,
+) -> Tensor:
     """The flash-attn packages: `flash_attn_interface` (version 3) or `flash_attn` (version 2)."""
     back = -1 if window is None else window - 1  # they count the positions before self
+    ahead = 0 if causal and back >= 0 else back
     y = importlib.import_module(module).flash_attn_func(
-        q_BTHD, k_BTHD, v_BTHD, softmax_scale=scale, causal=True, window_size=(back, 0 if back >= 0 else -1)
+        q_BTHD,
+        k_BTHD,
+        v_BTHD,
+        softmax_scale=scale,
+        causal=causal,
+        window_size=(back, ahead),
     )
     return y[0] if isinstance(y, tuple) else y  # version 3 has returned the log-sum-exp along with it
 

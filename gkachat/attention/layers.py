@@ -4,11 +4,12 @@
     layer.choose_backend(device, dtype)
     y_BTC = layer(x_BTC, idx_BT, rope)
 
-x_BTC is the block input after the pre-norm, idx_BT the tokens, rope the tables for T positions. `decode` takes a step
-of a cache besides, which holds what came before; `kept` is what a cache holds of these tokens, and `forward` hands it
-to `keep` where that is given. Each layer knows its window, initialises itself, sorts its parameters
-into the groups that the optimizer and the accounts work with, and tells what is worth watching (`statistics`: numbers
-by name). `look` is `forward` written down plainly up to c_proj: the weights themselves, for looking at.
+x_BTC is the block input after the pre-norm, idx_BT the tokens (None where nothing looks them up), rope the tables for T
+positions (None: they are told otherwise). `decode` takes a step of a cache besides, which holds what came before;
+`kept` is what a cache holds of these tokens, and `forward` hands it to `keep` where that is given. Each layer knows its
+window, initialises itself, sorts its parameters into the groups that the optimizer and the accounts work with, and
+tells what is worth watching (`statistics`: numbers by name). `look` is `forward` written down plainly up to c_proj: the
+weights themselves, for looking at.
 """
 
 import math
@@ -61,7 +62,7 @@ class SoftmaxAttention(nn.Module):
 
     def choose_backend(self, device: torch.device, dtype: torch.dtype) -> None:
         config = self.config
-        self.backend = softmax_backend(device, dtype, config.head_dim, self.window, config.sequence_len)
+        self.backend = softmax_backend(device, dtype, config.head_dim, self.window, config.sequence_len, config.causal)
         self.decoding = decode_backend(device, dtype, config.head_dim)
 
     def init_weights(self) -> None:
@@ -121,7 +122,8 @@ class SoftmaxAttention(nn.Module):
 
     def look(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Look:
         q, k, v = self._attended(x_BTC, idx_BT, rope, None)
-        return Look(softmax_weights(q, k, window=self.window, scale=self.config.head_dim**-0.5), v, None)
+        scale, causal = self.config.head_dim**-0.5, self.config.causal
+        return Look(softmax_weights(q, k, window=self.window, scale=scale, causal=causal), v, None)
 
     def statistics(self) -> dict[str, Tensor]:
         return {}
@@ -149,7 +151,9 @@ class GaussianKernelAttention(nn.Module):
 
     def choose_backend(self, device: torch.device, dtype: torch.dtype) -> None:
         config = self.config
-        self.backend = gka_backend(device, dtype, config.head_dim, self.window, config.sequence_len, config.gka)
+        self.backend = gka_backend(
+            device, dtype, config.head_dim, self.window, config.sequence_len, config.gka, config.causal
+        )
         self.decoding = decode_backend(device, dtype, config.head_dim)
 
     def init_weights(self) -> None:
@@ -194,7 +198,9 @@ class GaussianKernelAttention(nn.Module):
     def look(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Look:
         (x, _), options = self.kept(x_BTC, idx_BT, rope), self.config.gka
         rotation = rope if options.rope else None
-        weights, distances = kernel_weights(x, self.sigma, self.window, True, rotation, options.include_self)
+        weights, distances = kernel_weights(
+            x, self.sigma, self.window, self.config.causal, rotation, options.include_self
+        )
         return Look(weights, x, distances)
 
     def statistics(self) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def gaussian_kernel_attention(
         rope: (cos, sin), each (T, D/2): rotates what is compared, never what is averaged.
         include_self: whether i is among its own keys. A row left without a key gives zeros.
         backend: "reference" (the definition, distances taken one by one), "sdpa" (fused softmax attention
-            through the identity above), "triton" (its own kernel; causal, bfloat16 or float32, heads of 64 or 128,
+            through the identity above), "triton" (its own kernel; bfloat16 or float32, heads of 64 or 128,
             on a GPU or under TRITON_INTERPRET=1), "auto" (the fastest of them that can).
 
     Returns:
@@ -65,7 +65,7 @@ def gaussian_kernel_attention(
         raise ValueError(f"window: given {window}, expected 1 or more, or None")
     if rope is not None and any(table.shape != (T, D // 2) for table in rope):
         raise ValueError(f"rope: given {[tuple(t.shape) for t in rope]}, expected (cos, sin) of shape {(T, D // 2)}")
-    name, _ = choose(x.device, x.dtype, D, window=window, causal=causal, backend=backend)
+    name, _ = choose(x.device, x.dtype, D, window=window, backend=backend)
     return BACKENDS[name](x, sigma, window, causal, rope, include_self)
 
 
@@ -80,7 +80,6 @@ def choose(
     head_dim: int,
     *,
     window: int | None = None,
-    causal: bool = True,
     backend: str = "auto",
 ) -> tuple[str, str]:
     """Name of the back end for these, and why. ValueError when the one asked for does not exist or cannot."""
@@ -95,7 +94,6 @@ def choose(
             ),
             (dtype not in TRITON_DTYPES, f"the dtype is {dtype}"),
             (head_dim not in TRITON_HEAD_DIMS, f"heads have {head_dim} channels, not 64 or 128"),
-            (not causal, "it is not causal"),
         )
         if holds
     ]
@@ -139,7 +137,7 @@ def kernel_weights(
 def normalised_kernel_attention(
     x: Tensor, sigma: Tensor, rope: Rope | None, *, attend: Callable[..., Tensor], window: int | None
 ) -> Tensor:
-    """GKA on features of unit root mean square, by a causal softmax attention kernel as it is.
+    """GKA on features of unit root mean square, by a softmax attention kernel as it is.
 
     All keys have the same norm, so their biases cancel. What the kernel's backward then lacks, the derivative of the
     norms, points along x and is exactly what the backward of rms_norm takes away: hence both in one function.
@@ -197,7 +195,7 @@ def _triton(
     from gkachat.attention.triton_gka import gka
 
     f = None if rope is None else apply_rope(x, rope)
-    return gka(x, f, sigma.float(), x.size(1) if window is None else window, include_self)[0]
+    return gka(x, f, sigma.float(), x.size(1) if window is None else window, include_self, causal)[0]
 
 
 BACKENDS = {"sdpa": _sdpa, "triton": _triton, "reference": _reference}

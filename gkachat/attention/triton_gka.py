@@ -62,7 +62,9 @@ def _load_row(base, rows, T):
 
 
 @triton.jit
-def _log_weights(dots, level_i, height_j, scale, i, j, T, window, MASKED: tl.constexpr, SELF: tl.constexpr):
+def _log_weights(
+    dots, level_i, height_j, scale, i, j, T, window, MASKED: tl.constexpr, SELF: tl.constexpr, CAUSAL: tl.constexpr
+):  # fmt: skip
     """2 scale f_i.f_j - level_i - height_j where query i sees key j; scale = log2(e) / 2 sigma^2, height = scale |f|^2.
 
     With the query's own height for its level, the base-2 score; with its log-sum-exp added, log2 of the weight p_ij.
@@ -70,6 +72,8 @@ def _log_weights(dots, level_i, height_j, scale, i, j, T, window, MASKED: tl.con
     z = tl.minimum(2.0 * scale * dots - level_i - height_j, 0.0)
     if MASKED:
         distance = i - j
+        if not CAUSAL:
+            distance = tl.abs(distance)
         seen = (distance >= (0 if SELF else 1)) & (distance < window) & (i < T) & (j < T)
         z = tl.where(seen, z, float("-inf"))
     return z
@@ -112,7 +116,8 @@ def backward_rows_kernel(
 @triton.jit
 def _forward_span(
     acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, lo, hi, T, window,
-    D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, SELF: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, SELF: tl.constexpr, TWO: tl.constexpr,
+    CAUSAL: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     for j0 in tl.range(lo, hi, BN, disable_licm=True):
         j = j0 + tl.arange(0, BN)
@@ -123,7 +128,7 @@ def _forward_span(
         dots = tl.dot(f_i, tl.trans(f_j), input_precision="tf32x3")
         height_j = _load_row(HEIGHT, j, T)
         z = _log_weights(
-            dots, height_i[:, None], height_j[None, :], scale, i[:, None], j[None, :], T, window, MASKED, SELF
+            dots, height_i[:, None], height_j[None, :], scale, i[:, None], j[None, :], T, window, MASKED, SELF, CAUSAL
         )
         if SELF:
             if MASKED:  # exactly 0 on the diagonal, so that a row's sum is never below 1
@@ -146,6 +151,7 @@ def _forward_span(
 def forward_kernel(
     F, X, HEIGHT, SIGMA, Y, LSE, f_b, f_t, f_h, x_b, x_t, x_h, T, H, window,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SELF: tl.constexpr, TWO: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """y and the log2 of each row's sum, for one block of queries."""
     bh = tl.program_id(1)
@@ -164,20 +170,24 @@ def forward_kernel(
     acc = tl.zeros([BM, D], tl.float32)
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
-    # Keys: the window's edge (masked), those that every row sees (not masked), the diagonal (masked).
+    # Keys: the window's edge (masked), those that every row sees (not masked), the diagonal (masked). Without the
+    # causal mask all of them masked: loops for the other side's parts too take more registers than there are.
     lo = tl.maximum(0, i0 - window + 1) // BN * BN
-    diagonal = i0 // BN * BN
-    inner = tl.minimum(tl.maximum(lo, tl.cdiv(tl.maximum(0, i0 + BM - window), BN) * BN), diagonal)
-    hi = tl.minimum(T, i0 + BM)
+    diagonal, hi = i0 // BN * BN, tl.minimum(T, i0 + BM)
+    if CAUSAL:
+        inner = tl.minimum(tl.maximum(lo, tl.cdiv(tl.maximum(0, i0 + BM - window), BN) * BN), diagonal)
+        acc, total, top = _forward_span(
+            acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, lo, inner,
+            T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
+        acc, total, top = _forward_span(
+            acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, inner, diagonal,
+            T, window, D, BN, False, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
+        lo = diagonal
+    else:
+        hi = tl.minimum(T, i0 + BM - 1 + window)
     acc, total, top = _forward_span(
-        acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, lo, inner,
-        T, window, D, BN, True, SELF, TWO, DTYPE)  # fmt: skip
-    acc, total, top = _forward_span(
-        acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, inner, diagonal,
-        T, window, D, BN, False, SELF, TWO, DTYPE)  # fmt: skip
-    acc, total, top = _forward_span(
-        acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, diagonal, hi,
-        T, window, D, BN, True, SELF, TWO, DTYPE)  # fmt: skip
+        acc, total, top, f_i, height_i, i, scale, F, X, HEIGHT, f_t, x_t, lo, hi,
+        T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
     safe = tl.where(total > 0.0, total, 1.0)
     lse = tl.log2(safe)
     if not SELF:
@@ -191,9 +201,10 @@ def forward_kernel(
 @triton.jit
 def _as_keys_span(
     acc, accf, back, f_b, x_b, height_b, b, scale, inverse, F, DY, LEVEL, DELTA, f_t, dy_t, lo, hi, T, window,
-    D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, SELF: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, SELF: tl.constexpr, TWO: tl.constexpr,
+    CAUSAL: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Block b as keys and values of the later queries i: the value part, the key part, and sigma's gradient."""
+    """Block b as keys and values of queries i: the value part, the key part, and sigma's gradient."""
     for i0 in tl.range(lo, hi, BN, disable_licm=True):
         i = i0 + tl.arange(0, BN)
         f_i = _load_rows(F, i, T, f_t, D)
@@ -201,7 +212,7 @@ def _as_keys_span(
         level, delta = _load_row(LEVEL, i, T), _load_row(DELTA, i, T)
         dots = tl.dot(f_b, tl.trans(f_i), input_precision="tf32x3")  # transposed: [b, i]
         log_p = _log_weights(
-            dots, level[None, :], height_b[:, None], scale, i[None, :], b[:, None], T, window, MASKED, SELF
+            dots, level[None, :], height_b[:, None], scale, i[None, :], b[:, None], T, window, MASKED, SELF, CAUSAL
         )
         p = tl.exp2(log_p)
         dp = tl.dot(x_b, tl.trans(dy_i), input_precision="tf32x3")
@@ -218,9 +229,10 @@ def _as_keys_span(
 @triton.jit
 def _as_queries_span(
     acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, lo, hi, T, window,
-    D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, SELF: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, SELF: tl.constexpr, TWO: tl.constexpr,
+    CAUSAL: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Block b as queries of the earlier keys j: the query part."""
+    """Block b as queries of keys j: the query part."""
     for j0 in tl.range(lo, hi, BN, disable_licm=True):
         j = j0 + tl.arange(0, BN)
         f_j = _load_rows(F, j, T, f_t, D)
@@ -230,7 +242,7 @@ def _as_queries_span(
         height_j = _load_row(HEIGHT, j, T)
         dots = tl.dot(f_b, tl.trans(f_j), input_precision="tf32x3")
         log_p = _log_weights(
-            dots, level_b[:, None], height_j[None, :], scale, b[:, None], j[None, :], T, window, MASKED, SELF
+            dots, level_b[:, None], height_j[None, :], scale, b[:, None], j[None, :], T, window, MASKED, SELF, CAUSAL
         )
         p = tl.exp2(log_p)
         dp = tl.dot(dy_b, tl.trans(x_j), input_precision="tf32x3")
@@ -251,6 +263,7 @@ def backward_kernel(
     F, X, HEIGHT, LEVEL, SIGMA, DY, DELTA, DX, DF, DSIGMA,
     f_b_, f_t, f_h, x_b_, x_t, x_h, dy_b_, dy_t, dy_h, T, H, window, n_shares,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SELF: tl.constexpr, TWO: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dx (and df where the features are a tensor of their own) of one block, and its share of sigma's gradient."""
     bh = tl.program_id(1)
@@ -279,35 +292,39 @@ def backward_kernel(
     back = tl.zeros([BM], tl.float32)  # sum of ds over both roles, taken times f at the end
     moved = tl.zeros([BM], tl.float32)  # sum of ds times score
 
-    # Later queries: the diagonal (masked), those that see every key (not masked), the window's edge (masked).
-    hi = tl.minimum(T, b0 + BM - 1 + window)
-    start = b0 // BN * BN
-    clear = tl.minimum(tl.cdiv(b0 + BM, BN) * BN, tl.cdiv(hi, BN) * BN)
-    edge = tl.maximum(clear, tl.minimum(b0 + window, T) // BN * BN)
-    acc, accf, back = _as_keys_span(
-        acc, accf, back, f_b, x_b, height_b, b, scale, inverse, F, DY, LEVEL, DELTA, f_t, dy_t, start, clear,
-        T, window, D, BN, True, SELF, TWO, DTYPE)  # fmt: skip
-    acc, accf, back = _as_keys_span(
-        acc, accf, back, f_b, x_b, height_b, b, scale, inverse, F, DY, LEVEL, DELTA, f_t, dy_t, clear, edge,
-        T, window, D, BN, False, SELF, TWO, DTYPE)  # fmt: skip
+    # Later queries: the diagonal (masked), those that see every key (not masked), the window's edge (masked). Without
+    # the causal mask all of them masked, as in the forward.
+    lo = tl.maximum(0, b0 - window + 1) // BN * BN
+    start, hi = b0 // BN * BN, tl.minimum(T, b0 + BM - 1 + window)
+    edge = lo
+    if CAUSAL:
+        clear = tl.minimum(tl.cdiv(b0 + BM, BN) * BN, tl.cdiv(hi, BN) * BN)
+        edge = tl.maximum(clear, tl.minimum(b0 + window, T) // BN * BN)
+        acc, accf, back = _as_keys_span(
+            acc, accf, back, f_b, x_b, height_b, b, scale, inverse, F, DY, LEVEL, DELTA, f_t, dy_t, start, clear,
+            T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
+        acc, accf, back = _as_keys_span(
+            acc, accf, back, f_b, x_b, height_b, b, scale, inverse, F, DY, LEVEL, DELTA, f_t, dy_t, clear, edge,
+            T, window, D, BN, False, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
     acc, accf, back = _as_keys_span(
         acc, accf, back, f_b, x_b, height_b, b, scale, inverse, F, DY, LEVEL, DELTA, f_t, dy_t, edge, hi,
-        T, window, D, BN, True, SELF, TWO, DTYPE)  # fmt: skip
+        T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
 
     # Earlier keys: the window's edge, those that every row sees, the diagonal.
     dy_b = _load_rows(DY, b, T, dy_t, D)
     level_b, delta_b = _load_row(LEVEL, b, T), _load_row(DELTA, b, T)
-    lo = tl.maximum(0, b0 - window + 1) // BN * BN
-    inner = tl.minimum(tl.maximum(lo, tl.cdiv(tl.maximum(0, b0 + BM - window), BN) * BN), start)
+    if CAUSAL:
+        inner = tl.minimum(tl.maximum(lo, tl.cdiv(tl.maximum(0, b0 + BM - window), BN) * BN), start)
+        acc, accf, back, moved = _as_queries_span(
+            acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t,
+            lo, inner, T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
+        acc, accf, back, moved = _as_queries_span(
+            acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t,
+            inner, start, T, window, D, BN, False, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
+        lo, hi = start, tl.minimum(T, b0 + BM)
     acc, accf, back, moved = _as_queries_span(
-        acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, lo, inner,
-        T, window, D, BN, True, SELF, TWO, DTYPE)  # fmt: skip
-    acc, accf, back, moved = _as_queries_span(
-        acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, inner, start,
-        T, window, D, BN, False, SELF, TWO, DTYPE)  # fmt: skip
-    acc, accf, back, moved = _as_queries_span(
-        acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, start,
-        tl.minimum(T, b0 + BM), T, window, D, BN, True, SELF, TWO, DTYPE)  # fmt: skip
+        acc, accf, back, moved, f_b, dy_b, level_b, delta_b, b, scale, inverse, F, X, HEIGHT, f_t, x_t, lo, hi,
+        T, window, D, BN, True, SELF, TWO, CAUSAL, DTYPE)  # fmt: skip
 
     d = tl.arange(0, D)
     out = batch * T * H * D + head * D + b[:, None] * (H * D) + d[None, :]
@@ -341,6 +358,13 @@ BACKWARD = {
     (torch.float32, 64, True): [(64, 16, 4, 1)],
     (torch.float32, 128, True): [(16, 16, 8, 1)],
 }
+
+
+def backward_candidates(dtype: torch.dtype, D: int, apart: bool, causal: bool) -> list[tuple[int, int, int, int]]:
+    """Without the causal mask every block is masked: 64 columns would not fit the registers."""
+    return [candidate for candidate in BACKWARD[dtype, D, apart] if causal or candidate[1] < 64]
+
+
 ROWS = 64  # a block of the kernels that only go over rows
 
 
@@ -352,7 +376,7 @@ def _tuned(kernel, candidates: tuple[tuple[int, int, int, int], ...]):
     ]
     if INTERPRET.value:  # nothing to time; any one will do
         configs = configs[-1:]
-    return triton.autotune(configs, key=["D", "SELF", "TWO"])(kernel)
+    return triton.autotune(configs, key=["D", "SELF", "TWO", "CAUSAL"])(kernel)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -361,7 +385,9 @@ def _rows(t: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("gkachat::gka", mutates_args=())
-def gka(x: Tensor, f: Tensor | None, sigma: Tensor, window: int, include_self: bool) -> tuple[Tensor, Tensor]:
+def gka(
+    x: Tensor, f: Tensor | None, sigma: Tensor, window: int, include_self: bool, causal: bool
+) -> tuple[Tensor, Tensor]:
     """x and, where they differ, features f, (B, T, H, D); sigma (H,) float32 -> y, log2 of the row sums (B, H, T)."""
     B, T, H, D = x.shape
     x = _rows(x)
@@ -370,21 +396,23 @@ def gka(x: Tensor, f: Tensor | None, sigma: Tensor, window: int, include_self: b
     lse, height = x.new_empty(2, B, H, T, dtype=torch.float32)
     heights_kernel[(triton.cdiv(T, ROWS), B * H)](f, sigma, height, *f.stride()[:3], T, H, D=D, BLOCK=ROWS)
     _tuned(forward_kernel, tuple(FORWARD[x.dtype, D]))[lambda meta: (triton.cdiv(T, meta["BM"]), B * H)](
-        f, x, height, sigma, y, lse, *f.stride()[:3], *x.stride()[:3], T, H, window, D=D, SELF=include_self, TWO=two
-    )
+        f, x, height, sigma, y, lse, *f.stride()[:3], *x.stride()[:3], T, H, window,
+        D=D, SELF=include_self, TWO=two, CAUSAL=causal,
+    )  # fmt: skip
     return y, lse
 
 
 @torch.library.custom_op("gkachat::gka_backward", mutates_args=())
 def gka_backward(
-    dy: Tensor, x: Tensor, f: Tensor | None, sigma: Tensor, y: Tensor, lse: Tensor, window: int, include_self: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, f: Tensor | None, sigma: Tensor, y: Tensor, lse: Tensor,
+    window: int, include_self: bool, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, f (empty where there is none) and sigma."""
     B, T, H, D = x.shape
     x, dy = _rows(x), _rows(dy)
     features = x if f is None else _rows(f)
     apart = f is not None or x.dtype == torch.float32
-    candidates = BACKWARD[x.dtype, D, apart]
+    candidates = backward_candidates(x.dtype, D, apart, causal)
     height, level, delta = lse.new_empty(3, *lse.shape)
     backward_rows_kernel[(triton.cdiv(T, ROWS), B * H)](
         features, sigma, y, dy, lse, height, level, delta, *features.stride()[:3], *dy.stride()[:3], T, H,
@@ -397,7 +425,7 @@ def gka_backward(
     _tuned(backward_kernel, tuple(candidates))[lambda meta: (triton.cdiv(T, meta["BM"]), B * H)](
         features, x, height, level, sigma, dy, delta, dx, df, shares,
         *features.stride()[:3], *x.stride()[:3], *dy.stride()[:3], T, H, window, shares.size(2),
-        D=D, SELF=include_self, TWO=apart,
+        D=D, SELF=include_self, TWO=apart, CAUSAL=causal,
     )  # fmt: skip
     if f is None and apart:
         dx, df = dx + df, y.new_empty(0)
@@ -405,25 +433,25 @@ def gka_backward(
 
 
 @gka.register_fake
-def _(x, f, sigma, window, include_self):
+def _(x, f, sigma, window, include_self, causal):
     B, T, H, _ = x.shape
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(B, H, T, dtype=torch.float32)
 
 
 @gka_backward.register_fake
-def _(dy, x, f, sigma, y, lse, window, include_self):
+def _(dy, x, f, sigma, y, lse, window, include_self, causal):
     return torch.empty_like(y), y.new_empty(0) if f is None else torch.empty_like(y), torch.empty_like(sigma)
 
 
 def _save(ctx, inputs, output) -> None:
-    x, f, sigma, ctx.window, ctx.include_self = inputs
+    x, f, sigma, ctx.window, ctx.include_self, ctx.causal = inputs
     ctx.save_for_backward(x, f, sigma, *output)
 
 
 def _backward(ctx, dy: Tensor, _):
     f = ctx.saved_tensors[1]
-    dx, df, dsigma = gka_backward(dy, *ctx.saved_tensors, ctx.window, ctx.include_self)
-    return dx, None if f is None else df, dsigma, None, None
+    dx, df, dsigma = gka_backward(dy, *ctx.saved_tensors, ctx.window, ctx.include_self, ctx.causal)
+    return dx, None if f is None else df, dsigma, None, None, None
 
 
 gka.register_autograd(_backward, setup_context=_save)

@@ -4,6 +4,7 @@ Nothing in a step makes the host wait for the device: what came of it is read wh
 """
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gkachat.config import Config
 from gkachat.data.loader import Batch
 from gkachat.distributed import World, sum_over_world
-from gkachat.gpt import GPT
+from gkachat.gpt import Transformer
 from gkachat.machine import device_name, pick_dtype
 from gkachat.train import recipe
 from gkachat.train.metrics import Phases
@@ -35,7 +36,7 @@ class Outcome:
     """Some process has been asked to stop."""
 
 
-def use_fp8(model: GPT, emulate: bool = False) -> None:
+def use_fp8(model: Transformer, emulate: bool = False) -> None:
     """Have the blocks' matrices multiplied in fp8, scaled tensor by tensor; weights stay in float32.
 
     `emulate`: with the same rounding, on any device. Raises ValueError where torchao is not installed.
@@ -52,12 +53,20 @@ def use_fp8(model: GPT, emulate: bool = False) -> None:
 
 
 class Learner:
-    def __init__(self, config: Config, rows: int, device: torch.device, world: World, phases: Phases):
-        """`config` resolved; `rows` of a step in this process."""
+    def __init__(
+        self,
+        config: Config,
+        model: Callable[..., Transformer],
+        rows: int,
+        device: torch.device,
+        world: World,
+        phases: Phases,
+    ):
+        """`config` resolved; `model` made of its section of that name; `rows` of a step in this process."""
         self.config, self.device, self.world, self.phases = config, device, world, phases
         torch.manual_seed(config.run.seed)  # the same weights in every process
         with device:
-            self.model = GPT(config.model, pick_dtype(config.run.dtype, device))
+            self.model = model(config.model, pick_dtype(config.run.dtype, device))
         if config.run.fp8:
             if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
                 raise ValueError(f"run.fp8: {device_name(device)} has no fp8 arithmetic: leave it out")
@@ -80,9 +89,8 @@ class Learner:
             return min(32, rows)  # what a CPU lacks in memory it takes from its disk, without a word
         fits, T = 1, self.config.model.sequence_len
         for n in [*(2**i for i in range(rows.bit_length()) if 2**i < rows), rows]:
-            idx = torch.zeros(n, T, dtype=torch.long, device=self.device)
             try:
-                self.model(idx, idx).backward()
+                self.model(*self.model.example_batch(n)).backward()
             except torch.cuda.OutOfMemoryError as error:
                 if n == 1:
                     raise ValueError(

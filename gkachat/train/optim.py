@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gkachat.config import OptimConfig
 from gkachat.distributed import World, gather
-from gkachat.gpt import GPT
+from gkachat.gpt import Transformer
 
 # Polar Express for five steps: p(X) = a X + b (X X^T) X + c (X X^T)^2 X, one triple a step.
 POLAR_EXPRESS = (
@@ -139,7 +139,7 @@ class _Stack:
 class Optimizers:
     """Both optimizers as one."""
 
-    def __init__(self, model: GPT, config: OptimConfig, world: World | None = None):
+    def __init__(self, model: Transformer, config: OptimConfig, world: World | None = None):
         """`config` must be resolved (see recipe.resolve). Builds before the model is compiled or wrapped."""
         self.config, self.world = config, world or World()
         groups = model.parameter_groups()
@@ -153,6 +153,7 @@ class Optimizers:
             "log_sigma": config.sigma_lr,
             "convolutions": config.conv_lr,
             "head_vectors": config.head_vector_lr,
+            "positions": config.position_lr,
         }
         # Of a large tensor AdamW is given this process's rows, as a parameter that shares their memory.
         self.stepped = {p: self._rows(p) for params in groups.values() for p in params}
@@ -211,7 +212,7 @@ class Optimizers:
     def parameters(self) -> list[nn.Parameter]:
         return [*(p for stack in self.muon.stacks for p in stack.params), *self.stepped]
 
-    def state_tensors(self, model: GPT) -> dict[str, Tensor]:
+    def state_tensors(self, model: Transformer) -> dict[str, Tensor]:
         """What this process remembers, named `parameter/what`: its matrices, its rows, and, of the main process alone,
         what all have. The parts of all processes, equal names joined by rows in their order, are the whole."""
         names = {p: name for name, p in model.named_parameters()}
@@ -227,7 +228,7 @@ class Optimizers:
                     found[f"{names[p]}/{what}"] = tensor
         return found
 
-    def load_state_tensors(self, model: GPT, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load_state_tensors(self, model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take this process's part of the whole that `state_tensors` gave, in a world of any size."""
         named = dict(model.named_parameters())
         place = {p: (stack, index) for stack in self.muon.stacks for index, p in enumerate(stack.own)}

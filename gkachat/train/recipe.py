@@ -98,10 +98,13 @@ def n_steps(config: Config) -> int:
 
 
 def lr_multiplier(step: int, config: Config) -> float:
-    """Linear warm-up, a plateau, linear warm-down to a final share."""
+    """Linear warm-up, a plateau, warm-down to a final share."""
     train, steps = config.train, n_steps(config)
     warm_up = (step + 1) / train.warmup_steps if step < train.warmup_steps else 1.0
-    return warm_up * (1 - (1 - train.final_lr_fraction) * warmdown(step, config)) if steps > 1 else 1.0
+    down = warmdown(step, config)
+    if train.warmdown_shape == "cosine":
+        down = (1 - math.cos(math.pi * down)) / 2
+    return warm_up * (1 - (1 - train.final_lr_fraction) * down) if steps > 1 else 1.0
 
 
 def warmdown(step: int, config: Config) -> float:

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,12 +27,13 @@ from torch import Tensor
 from gkachat import checkpoint, distributed
 from gkachat.config import Config, home
 from gkachat.config_file import load_config
-from gkachat.cost import account
+from gkachat.cost import Account, account
 from gkachat.data.conversations import ChatSplit
 from gkachat.data.loader import Batch, Loader, Prefetcher, val_batches
 from gkachat.data.shards import Split
 from gkachat.eval.bpb import bpb_sums
 from gkachat.files import lock
+from gkachat.gpt import GPT, Transformer
 from gkachat.machine import device_name, peak_flops, peak_memory, pick_device
 from gkachat.tokenizer import Tokenizer
 from gkachat.train import recipe
@@ -56,11 +57,14 @@ class Start:
 
 
 class Trainer:
-    """One run. FileExistsError: the name is taken, or another process trains it; ValueError, FileNotFoundError: data or
-    options do not fit.
+    """One run of a language model; vision.py has that of an image model. FileExistsError: the name is taken, or another
+    process trains it; ValueError, FileNotFoundError: data or options do not fit.
 
     `resume` goes on with the run of this name, or begins it where there is none.
     """
+
+    Model: type[Transformer] = GPT
+    N_SUMS = 4  # that `_measure` gives
 
     def __init__(
         self,
@@ -75,7 +79,7 @@ class Trainer:
         self.world = distributed.start(self.device.type, config.run.timeout)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.world.local_rank)
-        self.config = recipe.resolve(config, self.world.size)
+        self.config = self._resolve(config)
         self.n_steps = recipe.n_steps(self.config)
         self.report = report if self.world.is_main else lambda line: None
         self.run_dir = home() / "runs" / self.config.run_name
@@ -84,6 +88,28 @@ class Trainer:
             self.lock = lock(self.run_dir.with_name(f".{self.run_dir.name}.lock"), f"run {self.run_dir.name!r}")
             self._check_run_dir(resume, overwrite)
         self.start = start
+        self.rows = (
+            self.config.train.total_batch_size // config.model.sequence_len // self.world.size
+        )  # of one process, a step
+        self._open_data()
+        self.phases, self.watchdog = Phases(), distributed.Watchdog(config.run.timeout, self.world)
+        self.learner = Learner(self.config, self.Model, self.rows, self.device, self.world, self.phases)
+        self.model, self.optimizers = self.learner.model, self.learner.optimizers
+        self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
+        self.asked_to_stop, self.interrupted = 0.0, False  # when, by the monotonic clock
+        self._prepare_run_dir(resume)
+
+    def _resolve(self, config: Config) -> Config:
+        return recipe.resolve(config, self.world.size)
+
+    @cached_property
+    def counted(self) -> Account:
+        return account(self.config.model)
+
+    def _open_data(self) -> None:
+        """The tokenizer, if there is one, and `batches`, whose `get(step)` gives inputs and targets, and how many of
+        these all processes score."""
+        config, start = self.config, self.start
         self.tokenizer = start.tokenizer if start else Tokenizer.load(home() / "tokenizer" / config.data_name)
         if self.tokenizer.vocab_size > config.model.vocab_size:
             raise ValueError(
@@ -98,24 +124,16 @@ class Trainer:
             self.train_split, self.val_split = (
                 Split(tokens_dir, split, self.tokenizer, patience=patience) for split in ("train", "val")
             )
-        train, model = self.config.train, self.config.model
-        self.rows = train.total_batch_size // model.sequence_len // self.world.size  # of one process, a step
         self.loader = Loader(
             self.train_split,
-            sequence_len=model.sequence_len,
+            sequence_len=config.model.sequence_len,
             batch_rows=self.rows,
             bos=self.tokenizer.bos,
-            seed=self.config.run.seed,
+            seed=config.run.seed,
             rank=self.world.rank,
             world_size=self.world.size,
         )
         self.batches = Prefetcher(self.loader, pinned=self.device.type == "cuda")
-        self.phases, self.watchdog = Phases(), distributed.Watchdog(config.run.timeout, self.world)
-        self.learner = Learner(self.config, self.rows, self.device, self.world, self.phases)
-        self.model, self.optimizers = self.learner.model, self.learner.optimizers
-        self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
-        self.asked_to_stop, self.interrupted = 0.0, False  # when, by the monotonic clock
-        self._prepare_run_dir(resume)
 
     def _check_run_dir(self, resume: bool, overwrite: bool) -> None:
         steps, run = checkpoint.checkpoint_steps(self.run_dir), self.run_dir.name
@@ -162,13 +180,21 @@ class Trainer:
                 self.model.load_state_dict(self.start.weights)
             return
         directory, meta = checkpoint.open_checkpoint(self.run_dir, found)
-        if checkpoint.load_tokenizer(self.run_dir, meta).sha256 != self.tokenizer.sha256:
+        if self.tokenizer and checkpoint.load_tokenizer(self.run_dir, meta).sha256 != self.tokenizer.sha256:
             raise ValueError(f"cannot resume {self.run_dir.name!r}: the tokenizer has been trained anew since")
-        self.model.load_state_dict(checkpoint.load_weights(directory))
-        self.optimizers.load_state_tensors(self.model, checkpoint.load_optimizer(directory, meta["world_size"]))
+        self._load(checkpoint.load_weights(directory), checkpoint.load_optimizer(directory, meta["world_size"]))
         self.step, self.seconds, self.skipped = meta["step"], meta["seconds"], meta["skipped"]
         self.phases.seconds.update(meta["phases"])
         self.saver.step = self.step
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights that a checkpoint shares, and what it takes besides to go on, named `parameter/what`."""
+        return self.model.state_dict(), self.optimizers.state_tensors(self.model)
+
+    def _load(self, weights: dict[str, Tensor], remembered: Iterable[tuple[str, Tensor]]) -> None:
+        """Go on from what `_state` gave."""
+        self.model.load_state_dict(weights)
+        self.optimizers.load_state_tensors(self.model, remembered)
 
     def run(self) -> bool:
         """Train to the end; false when interrupted before it. Either way the last step is in a checkpoint."""
@@ -262,7 +288,7 @@ class Trainer:
     def _eval_batches(self) -> dict[str, list[Batch]]:
         """This process's share of what is evaluated. Read once: to plan the rows of a large corpus takes seconds."""
         found = {}
-        for name, split in (("train_bpb", self.train_split), ("val_bpb", self.val_split)):
+        for name, split in (("val_bpb", self.val_split), ("train_bpb", self.train_split)):
             batches = val_batches(
                 split,
                 sequence_len=self.config.model.sequence_len,
@@ -280,32 +306,40 @@ class Trainer:
     def _evaluate(self) -> None:
         """Never the end of a run that has begun: what goes wrong is told, and the checkpoint is already written."""
         self.watchdog.heard(f"the evaluation at step {self.step}")
-        sums, bpb = torch.zeros(3, 2, dtype=torch.float64), {}
+        sums = torch.zeros(2 + self.N_SUMS, dtype=torch.float64)
         with self.phases("evaluation"):
             try:
-                token_bytes = self.tokenizer.token_bytes()
-                for place, batches in zip(sums, self._eval_batches.values(), strict=False):
-                    heard = takewhile(lambda _: not self.asked_to_stop, batches)
-                    place.copy_(torch.tensor(bpb_sums(self.model, heard, token_bytes), dtype=torch.float64))
+                sums[2:] = torch.tensor(self._measure(), dtype=torch.float64)
             except Exception as error:
                 if self.step == 0:  # nothing to lose yet, and it would go wrong every time
                     raise
-                sums[2, 0] = 1
+                sums[0] = 1
                 print(f"evaluation at step {self.step} failed: {error!r}; training goes on", file=sys.stderr)
-            sums[2, 1] = self.asked_to_stop > 0
-            sums = distributed.sum_over_world(sums.to(self.device), self.world).tolist()
-        *measured, (failed, stopped) = sums
+            sums[1] = self.asked_to_stop > 0
+            failed, stopped, *measured = distributed.sum_over_world(sums.to(self.device), self.world).tolist()
         if stopped:
             self.interrupted = True
         elif failed:
             if self.world.is_main:
                 self.metrics.write("evaluation_failed", self.step)
         else:
-            for name, (nats, n_bytes) in zip(self._eval_batches, measured, strict=True):
-                bpb[name] = nats / (math.log(2) * n_bytes)
+            figures = self._figures(measured)
             if self.world.is_main:
-                self.metrics.write("eval", self.step, tokens=self._tokens(), seconds=self.seconds, **bpb)
-            self.report(f"step {self.step:6d} | val bpb {bpb['val_bpb']:.4f} | train bpb {bpb['train_bpb']:.4f}")
+                self.metrics.write("eval", self.step, tokens=self._tokens(), seconds=self.seconds, **figures)
+            words = (f"{name.replace('_', ' ')} {figure:.4f}" for name, figure in figures.items())
+            self.report(f"step {self.step:6d} | {' | '.join(words)}")
+
+    def _measure(self) -> list[float]:
+        """This process's sums, to be added up over processes; cut short when asked to stop."""
+        token_bytes, sums = self.tokenizer.token_bytes(), []
+        for batches in self._eval_batches.values():
+            sums += bpb_sums(self.model, takewhile(lambda _: not self.asked_to_stop, batches), token_bytes)
+        return sums
+
+    def _figures(self, sums: list[float]) -> dict[str, float]:
+        """What the sums of all processes come to."""
+        names = list(self._eval_batches)
+        return {name: nats / (math.log(2) * n) for name, nats, n in zip(names, sums[::2], sums[1::2], strict=True)}
 
     def _tokens(self) -> int:
         return self.step * self.config.train.total_batch_size
@@ -327,7 +361,7 @@ class Trainer:
         ]  # fmt: skip
         peak = peak_flops(device_name(self.device))
         if peak is not None:
-            values["mfu"] = rate * account(self.config.model).flops_per_token / (peak * self.world.size)
+            values["mfu"] = rate * self.counted.flops_per_token / (peak * self.world.size)
             words.append(f"mfu {100 * values['mfu']:.1f} %")
         left = self.seconds / self.step * (self.n_steps - self.step)
         words += [f"{100 * self.step / self.n_steps:.0f} %", f"{duration(left)} left"]
@@ -350,21 +384,24 @@ class Trainer:
                 "dtype": str(self.model.compute_dtype).removeprefix("torch."),
                 "n_steps": self.n_steps,
             }
-            self.saver.save(self.step, self.model.state_dict(), self.optimizers.state_tensors(self.model), meta)
+            self.saver.save(self.step, *self._state(), meta)
 
     def _report_start(self) -> None:
-        config, counted = self.config, account(self.config.model)
+        config, counted = self.config, self.counted
         groups = ", ".join(f"{name} {n:,}" for name, n in counted.params.items() if name != "total")
         dtype = str(self.model.compute_dtype).removeprefix("torch.")
         for line in (
             f"run {self.run_dir} on {device_name(self.device)} x {self.world.size}, {dtype}",
             f"{config.model.attention}, depth {config.model.depth}: {counted.params['total']:,} parameters ({groups})",
-            f"{self.n_steps:,} steps of {config.train.total_batch_size:,} tokens, {config.train.protocol}; "
+            f"{self.n_steps:,} steps of {config.train.total_batch_size:,} tokens, {self._horizon()}; "
             f"{counted.flops_per_token * config.train.total_tokens:.3g} FLOPs",
             self._data_line(),
             *(f"layers {', '.join(map(str, layers))}: {why}" for why, layers in self.model.backends().items()),
         ):
             self.report(line)
+
+    def _horizon(self) -> str:
+        return self.config.train.protocol
 
     def _data_line(self) -> str:
         empty = f"{100 * self.loader.loss_report['positions_unused']:.2f} % of the positions stay empty"

@@ -31,15 +31,15 @@ NUMBERS = {"T", "H", "K", "window", "n_shares", "mask_b", "norm_b", "norm_h", "f
 def cases() -> list[tuple]:
     """(kernel, dtype, its constants, warps, stages)"""
     found = []
-    for include_self in (True, False):
+    for include_self, causal in ((True, True), (False, True), (True, False)):
         for (dtype, D), candidates in kernels.FORWARD.items():
             for rows, columns, *options in candidates:
                 for two in (False, True):
-                    constants = {"D": D, "BM": rows, "BN": columns, "SELF": include_self, "TWO": two}
+                    constants = {"D": D, "BM": rows, "BN": columns, "SELF": include_self, "TWO": two, "CAUSAL": causal}
                     found.append((kernels.forward_kernel, DTYPES[dtype], constants, *options))
-        for (dtype, D, two), candidates in kernels.BACKWARD.items():
-            for rows, columns, *options in candidates:
-                constants = {"D": D, "BM": rows, "BN": columns, "SELF": include_self, "TWO": two}
+        for dtype, D, two in kernels.BACKWARD:
+            for rows, columns, *options in kernels.backward_candidates(dtype, D, two, causal):
+                constants = {"D": D, "BM": rows, "BN": columns, "SELF": include_self, "TWO": two, "CAUSAL": causal}
                 found.append((kernels.backward_kernel, DTYPES[dtype], constants, *options))
     nothing = {"COS": None, "SIN": None}
     for dtype in ("bf16", "fp32"):

@@ -25,9 +25,9 @@ def qkv(dtype=torch.float64, T=T, seed=0):
     return tuple(torch.randn(2, T, H, D, generator=generator, dtype=dtype).requires_grad_() for _ in range(3))
 
 
-def definition(q, k, v, window, scale):
+def definition(q, k, v, window, scale, causal=True):
     scores = scale * torch.einsum("bihd,bjhd->bhij", q, k)
-    hidden = ~fused.visible(q.size(1), window)
+    hidden = ~fused.visible(q.size(1), window, causal)
     return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
@@ -45,6 +45,29 @@ def test_softmax_kernels_are_softmax_attention_over_the_window(window):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("window", [7, None])
+def test_without_the_causal_mask_softmax_kernels_look_both_ways(window):
+    q, k, v = qkv()
+    backend = softmax_backend(CPU, q.dtype, D, window, T, causal=False)
+    y, expected = backend.attend(q, k, v, window=window, scale=0.3), definition(q, k, v, window, 0.3, causal=False)
+    dy = torch.randn_like(expected)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(t, (q, k, v), dy) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"include_self": False}])
+def test_gka_of_a_layer_without_the_causal_mask_looks_both_ways(options):
+    x, sigma = qkv()[0], torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    backend = gka_backend(CPU, x.dtype, D, None, T, GKAConfig(**options), causal=False)
+    f = rms_norm(x) if options.pop("normalize", False) else x
+    expected = gaussian_kernel_attention(f, sigma, causal=False, backend="reference", **options)
+    y, dy = backend.attend(x, sigma, None), torch.randn_like(expected)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(t, (x, sigma), dy) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("T", [150, 256])
 def test_flex_attention_sees_the_same_window(T, monkeypatch):
@@ -59,22 +82,26 @@ def test_flex_attention_sees_the_same_window(T, monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["flash_attn_interface", "flash_attn"])
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 7])
-def test_flash_attention_is_called_with_its_own_idea_of_a_window(module, window, monkeypatch):
+def test_flash_attention_is_called_with_its_own_idea_of_a_window(module, window, causal, monkeypatch):
+    wanted = causal
+
     def flash_attn_func(q, k, v, softmax_scale, causal, window_size):
-        """As the packages document it: causal, and -left <= j - i <= right where these are not -1."""
-        assert causal is True
+        """As the packages document it: perhaps causal, and -left <= j - i <= right where these are not -1."""
+        assert causal is wanted
         left, right = window_size
         distance = torch.arange(T)[:, None] - torch.arange(T)[None, :]
-        seen = (distance >= 0) & ((distance <= left) | (left == -1)) & ((-distance <= right) | (right == -1))
+        seen = ((distance <= left) | (left == -1)) & ((-distance <= right) | (right == -1))
+        seen &= (distance >= 0) | (not causal)
         scores = softmax_scale * torch.einsum("bihd,bjhd->bhij", q, k).masked_fill(~seen, -torch.inf)
         y = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
         return (y, None) if module == "flash_attn_interface" else y
 
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(flash_attn_func=flash_attn_func))
     q, k, v = qkv()
-    y = fused.flash(q, k, v, window=window, scale=0.3, module=module)
-    torch.testing.assert_close(y, definition(q, k, v, window, 0.3), rtol=0, atol=1e-12)
+    y = fused.flash(q, k, v, window=window, scale=0.3, module=module, causal=causal)
+    torch.testing.assert_close(y, definition(q, k, v, window, 0.3, causal), rtol=0, atol=1e-12)
 
 
 def pretend(monkeypatch, *, capability=(9, 0), installed=("triton",)):
@@ -107,6 +134,9 @@ def test_the_softmax_kernel_follows_from_device_dtype_window_and_packages(
     pretend(monkeypatch, capability=capability, installed=installed)
     backend = softmax_backend(device, dtype, 128, window, 2048)
     assert backend.name == name and backend.reason
+    both_ways = softmax_backend(device, dtype, 128, window, 2048, causal=False)
+    assert both_ways.name == (name if name.startswith("flash") else "sdpa")
+    assert both_ways.attend.keywords["causal"] is False
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,16 @@ def test_gradcheck(backend, include_self):
 
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
-@pytest.mark.parametrize("window", [None, 5])
-def test_without_the_causal_mask_a_window_looks_both_ways(backend, window):
-    x, sigma, _ = inputs(rope=False)
-    y = gaussian_kernel_attention(x, sigma, window=window, causal=False, backend=backend)
-    torch.testing.assert_close(y, definition(x, sigma, window, causal=False), rtol=0, atol=1e-12)
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_without_the_causal_mask_a_window_looks_both_ways(backend, window, include_self):
+    x, sigma, tables = inputs()
+    options = {"window": window, "causal": False, "rope": tables, "include_self": include_self}
+    y, expected = gaussian_kernel_attention(x, sigma, backend=backend, **options), definition(x, sigma, **options)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    dy = torch.randn_like(y)
+    for a, b in zip(*(torch.autograd.grad(t, (x, sigma), dy) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
 def test_one_sigma_is_softmax_attention_with_a_bias_per_key():

@@ -66,6 +66,21 @@ def test_output_and_gradients_are_those_of_the_definition(dtype, rope, include_s
 
 
 @DTYPES
+@pytest.mark.parametrize(("include_self", "rope"), [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("window", [17, 90, None])
+def test_without_the_causal_mask_it_looks_both_ways(dtype, rope, include_self, window):
+    x, sigma = inputs(dtype)
+    rope = rope_table(100, 64) if rope else None
+    check(x, sigma, window=window, include_self=include_self, rope=rope, causal=False)
+
+
+@DTYPES
+@pytest.mark.parametrize("T", [1, 16, 65, 200])
+def test_any_length_without_the_causal_mask(dtype, T):
+    check(*inputs(dtype, T=T), causal=False)
+
+
+@DTYPES
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
 def test_any_length(dtype, T):
     check(*inputs(dtype, T=T, D=64), window=48)
@@ -145,14 +160,16 @@ def test_the_same_input_gives_the_same_bits():
     T=st.integers(1, 150),
     window=st.none() | st.integers(1, 160),
     include_self=st.booleans(),
+    causal=st.booleans(),
     rope=st.booleans(),
     sigma=st.floats(1, 30),
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_window_and_bandwidth(T, window, include_self, rope, sigma, seed):
+def test_any_shape_window_and_bandwidth(T, window, include_self, causal, rope, sigma, seed):
     x, bandwidth = inputs(torch.float32, T=T, sigma=sigma, seed=seed)
     rope = rope_table(T, 64) if rope else None
-    check(x, bandwidth, {"y": 1e-5, "dx": 1e-4}, window=window, include_self=include_self, rope=rope)
+    options = {"window": window, "include_self": include_self, "causal": causal, "rope": rope}
+    check(x, bandwidth, {"y": 1e-5, "dx": 1e-4}, **options)
 
 
 def test_only_inputs_output_and_row_sums_are_kept_for_the_backward():
@@ -166,8 +183,8 @@ def test_only_inputs_output_and_row_sums_are_kept_for_the_backward():
 
 def test_what_it_cannot_do_is_said():
     x = torch.randn(1, 8, 2, 32)
-    with pytest.raises(ValueError, match="heads have 32 channels, not 64 or 128; it is not causal"):
-        gaussian_kernel_attention(x, torch.ones(2), backend="triton", causal=False)
+    with pytest.raises(ValueError, match="heads have 32 channels, not 64 or 128"):
+        gaussian_kernel_attention(x, torch.ones(2), backend="triton")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,68 @@
+"""Compare trained image classifiers: parameters, and accuracies with their spread over seeds.
+
+for seed in 0 1 2 3 4; do for attention in softmax gka; do
+    python -m scripts.vision_train configs/vision_digits.toml --model.attention $attention \
+        --run.seed $seed --run.name digits_${attention}_$seed
+done; done
+python -m scripts.vision_report digits_softmax_{0..4} digits_gka_{0..4} --out results/vision_digits
+"""
+
+import argparse
+import statistics
+from collections import defaultdict
+
+from scripts.cli import run
+
+COLUMNS = {
+    "": "{attention}",
+    "parameters": "{params:,}",
+    "of the first": "{ratio:.3f}",
+    "FLOPs an image": "{flops_per_image:.3g}",
+    "top-1, mean": "{top1:.4f}",
+    "standard deviation": "{spread:.4f}",
+    "lowest": "{low:.4f}",
+    "highest": "{high:.4f}",
+    "val loss, mean": "{loss:.4f}",
+    "seeds": "{seeds}",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="names or directories")
+    parser.add_argument("--out", help="write OUT.json and OUT.md")
+    options = parser.parse_args()
+    import torch  # takes seconds
+
+    from gkachat.bench import publish, table
+    from gkachat.checkpoint import find_run, model_config, open_checkpoint
+    from gkachat.config import ViTConfig
+    from gkachat.train.metrics import read_metrics
+    from gkachat.vit import account
+
+    found: dict[ViTConfig, list[dict]] = defaultdict(list)
+    for name in options.runs:
+        run_dir = find_run(name)
+        meta = open_checkpoint(run_dir)[1]
+        final = [r for r in read_metrics(run_dir) if r["kind"] == "eval" and r["step"] == meta["n_steps"]]
+        if not final or "val_top1" not in final[0]:
+            raise ValueError(
+                f"{run_dir}: no accuracy at its last step, {meta['n_steps']}: not an image model, or not done"
+            )
+        figures = final[0] | {"name": run_dir.name, "seed": meta["config"]["run"]["seed"], "version": meta["version"]}
+        found[model_config(meta, ViTConfig)].append(figures)
+    rows: list[dict] = []
+    for config, runs in found.items():
+        counted, top1, T = account(config), [r["val_top1"] for r in runs], config.sequence_len
+        row = {"attention": config.attention, "params": counted.params["total"], "top1": statistics.mean(top1)}
+        row |= {"spread": statistics.stdev(top1) if len(top1) > 1 else None, "low": min(top1), "high": max(top1)}
+        row |= {"loss": statistics.mean(r["val_loss"] for r in runs), "flops_per_image": counted.flops_per_token * T}
+        row |= {"ratio": row["params"] / (rows or [row])[0]["params"], "seeds": " ".join(str(r["seed"]) for r in runs)}
+        rows.append(row | {"runs": runs})
+    trained_by = ", ".join(sorted({r["version"] for runs in found.values() for r in runs}))
+    title = f"Image classifiers over seeds, trained at commit {trained_by}"
+    publish(title, {"rows": rows}, table(rows, COLUMNS), torch.device("cpu"), options.out)
+
+
+if __name__ == "__main__":
+    run(main)
