@@ -183,6 +183,9 @@ class PlusConfig:
     """Add to the scores of each key a weight of its own, w.x."""
     rope: bool = True
     """Rotate what is compared by position."""
+    value_embeddings: bool = False
+    """Add a learned vector per token to the values of every other layer, as softmax attention does: half as many
+    parameters again at a laptop's size, and no FLOP."""
 
     def __post_init__(self) -> None:
         require(self, **at_least(1 + self.key_delays, self, "taps"))

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from gkachat.config import ConfigError
+from gkachat.config import ConfigError, PlusConfig
 from gkachat.gpt import GPT, GKAConfig, GPTConfig
 
 BOTH = pytest.mark.parametrize("attention", ["softmax", "gka"])
@@ -117,8 +117,8 @@ def test_bandwidths_start_at_the_root_of_half_the_head_and_are_kept_in_float32()
 
 
 def test_value_embeddings_are_on_alternating_layers_and_always_the_last():
-    for depth in (3, 4):
-        model = build("softmax", depth=depth)
+    for name, depth in itertools.product(("softmax", "gka_plus"), (3, 4)):
+        model = build(name, depth=depth, plus=PlusConfig(value_embeddings=True))
         has = [block.attn.value_embedding is not None for block in model.blocks]
         assert has[-1] and all(a != b for a, b in itertools.pairwise(has))
 

@@ -21,33 +21,25 @@ from gkachat.attention.backends import decode_backend, gka_backend, softmax_back
 from gkachat.attention.cache import Keys, Step
 from gkachat.attention.features import NoConv, Rope, ShortConv, apply_rope, rms_norm
 from gkachat.attention.fused import softmax_weights
-from gkachat.attention.linear import Groups, Keep, Linear, Look, uniform_
+from gkachat.attention.linear import Groups, Keep, Linear, Look, ValueEmbeddings, uniform_
 from gkachat.attention.operator import kernel_weights
 from gkachat.attention.plus import GKAPlus
 from gkachat.config import ATTENTIONS, GPTConfig
 
 QK_SCALE = 1.2  # sharpens the logits of unit queries and keys
-GATE_CHANNELS = 12  # block-input channels that the value gates look at
 TAPS = 4  # of short convolutions
 
 
-class SoftmaxAttention(nn.Module):
-    """Scaled dot-product attention with rotary positions, normalised queries and keys, and gated value embeddings.
-
-    Value embeddings, where the config has them on every other layer and always the last, add a learned vector per
-    token to the values, gated per head by 3 sigmoid(W x[:12]).
-    """
+class SoftmaxAttention(ValueEmbeddings):
+    """Scaled dot-product attention with rotary positions, normalised queries and keys, and gated value embeddings."""
 
     cache_tensors = 2  # C numbers each that decoding keeps for a token and layer: keys, values
 
     def __init__(self, config: GPTConfig, index: int):
-        super().__init__()
+        super().__init__(config, index, config.value_embeddings)
         C = config.n_embd
         self.config, self.window = config, config.window(index)
         self.c_q, self.c_k, self.c_v, self.c_proj = (Linear(C, C) for _ in range(4))
-        has_value_embedding = config.value_embeddings and (config.depth - 1 - index) % 2 == 0
-        self.value_embedding = nn.Embedding(config.vocab_size, C) if has_value_embedding else None
-        self.value_gate = Linear(GATE_CHANNELS, config.n_head) if has_value_embedding else None
         self.convs = nn.ModuleList(
             ShortConv(config.n_head, config.head_dim, TAPS) if config.short_conv else NoConv() for _ in range(3)
         )
@@ -67,9 +59,9 @@ class SoftmaxAttention(nn.Module):
 
     def init_weights(self) -> None:
         std = self.c_q.in_features**-0.5
-        for module in (self.c_q, self.c_k, self.c_v, self.value_embedding, self.value_gate):
-            if module is not None:
-                uniform_(module.weight, std)
+        for module in (self.c_q, self.c_k, self.c_v):
+            uniform_(module.weight, std)
+        self.init_value_embedding()
         if self.config.short_conv:
             for conv, delays in zip(self.convs, ((0,), range(1, TAPS), (0,)), strict=True):
                 conv.init_weights(delays)  # as gka_plus has them
@@ -79,19 +71,14 @@ class SoftmaxAttention(nn.Module):
         groups: Groups = {"matrices": [m.weight for m in (self.c_q, self.c_k, self.c_v, self.c_proj)]}
         if self.config.short_conv:
             groups["convolutions"] = [conv.weight for conv in self.convs]
-        if self.value_embedding is not None:
-            groups["value_embeddings"] = [self.value_embedding.weight]
-            groups["value_gates"] = [self.value_gate.weight]
-        return groups
+        return groups | self.value_groups()
 
     def _projected(self, x_BTC: Tensor) -> list[Tensor]:
         heads = (*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
         return [c(x_BTC).view(heads) for c in (self.c_q, self.c_k, self.c_v)]
 
     def _compared(self, q: Tensor, k: Tensor, v: Tensor, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> list[Tensor]:
-        if self.value_embedding is not None:
-            gate = 3 * torch.sigmoid(self.value_gate(x_BTC[..., :GATE_CHANNELS]))
-            v = v + gate[..., None] * self.value_embedding(idx_BT).to(v.dtype).view(v.shape)
+        v = self.add_value_embedding(v, x_BTC, idx_BT)
         return [*(QK_SCALE * rms_norm(apply_rope(t, rope)) for t in (q, k)), v]
 
     def kept(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> tuple[Tensor, ...]:

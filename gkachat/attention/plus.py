@@ -7,7 +7,8 @@ Of normalised features a Gaussian kernel's distance leaves the product; tau make
 weighs the points, as in adaptive kernel regression (Silverman 1986, section 5.3). Published GKA finds tokens like
 itself. Here convolutions let a token be found by what came before it, and the keys' start as delays, by 1, 2, 3, 1, ..
 tokens from head to head: what is found is what followed a token like itself, the step of an induction head (arXiv
-2209.11895), from the first training step on. All of it is 14 C numbers a layer, no C x C matrix.
+2209.11895), from the first training step on. All of it is 14 C numbers a layer, no C x C matrix. Value embeddings, as
+softmax attention has them, can be had besides: parameters that are looked up.
 
 The key's weight takes the last of its channels, and the query's is 1: any softmax attention kernel then does. Without
 normalisation the norm's part of the distance, -|k|^2 / (2 sigma^2), goes there too.
@@ -23,19 +24,19 @@ from gkachat.attention.backends import decode_backend, softmax_backend
 from gkachat.attention.cache import Keys, Step
 from gkachat.attention.features import NoConv, Rope, ShortConv, apply_rope, rms_norm
 from gkachat.attention.fused import softmax_weights
-from gkachat.attention.linear import Groups, Keep, Linear, Look
+from gkachat.attention.linear import Groups, Keep, Linear, Look, ValueEmbeddings
 from gkachat.config import GPTConfig
 
 SHARPNESS = 1.2  # of unit features at the start, that of softmax attention's queries and keys
 
 
-class GKAPlus(nn.Module):
+class GKAPlus(ValueEmbeddings):
     """See above, and layers.py for the interface."""
 
     cache_tensors = 2  # keys and values, made once; a few block inputs besides, for the convolutions
 
     def __init__(self, config: GPTConfig, index: int):
-        super().__init__()
+        super().__init__(config, index, config.plus.value_embeddings)
         self.config, self.window, plus = config, config.window(index), config.plus
         H, D = config.n_head, config.head_dim
         self.conv_q, self.conv_k, self.conv_v = (
@@ -71,13 +72,15 @@ class GKAPlus(nn.Module):
         for vectors in (self.bandwidth, self.key_weight):
             if vectors is not None:
                 nn.init.zeros_(vectors)
+        self.init_value_embedding()
         nn.init.zeros_(self.c_proj.weight)
 
     def parameter_groups(self) -> Groups:
         groups = {"matrices": [self.c_proj.weight], "log_sigma": [self.log_sigma]}
         convs = [conv.weight for conv in (self.conv_q, self.conv_k, self.conv_v) if isinstance(conv, ShortConv)]
         vectors = [vector for vector in (self.bandwidth, self.key_weight) if vector is not None]
-        return groups | {name: found for name, found in (("convolutions", convs), ("head_vectors", vectors)) if found}
+        groups |= {name: found for name, found in (("convolutions", convs), ("head_vectors", vectors)) if found}
+        return groups | self.value_groups()
 
     @property
     def sigma(self) -> Tensor:
@@ -114,7 +117,8 @@ class GKAPlus(nn.Module):
     def forward(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, keep: Keep | None = None) -> Tensor:
         x = self._heads(x_BTC)
         f = self._neighbour(x)
-        (q, k), v = self._compared(x, self.conv_q(f), self.conv_k(f), rope), self.conv_v(x)
+        q, k = self._compared(x, self.conv_q(f), self.conv_k(f), rope)
+        v = self.add_value_embedding(self.conv_v(x), x_BTC, idx_BT)
         if keep is not None:
             keep(k, v, x)
         return self.c_proj(self.backend.attend(q, k, v, window=self.window, scale=1.0).flatten(2))
@@ -122,13 +126,15 @@ class GKAPlus(nn.Module):
     def kept(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> tuple[Tensor, ...]:
         x = self._heads(x_BTC)
         f = self._neighbour(x)
-        return self._compared(x, f, self.conv_k(f), rope)[1], self.conv_v(x), x
+        v = self.add_value_embedding(self.conv_v(x), x_BTC, idx_BT)
+        return self._compared(x, f, self.conv_k(f), rope)[1], v, x
 
     def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
         [past] = step.look_back(self._heads(x_BTC))
         neighbours = [self._neighbour(x) for x in past]
         q, k = self._compared(past[0], self.conv_q.of(neighbours), self.conv_k.of(neighbours), rope)
-        seen = [Keys(*span.tensors, span.mask) for span in step.extend(k, self.conv_v.of(past))]
+        v = self.add_value_embedding(self.conv_v.of(past), x_BTC, idx_BT)
+        seen = [Keys(*span.tensors, span.mask) for span in step.extend(k, v)]
         return self.c_proj(self.decoding.attend(q, seen, 1.0).flatten(2))
 
     def look(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> Look:
@@ -139,7 +145,7 @@ class GKAPlus(nn.Module):
         width = x.size(-1) - (self.key_weight is not None or not self.config.plus.normalize)
         f = [self._features(t.float(), rope)[..., :width].transpose(1, 2) for t in convolved]
         distances = torch.cdist(*f, compute_mode="donot_use_mm_for_euclid_dist").square()
-        return Look(weights, self.conv_v(x), distances)
+        return Look(weights, self.add_value_embedding(self.conv_v(x), x_BTC, idx_BT), distances)
 
     def statistics(self) -> dict[str, Tensor]:
         sigma = self.sigma.detach()

@@ -155,6 +155,9 @@ class Optimizers:
             "head_vectors": config.head_vector_lr,
             "positions": config.position_lr,
         }
+        if unknown := groups.keys() - adam_lr.keys():
+            known = ", ".join(["matrices", "value_gates", *adam_lr])
+            raise ValueError(f"parameter groups: given {', '.join(sorted(unknown))}, expected some of {known}")
         # Of a large tensor AdamW is given this process's rows, as a parameter that shares their memory.
         self.stepped = {p: self._rows(p) for params in groups.values() for p in params}
         self.adamw = torch.optim.AdamW(

@@ -19,6 +19,7 @@ VARIANTS = {
     "gka_plus": {"attention": "gka_plus"},
     "gka_plus of two taps": {"attention": "gka_plus", "plus": PlusConfig(taps=2)},
     "gka_plus as it is": {"attention": "gka_plus", "plus": PlusConfig(normalize=False, rope=False, conv_value=False)},
+    "gka_plus with value embeddings": {"attention": "gka_plus", "plus": PlusConfig(value_embeddings=True)},
     "softmax short_conv": {"attention": "softmax", "short_conv": True},
 }
 MODELS = {}

@@ -14,6 +14,7 @@ SETTINGS = {
     "whole": {},
     "one tap": {"taps": 1, "key_delays": False},
     "not normalised": {"normalize": False},
+    "value embeddings": {"value_embeddings": True},
     "without bias": {"key_weight": False, "token_bandwidth": False},
     "bare": {
         "conv_query": False, "conv_key": False, "conv_value": False, "neighbour": False, "rope": False,
@@ -23,10 +24,10 @@ SETTINGS = {
 
 
 def layer(dtype=torch.float64, **plus):
-    """The first of two, which has a window of 128; all that it learns is drawn."""
+    """The first of three, which has a window of 128; all that it learns is drawn."""
     torch.manual_seed(0)
     config = GPTConfig(
-        depth=2, attention="gka_plus", vocab_size=16, sequence_len=T, n_embd=H * D, head_dim=D, plus=PlusConfig(**plus)
+        depth=3, attention="gka_plus", vocab_size=16, sequence_len=T, n_embd=H * D, head_dim=D, plus=PlusConfig(**plus)
     )
     model = GPT(config).to(dtype)
     for p in model.parameters():
@@ -43,11 +44,14 @@ def convolved(x, conv):
     return sum(padded[:, taps - 1 - n : taps - 1 - n + T] * conv.weight[n] for n in range(taps))
 
 
-def defined(attn, x_BTC, rope):
+def defined(attn, x_BTC, idx, rope):
     """The docstring's formulas, a query and a key at a time in one T x T table."""
     plus, x = attn.config.plus, x_BTC.view(B, T, H, D)
     f = x[:, :, [(h + 1) % H for h in range(H)]] if plus.neighbour else x
     q, k, v = convolved(f, attn.conv_q), convolved(f, attn.conv_k), convolved(x, attn.conv_v)
+    if plus.value_embeddings:
+        gate = 3 * (x_BTC[..., :12] @ attn.value_gate.weight.T).sigmoid()
+        v = v + gate[..., None] * attn.value_embedding.weight[idx].view(B, T, H, D)
     if plus.rope:
         q, k = apply_rope(q, rope), apply_rope(k, rope)
     if plus.normalize:
@@ -73,8 +77,8 @@ def test_outputs_and_gradients_are_those_of_the_definition(setting):
     attn = layer(**SETTINGS[setting])
     x = torch.randn(B, T, H * D, dtype=torch.float64)
     rope, dy = tuple(t.double() for t in rope_table(T, D)), torch.randn(B, T, H * D, dtype=torch.float64)
-    results = []
-    for function in (lambda x: attn(x, None, rope), lambda x: defined(attn, x, rope)):
+    results, idx = [], torch.randint(16, (B, T))
+    for function in (lambda x: attn(x, idx, rope), lambda x: defined(attn, x, idx, rope)):
         attn.zero_grad()
         leaf = x.clone().requires_grad_()
         y = function(leaf)
@@ -114,6 +118,17 @@ def test_the_additions_take_less_than_a_hundredth_of_the_parameters():
     added = plus["total"] - gka["total"]
     assert added == plus["convolutions"] + plus["head_vectors"] == 20 * 14 * 1280
     assert added < 0.01 * gka["total"] and plus["matrices"] == gka["matrices"]
+
+
+def test_value_embeddings_are_softmaxs_and_cost_no_flops():
+    softmax, plus, more = (
+        account(GPTConfig(depth=20, attention=name, plus=PlusConfig(value_embeddings=wanted)))
+        for name, wanted in (("softmax", False), ("gka_plus", False), ("gka_plus", True))
+    )
+    added = more.params.keys() - plus.params.keys()
+    assert added == {"value_embeddings", "value_gates"}
+    assert all(more.params[name] == softmax.params[name] for name in added)
+    assert more.params["total"] < softmax.params["total"] and more.flops_per_token == plus.flops_per_token
 
 
 def test_untrained_a_token_finds_what_followed_one_like_itself():

@@ -176,3 +176,11 @@ def test_state_survives_a_round_trip_by_name():
     steps(b, optimizers_b, 2)
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_a_parameter_group_without_a_learning_rate_is_named(monkeypatch):
+    model = GPT(GPTConfig(depth=1, vocab_size=16, sequence_len=8, n_embd=16, head_dim=16))
+    groups = model.parameter_groups()
+    monkeypatch.setattr(model, "parameter_groups", lambda: {**groups, "slopes": []})
+    with pytest.raises(ValueError, match="parameter groups: given slopes, expected some of matrices"):
+        Optimizers(model, OptimConfig(lr_scale=1.0, adam_scale=1.0))
