@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from gkachat.files import flush, read_json, write_text
 from gkachat.gpt import GPT
 from gkachat.tokenizer import BOS, Tokenizer
 
-EXPORTED = ("softmax", "gka")  # what the exported sources know
+EXPORTED = ("softmax", "gka", "gka_plus")  # what the exported sources know, softmax without short convolutions
+NOT_EXPORTED = ("key_delays", "value_embeddings")  # of gka_plus: where training starts; layers with them are listed
 SOURCES = ("configuration_gkachat.py", "modeling_gkachat.py")
 END_OF_ANSWER = "<|assistant_end|>"
 CHAT_TEMPLATE = (  # what gkachat.data.conversations renders
@@ -67,9 +69,8 @@ def export(
     _check_free(out, overwrite)
     model, tokenizer, meta = load_model(run_dir, step=step)
     if model.config.attention not in EXPORTED or model.config.short_conv:
-        raise ValueError(
-            f"{run_dir}: given {model.config.attention} attention, expected {' or '.join(EXPORTED)} as it is"
-        )
+        what = f"{model.config.attention} attention{' with short_conv' if model.config.short_conv else ''}"
+        raise ValueError(f"{run_dir}: given {what}, expected {', '.join(EXPORTED)}, without short_conv")
     tensors = {name: t.to(getattr(torch, dtype)) if t.ndim > 1 else t for name, t in model.state_dict().items()}
     files = _settings(model, tokenizer, meta, dtype)
     config = files["config.json"]
@@ -128,12 +129,13 @@ def _settings(model: GPT, tokenizer: Tokenizer, meta: dict[str, Any], dtype: str
         "num_hidden_layers": shape.depth,
         "num_attention_heads": shape.n_head,
         "max_position_embeddings": shape.sequence_len,
-        "sliding_window": next(filter(None, windows), None),
+        "window": next(filter(None, windows), None),
         "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
         "value_embedding_layers": [i for i in range(shape.depth) if f"blocks.{i}.attn.value_embedding.weight" in names],
         "gka_rope": shape.gka.rope,
         "gka_include_self": shape.gka.include_self,
         "gka_normalize": shape.gka.normalize,
+        "plus": {name: value for name, value in asdict(shape.plus).items() if name not in NOT_EXPORTED},
         **ids,
     }
     unused = list(range(tokenizer.vocab_size, shape.vocab_size))  # rows of the head that no token belongs to

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gkachat.checkpoint import Saver, load_model, start_run
-from gkachat.config import ChatConfig, Config, GKAConfig, GPTConfig, TuningConfig
+from gkachat.config import ChatConfig, Config, GKAConfig, GPTConfig, PlusConfig, TuningConfig
 from gkachat.cost import account
 from gkachat.data.conversations import prompt, render
 from gkachat.engine import Engine
@@ -35,6 +35,14 @@ SHAPES = {
     "gka_rope": {"attention": "gka", "gka": GKAConfig(rope=True)},
     "gka_others": {"attention": "gka", "gka": GKAConfig(include_self=False)},
     "gka_normalize": {"attention": "gka", "gka": GKAConfig(normalize=True)},
+    "plus": {"attention": "gka_plus"},
+    "plus_embedded": {"attention": "gka_plus", "plus": PlusConfig(value_embeddings=True, taps=3)},
+    "plus_bare": {
+        "attention": "gka_plus",
+        "plus": PlusConfig(
+            conv_query=False, neighbour=False, normalize=False, token_bandwidth=False, key_weight=False, rope=False
+        ),
+    },
     "gka_all": {"attention": "gka", "gka": GKAConfig(rope=True, include_self=False, normalize=True)},
 }
 LENGTH, WINDOW = 200, 128  # so that short windows hide something
@@ -59,6 +67,8 @@ def make_run(directory, tokenizer, tuned=False, vocab_size=400, **shape):
     for name, p in model.named_parameters():
         if name.endswith(("c_proj.weight", "lm_head.weight")):
             torch.nn.init.normal_(p, std=0.3)
+        elif name.endswith(("bandwidth", "key_weight")) or ".conv_" in name:
+            p.data += 0.1 * torch.randn(p.shape)
         elif p.ndim == 1:  # bandwidths and scales
             p.data += 0.3 * torch.randn(p.shape)
     start_run(directory, config, tokenizer)
@@ -150,13 +160,16 @@ def test_padding_on_the_right_changes_no_logits(both):
 
 @torch.inference_mode()
 def test_a_gka_cache_is_one_tensor_a_layer_and_windows_bound_it(both):
-    _, theirs = both
+    ours, theirs = both
     cache = transformers.DynamicCache(config=theirs.config)
     theirs(some_tokens(), cache=cache)
     tensors = [(layer.keys, layer.values) for layer in cache.layers]
-    kept = [2 * 2 * 16 * n * 4 for n in (WINDOW - 1, WINDOW - 1, LENGTH)]  # rows, heads, channels, tokens, bytes
-    n_tensors = {"softmax": 2, "gka": 1}[theirs.config.attention]
-    assert [k.nbytes + v.nbytes for k, v in tensors] == [n_tensors * n for n in kept]
+    behind = ours.config.plus.taps - 1 if ours.config.attention == "gka_plus" else 0  # what convolutions reach back
+    kept = [2 * 2 * 16 * n * 4 for n in (*[WINDOW - 1 + behind] * 2, LENGTH)]  # rows, heads, channels, tokens, bytes
+    n_tensors = [2 if ours.config.attention == "softmax" else 1] * 3
+    if ours.config.attention == "gka_plus":  # what value embeddings add is kept beside the input
+        n_tensors = [1 + (block.attn.value_embedding is not None) for block in ours.blocks]
+    assert [k.nbytes + v.nbytes for k, v in tensors] == [a * b for a, b in zip(n_tensors, kept, strict=True)]
 
 
 def test_loss_and_gradients_are_those_of_gkachat(both):

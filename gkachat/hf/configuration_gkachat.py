@@ -2,19 +2,34 @@
 
 from transformers import PretrainedConfig
 
+PLUS = {  # gka_plus: what is added to gka, and tokens that are mixed
+    "conv_query": True,
+    "conv_key": True,
+    "conv_value": True,
+    "taps": 4,
+    "neighbour": True,
+    "normalize": True,
+    "token_bandwidth": True,
+    "key_weight": True,
+    "rope": True,
+}
+
 
 class GkachatConfig(PretrainedConfig):
     """A model of modeling_gkachat.py.
 
     Args:
-        attention: "softmax" or "gka" (Gaussian Kernel Attention, arXiv 2605.02144).
-        layer_types: of each layer "full_attention", or "sliding_attention": it sees `sliding_window` tokens, itself one
-            of them.
-        value_embedding_layers: softmax: layers that add a learned vector per token to the values.
+        attention: "softmax", "gka" (Gaussian Kernel Attention, arXiv 2605.02144) or "gka_plus" (the same with what PLUS
+            names).
+        window: tokens that layers of type "sliding_attention" see, a token itself one of them; others see all.
+        layer_types: of each layer "full_attention" or "sliding_attention".
+        value_embedding_layers: softmax, gka_plus: layers that add a learned vector per token to the values.
         gka_rope: gka: rotate what is compared by its position.
         gka_include_self: gka: a token is among its own keys.
         gka_normalize: gka: each head's channels are RMS-normalised before they are compared and averaged.
+        plus: gka_plus: those of PLUS that are different.
 
+    `sliding_window`, by which transformers sizes caches, follows: gka_plus's convolutions reach behind a window.
     Raises ValueError for an attention there is not, or as many layer_types as there are not layers.
     """
 
@@ -29,22 +44,25 @@ class GkachatConfig(PretrainedConfig):
         num_hidden_layers: int = 20,
         num_attention_heads: int = 10,
         max_position_embeddings: int = 2048,
-        sliding_window: int | None = None,
+        window: int | None = None,
         layer_types: list[str] | None = None,
         value_embedding_layers: list[int] | None = None,
         gka_rope: bool = False,
         gka_include_self: bool = True,
         gka_normalize: bool = False,
+        plus: dict | None = None,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
         **kwargs,
     ):
-        if attention not in ("softmax", "gka"):
-            raise ValueError(f"attention: given {attention!r}, expected 'softmax' or 'gka'")
+        if attention not in ("softmax", "gka", "gka_plus"):
+            raise ValueError(f"attention: given {attention!r}, expected 'softmax', 'gka' or 'gka_plus'")
         self.attention, self.vocab_size, self.hidden_size = attention, vocab_size, hidden_size
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.head_dim = hidden_size // num_attention_heads
-        self.max_position_embeddings, self.sliding_window = max_position_embeddings, sliding_window
+        self.max_position_embeddings, self.window = max_position_embeddings, window
+        self.plus = PLUS | (plus or {})
+        kwargs["sliding_window"] = window and window + (self.plus["taps"] - 1 if attention == "gka_plus" else 0)
         self.layer_types = list(layer_types or ["full_attention"] * num_hidden_layers)
         if len(self.layer_types) != num_hidden_layers:
             raise ValueError(f"layer_types: given {len(self.layer_types)}, expected {num_hidden_layers}")

@@ -2,9 +2,9 @@
 
 Pre-norm transformer with parameter-free RMSNorm, relu^2 MLP, an untied head with soft-capped logits, and two learned
 scalars a layer. Attention is softmax, or Gaussian Kernel Attention (arXiv 2605.02144), which has no query, key or value
-projections: the block input is compared, and averaged, as it is. Its cache is that input alone, kept as keys; the
-values are a tensor without channels. Shapes: B batch, T new tokens, S tokens seen, H heads, D head_dim, C channels.
-MIT License, the gkachat developers.
+projections: the block input is compared, and averaged, as it is, or in gka_plus after short convolutions over time. The
+cache of either is that input alone, kept as keys; the values are a tensor without channels.
+Shapes: B batch, T new tokens, S tokens seen, H heads, D head_dim, C channels. MIT License, the gkachat developers.
 """
 
 import math
@@ -68,15 +68,12 @@ class Places:
         return seen[None, None] if self.real is None else seen & self.real[:, None, None, -n_keys:]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | Tensor, norms: Tensor | None = None) -> Tensor:
-    """Softmax attention with scores scale (q.k - |k|^2 / 2), the latter with `norms` (B, H, S, 1) only.
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | Tensor, bias: float | Tensor = 0.0) -> Tensor:
+    """Softmax attention with scores scale q.k + bias; 0 for a token that sees nothing.
 
-    q (B, H, T, D), k and v (B, H, S, D); 0 for a token that sees nothing.
+    q (B, H, T, D), k and v (B, H, S, D), scale (.., T or 1, 1), bias (B, H, 1, S).
     """
-    scores = (q @ k.mT).float()
-    if norms is not None:
-        scores = scores - 0.5 * norms.mT
-    scores = (scores * scale).masked_fill(~seen, -torch.inf)
+    scores = ((q @ k.mT).float() * scale + bias).masked_fill(~seen, -torch.inf)
     highest = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weights = (scores - highest).exp()
     weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
@@ -84,35 +81,39 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | Tensor,
 
 
 class Attention(nn.Module):
-    """What both have in common: heads, a window, a place in the cache."""
+    """What all have in common: heads, a window, a place in the cache, on some layers gated value embeddings."""
 
     def __init__(self, config: GkachatConfig, index: int):
         super().__init__()
         self.config, self.index = config, index
-        self.window = config.sliding_window if config.layer_types[index] == "sliding_attention" else None
+        self.window = config.window if config.layer_types[index] == "sliding_attention" else None
         self.c_proj = Linear(config.hidden_size, config.hidden_size)
+        has_value_embedding = index in config.value_embedding_layers
+        self.value_embedding = nn.Embedding(config.vocab_size, config.hidden_size) if has_value_embedding else None
+        self.value_gate = Linear(GATE_CHANNELS, config.num_attention_heads) if has_value_embedding else None
 
     def heads(self, x_BTC: Tensor) -> Tensor:
         """(B, H, T, D)"""
         return x_BTC.unflatten(-1, (self.config.num_attention_heads, self.config.head_dim)).transpose(1, 2)
 
+    def embedded_values(self, x_BTC: Tensor, idx_BT: Tensor) -> Tensor:
+        """(B, H, T, D), what value embeddings add to the values."""
+        gate = 3 * torch.sigmoid(self.value_gate(x_BTC[..., :GATE_CHANNELS]))
+        return gate.mT[..., None] * self.heads(self.value_embedding(idx_BT))
+
 
 class SoftmaxAttention(Attention):
-    """Rotary positions, normalised queries and keys, and on some layers gated value embeddings."""
+    """Rotary positions, normalised queries and keys."""
 
     def __init__(self, config: GkachatConfig, index: int):
         super().__init__(config, index)
         C = config.hidden_size
         self.c_q, self.c_k, self.c_v = Linear(C, C), Linear(C, C), Linear(C, C)
-        has_value_embedding = index in config.value_embedding_layers
-        self.value_embedding = nn.Embedding(config.vocab_size, C) if has_value_embedding else None
-        self.value_gate = Linear(GATE_CHANNELS, config.num_attention_heads) if has_value_embedding else None
 
     def forward(self, x_BTC: Tensor, idx_BT: Tensor, places: Places, cache: DynamicCache | None) -> Tensor:
         q, k, v = (self.heads(project(x_BTC)) for project in (self.c_q, self.c_k, self.c_v))
         if self.value_embedding is not None:
-            gate = 3 * torch.sigmoid(self.value_gate(x_BTC[..., :GATE_CHANNELS]))
-            v = v + gate.mT[..., None] * self.heads(self.value_embedding(idx_BT))
+            v = v + self.embedded_values(x_BTC, idx_BT)
         q, k = (QK_SCALE * rms_norm(places.rotate(t)) for t in (q, k))
         if cache is not None:
             k, v = cache.update(k, v, self.index)
@@ -138,15 +139,69 @@ class GaussianKernelAttention(Attention):
             x = q = rms_norm(x)
         if cache is not None:
             x, _ = cache.update(x, x[..., :0], self.index)
-        keys, norms = x, x.float().square().sum(dim=-1, keepdim=True)  # a rotation leaves norms
+        scale = (-2 * self.log_sigma.float()).exp()[:, None, None]
+        keys, bias = x, -0.5 * scale * x.float().square().sum(dim=-1, keepdim=True).mT  # a rotation leaves norms
         if config.gka_rope:
             q, keys = places.rotate(q), places.rotate(x)
         seen = places.visible(x.size(2), self.window, config.gka_include_self)
+        return self.c_proj(attend(q, keys, x, seen, scale, bias).transpose(1, 2).flatten(2))
+
+
+class ShortConv(nn.Module):
+    """Each channel mixes its last `taps` tokens: y_t = sum_n w_n x_(t-n)."""
+
+    def __init__(self, taps: int, heads: int, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(taps, heads, head_dim))
+
+    def forward(self, x_BHSD: Tensor) -> Tensor:
+        S = x_BHSD.size(2)
+        return sum(F.pad(x_BHSD, (0, 0, n, 0))[:, :, :S] * weight[:, None] for n, weight in enumerate(self.weight))
+
+
+class GKAPlus(Attention):
+    """GKA whose queries, keys and values are short convolutions of the block input, for the former the next head's.
+
+    Scores are tau_i q_i.k_j / sigma^2 + b_j, with tau_i = exp(u.x_i), and b_j = w.x_j in the place of the last channel.
+    """
+
+    def __init__(self, config: GkachatConfig, index: int):
+        super().__init__(config, index)
+        plus, shape = config.plus, (config.num_attention_heads, config.head_dim)
+        self.conv_q, self.conv_k, self.conv_v = (
+            ShortConv(plus["taps"], *shape) if plus[name] else nn.Identity()
+            for name in ("conv_query", "conv_key", "conv_value")
+        )
+        self.log_sigma = nn.Parameter(torch.zeros(config.num_attention_heads))
+        self.bandwidth = nn.Parameter(torch.zeros(shape)) if plus["token_bandwidth"] else None
+        self.key_weight = nn.Parameter(torch.zeros(shape)) if plus["key_weight"] else None
+
+    def forward(self, x_BTC: Tensor, idx_BT: Tensor, places: Places, cache: DynamicCache | None) -> Tensor:
+        plus, new = self.config.plus, slice(-x_BTC.size(1), None)
+        x = self.heads(x_BTC)
+        if places.real is not None:  # to a convolution, nothing comes before the text
+            x = x.masked_fill(~places.real[:, None, new, None], 0)
+        embedded = x[..., :0] if self.value_embedding is None else self.embedded_values(x_BTC, idx_BT)
+        if cache is not None:
+            x, embedded = cache.update(x, embedded, self.index)
+        f = x.roll(-1, dims=1) if plus["neighbour"] else x
+        q, k, v = self.conv_q(f)[:, :, new], self.conv_k(f), self.conv_v(x)
+        v = v if self.value_embedding is None else v + embedded
+        q, k = (places.rotate(t) for t in (q, k)) if plus["rope"] else (q, k)
+        q, k = (rms_norm(t) for t in (q, k)) if plus["normalize"] else (q, k)
+        if self.key_weight is not None or not plus["normalize"]:
+            q, k = q[..., :-1], k[..., :-1]
         scale = (-2 * self.log_sigma.float()).exp()[:, None, None]
-        return self.c_proj(attend(q, keys, x, seen, scale, norms).transpose(1, 2).flatten(2))
+        bias = 0.0 if plus["normalize"] else -0.5 * scale * k.float().square().sum(dim=-1, keepdim=True).mT
+        if self.key_weight is not None:
+            bias = bias + (x * self.key_weight[:, None]).sum(dim=-1, keepdim=True).float().mT
+        if self.bandwidth is not None:
+            scale = scale * (x[:, :, new] * self.bandwidth[:, None]).sum(dim=-1, keepdim=True).float().exp()
+        seen = places.visible(k.size(2), self.window, True)
+        return self.c_proj(attend(q, k, v, seen, scale, bias).transpose(1, 2).flatten(2))
 
 
-ATTENTION = {"softmax": SoftmaxAttention, "gka": GaussianKernelAttention}
+ATTENTION = {"softmax": SoftmaxAttention, "gka": GaussianKernelAttention, "gka_plus": GKAPlus}
 
 
 class MLP(nn.Module):
