@@ -281,6 +281,8 @@ def load_optimizer(directory: Path, world_size: int) -> Iterator[tuple[str, Tens
 
 def load_tokenizer(run_dir: str | Path, meta: dict[str, Any]) -> Tokenizer:
     """The run's own tokenizer. Raises ValueError when it is not the one the checkpoint was trained with."""
+    if not meta["tokenizer_sha256"]:
+        raise ValueError(f"{run_dir}: given an image model, which has no tokenizer, expected a language model")
     tokenizer = Tokenizer.load(run_dir)
     if tokenizer.sha256 != meta["tokenizer_sha256"]:
         raise ValueError(f"{Path(run_dir) / 'tokenizer.json'} is not the tokenizer this checkpoint was trained with")

@@ -9,7 +9,7 @@ from conftest import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkachat.checkpoint import load_optimizer, open_checkpoint, step_dir
+from gkachat.checkpoint import load_model, load_optimizer, open_checkpoint, step_dir
 from gkachat.config import ConfigError, GKAConfig, ViTConfig
 from gkachat.config import VisionConfig as Config
 from gkachat.config_file import load_config
@@ -211,6 +211,8 @@ def test_a_run_learns_and_leaves_the_averaged_weights(attention, home):
     first, last = [record for record in read_metrics(run.run_dir) if record["kind"] == "eval"]
     assert first["val_top1"] < 0.25 and 0.2 < last["val_top1"] < last["val_top5"]
     assert last["val_loss"] < first["val_loss"] - 0.1
+    with pytest.raises(ValueError, match="given an image model, which has no tokenizer, expected a language model"):
+        load_model(run.run_dir)
     model, meta = load_vit(run.run_dir)
     for name, averaged in run.averaged.state_dict().items():
         assert torch.equal(model.state_dict()[name], averaged)
