@@ -173,16 +173,16 @@ class PlusConfig:
     key_delays: bool = True
     """Start the keys' mixing as a delay, by 1 token, 2 .. taps - 1, 1 .. from head to head, so that what is found is
     what followed a token like itself."""
-    neighbour: bool = True
-    """Compare by the next head's channels, while values are a head's own."""
     normalize: bool = True
     """RMS-normalise what is compared, head by head."""
-    token_bandwidth: bool = True
-    """Let each query have a bandwidth of its own, by exp(w.x)."""
-    key_weight: bool = True
-    """Add to the scores of each key a weight of its own, w.x."""
     rope: bool = True
     """Rotate what is compared by position."""
+    neighbour: bool = False
+    """Compare by the next head's channels, while values are a head's own."""
+    token_bandwidth: bool = False
+    """Let each query have a bandwidth of its own, by exp(w.x)."""
+    key_weight: bool = False
+    """Add to the scores of each key a weight of its own, w.x."""
     value_embeddings: bool = False
     """Add a learned vector per token to the values of every other layer, as softmax attention does: half as many
     parameters again at a laptop's size, and no FLOP."""

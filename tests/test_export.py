@@ -37,11 +37,10 @@ SHAPES = {
     "gka_normalize": {"attention": "gka", "gka": GKAConfig(normalize=True)},
     "plus": {"attention": "gka_plus"},
     "plus_embedded": {"attention": "gka_plus", "plus": PlusConfig(value_embeddings=True, taps=3)},
+    "plus_whole": {"attention": "gka_plus", "plus": PlusConfig(neighbour=True, token_bandwidth=True, key_weight=True)},
     "plus_bare": {
         "attention": "gka_plus",
-        "plus": PlusConfig(
-            conv_query=False, neighbour=False, normalize=False, token_bandwidth=False, key_weight=False, rope=False
-        ),
+        "plus": PlusConfig(conv_query=False, normalize=False, rope=False),
     },
     "gka_all": {"attention": "gka", "gka": GKAConfig(rope=True, include_self=False, normalize=True)},
 }

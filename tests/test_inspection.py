@@ -22,7 +22,8 @@ from scripts import cli
 from scripts.inspect import main
 
 SHAPE = {"depth": 2, "vocab_size": 512, "sequence_len": 256, "n_embd": 32, "head_dim": 16, "window_pattern": "SL"}
-BARE = {"conv_query": False, "conv_key": False, "token_bandwidth": False, "key_weight": False}
+BARE = {"conv_query": False, "conv_key": False}
+WHOLE = {"neighbour": True, "token_bandwidth": True, "key_weight": True}
 VARIANTS = {
     "softmax": {"attention": "softmax"},
     "softmax, convolved": {"attention": "softmax", "short_conv": True},
@@ -32,6 +33,7 @@ VARIANTS = {
     "gka, without self": {"attention": "gka", "gka": GKAConfig(include_self=False)},
     "gka_plus": {"attention": "gka_plus"},
     "gka_plus, not normalised": {"attention": "gka_plus", "plus": PlusConfig(normalize=False, rope=False)},
+    "gka_plus, whole": {"attention": "gka_plus", "plus": PlusConfig(**WHOLE)},
     "gka_plus, bare": {"attention": "gka_plus", "plus": PlusConfig(**BARE)},
     "gka_plus, bare, not normalised": {"attention": "gka_plus", "plus": PlusConfig(**BARE, normalize=False)},
 }

@@ -1,17 +1,18 @@
 """Gaussian Kernel Attention with what it lacks beside softmax attention, still without a projection.
 
-    f = the next head's channels          q = norm(rope(conv(f)))    k = norm(rope(conv(f)))    v = conv(x)
-    s_ij = tau_i q_i.k_j / sigma^2 + b_j,  tau_i = exp(u.x_i),  b_j = w.x_j
+    q = norm(rope(conv(x)))    k = norm(rope(conv(x)))    v = conv(x)    s_ij = q_i.k_j / sigma^2
 
-Of normalised features a Gaussian kernel's distance leaves the product; tau makes its bandwidth the query's own, b
-weighs the points, as in adaptive kernel regression (Silverman 1986, section 5.3). Published GKA finds tokens like
-itself. Here convolutions let a token be found by what came before it, and the keys' start as delays, by 1, 2, 3, 1, ..
-tokens from head to head: what is found is what followed a token like itself, the step of an induction head (arXiv
-2209.11895), from the first training step on. All of it is 14 C numbers a layer, no C x C matrix. Value embeddings, as
-softmax attention has them, can be had besides: parameters that are looked up.
+Of normalised features a Gaussian kernel's distance leaves the product. Published GKA finds tokens like itself. Here
+convolutions let a token be found by what came before it, and the keys' start as delays, by 1, 2, 3, 1, .. tokens from
+head to head: what is found is what followed a token like itself, the step of an induction head (arXiv 2209.11895), from
+the first training step on. All of it is 12 C numbers a layer, no C x C matrix.
 
-The key's weight takes the last of its channels, and the query's is 1: any softmax attention kernel then does. Without
-normalisation the norm's part of the distance, -|k|^2 / (2 sigma^2), goes there too.
+What was tried besides can be had, though a laptop's runs gain nothing by it (docs/experiments.md): features of the next
+head's channels; adaptive kernel regression (Silverman 1986, section 5.3), where a query's bandwidth is its own, by
+tau_i = exp(u.x_i), and points have weights b_j = w.x_j, so that s_ij = tau_i q_i.k_j / sigma^2 + b_j. A key's weight
+takes the last of its channels, and the query's is 1: any softmax attention kernel then does. Without normalisation the
+norm's part of the distance, -|k|^2 / (2 sigma^2), goes there too. Value embeddings, as softmax attention has them, are
+parameters that are looked up.
 Axes: B batch, T time, H heads, D head_dim, C channels.
 """
 

@@ -7,10 +7,10 @@ PLUS = {  # gka_plus: what is added to gka, and tokens that are mixed
     "conv_key": True,
     "conv_value": True,
     "taps": 4,
-    "neighbour": True,
+    "neighbour": False,
     "normalize": True,
-    "token_bandwidth": True,
-    "key_weight": True,
+    "token_bandwidth": False,
+    "key_weight": False,
     "rope": True,
 }
 

@@ -19,7 +19,10 @@ VARIANTS = {
     "gka_plus": {"attention": "gka_plus"},
     "gka_plus of two taps": {"attention": "gka_plus", "plus": PlusConfig(taps=2)},
     "gka_plus as it is": {"attention": "gka_plus", "plus": PlusConfig(normalize=False, rope=False, conv_value=False)},
-    "gka_plus with value embeddings": {"attention": "gka_plus", "plus": PlusConfig(value_embeddings=True)},
+    "gka_plus whole": {
+        "attention": "gka_plus",
+        "plus": PlusConfig(neighbour=True, token_bandwidth=True, key_weight=True, value_embeddings=True),
+    },
     "softmax short_conv": {"attention": "softmax", "short_conv": True},
 }
 MODELS = {}
