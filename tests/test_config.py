@@ -63,9 +63,9 @@ def test_a_shipped_config_loads_and_round_trips(path, toml):
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path not in SHIPPED], ids=lambda path: path.stem)
-def test_a_shipped_sweep_plans_both_attentions_at_widths_that_follow_depth(path):
+def test_a_shipped_sweep_plans_attentions_at_widths_that_follow_depth(path):
     shapes = [run.config.model for run in load_sweep(path).runs]
-    assert {shape.attention for shape in shapes} == {"softmax", "gka"}
+    assert {shape.attention for shape in shapes} >= {"softmax", "gka"}
     assert len({shape.depth for shape in shapes}) >= 3
     assert all(shape.n_embd == 64 * shape.depth for shape in shapes)
 
