@@ -117,6 +117,6 @@ def test_activations_grow_with_rows_and_are_those_a_real_forward_keeps():
 def test_what_gka_plus_adds_is_counted():
     plain, plus, C = D20["gka"], D20["gka_plus"], 1280
     added = plus["params"]["total"] - plain["params"]["total"]
-    assert added == 14 * C * 20  # three convolutions of 4 taps, two vectors a head
+    assert added == 12 * C * 20  # three convolutions of 4 taps
     assert plus["flops_per_token"] - plain["flops_per_token"] == 6 * added
     assert D20["ratios"]["gka"] == D20["ratio"] and D20["ratios"]["gka_plus"]["params"] < 0.424
