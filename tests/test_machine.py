@@ -1,6 +1,8 @@
 """Devices, dtypes and how results name them."""
 
+import platform
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -34,3 +36,24 @@ def test_the_commit_is_the_one_checked_out(tmp_path, monkeypatch):
 
 def test_memory_in_use_is_plausible():
     assert 50 * 2**20 < peak_memory(torch.device("cpu")) < 2**40
+
+
+STEPS = """
+import resource, torch
+{ready}
+x, w = torch.randn(2048, 192), torch.randn(192, 4096, requires_grad=True)
+for step in range(12):
+    if step == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    (x @ w).relu().square().mean().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
+def test_steps_on_a_cpu_work_in_memory_that_is_there():
+    def faults(ready):
+        command = [sys.executable, "-c", STEPS.format(ready=ready)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("from gkachat.machine import pick_device; pick_device('cpu')") < faults("") / 3

@@ -67,8 +67,29 @@ def apply_rope(x_BTHD: Tensor, rope: Rope | None) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same with tables that broadcast against half of x."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
+    return _Rotation.apply(x, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """One product over all of x and one over each half, where autograd makes four and joins halves, both ways."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(dy, *ctx.saved_tensors, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
+    """By the angles (way 1) or back (-1)."""
+    y = x * torch.cat((cos, cos), dim=-1)
+    (a, b), (y_a, y_b) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    y_a.addcmul_(b, sin, value=way)
+    y_b.addcmul_(a, sin, value=-way)
+    return cast(y, x.dtype)
 
 
 class ShortConv(nn.Module):

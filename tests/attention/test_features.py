@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gkachat.attention.features import apply_rope, rms_norm, rope_table
+from gkachat.attention.features import apply_rope, rms_norm, rope_at, rope_table, rotate
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -31,6 +31,24 @@ def test_rms_norm_keeps_nothing_in_float32_but_a_number_a_row():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         rms_norm(x)
     assert sorted((t.numel(), t.dtype) for t in kept) == [(4, torch.float32), (64, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows_of_their_own", [False, True])
+def test_rotation_turns_pairs_of_channels_with_its_gradient(dtype, rows_of_their_own):
+    x, dy = torch.randn(2, 5, 3, 8).to(dtype).requires_grad_(), torch.randn(2, 5, 3, 8).to(dtype)
+    positions = torch.tensor([[3, 4, 5, 6, 7], [0, 1, 2, 9, 11]]) if rows_of_their_own else torch.arange(5)
+    cos, sin = (table.unsqueeze(-2) for table in rope_at(positions, 8))
+    exact, turn = x.detach().double().requires_grad_(), torch.complex(cos.double(), -sin.double())
+    pairs = torch.complex(*exact.chunk(2, dim=-1)) * turn
+    expected = torch.cat((pairs.real, pairs.imag), dim=-1)
+    got = rotate(x, cos, sin)
+    for a, b in (
+        (got, expected),
+        (torch.autograd.grad(got, x, dy)[0], torch.autograd.grad(expected, exact, dy.double())[0]),
+    ):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=16 * torch.finfo(dtype).eps)
 
 
 def test_rotation_keeps_norms_and_depends_on_distance_alone():
