@@ -77,15 +77,15 @@ class Cache:
             self.windows = [window or config.sequence_len for window in self.windows]
         self.recent, self.taps = recent
 
-        def buffer(width: int, window: int | None) -> Tensor:
-            slots = min(length, window + block - 1) if window else length
+        def buffer(width: int, slots: int) -> Tensor:
             kind = torch.float32 if width == 1 else dtype
             return torch.zeros(rows, config.n_head, slots, width, dtype=kind, device=device)
 
+        few = length if block >= length else min(length, self.taps)  # all that is read at once: texts may end anywhere
         self.layers = [
             [
-                *(buffer(width, window) for width in widths),
-                *(buffer(config.head_dim, self.taps) for _ in range(self.recent)),
+                *(buffer(width, min(length, window + block - 1) if window else length) for width in widths),
+                *(buffer(config.head_dim, few) for _ in range(self.recent)),
             ]
             for window in self.windows
         ]
@@ -132,23 +132,22 @@ class Step:
             self._ropes[span.key] = rope_at(span.positions[:, None], head_dim)
         return self._ropes[span.key]
 
-    def look_back(self, *new: Tensor) -> list[list[Tensor]]:
-        """Keep the next layer's recent tensors, each (B, T, H, D); of each what it is, and was 1 to taps - 1 tokens
-        before, 0 before the text. Comes before `extend`."""
+    def look_back(self, *new: Tensor) -> list[Tensor]:
+        """Keep the next layer's recent tensors, each (B, T, H, D), and give each with the taps - 1 tokens before it,
+        (B, taps - 1 + T, H, D), 0 before the text. Comes before `extend`."""
         cache, found = self.cache, []
+        before = self.positions[:, :1] + torch.arange(1 - cache.taps, 0, device=cache.device)
         for number, tensor in enumerate(new, -len(new)):
             buffer = cache.layers[self.index][number]
-            buffer[self._rows, :, (self.positions - cache.first) % buffer.size(2)] = tensor
-            past = [tensor]
-            for n in range(1, cache.taps):
-                at = self.positions - n
-                value = buffer[self._rows, :, (at - cache.first) % buffer.size(2)]
-                if (prefix := cache.prefix) is not None:
-                    shared = prefix.layers[self.index][number]
-                    before = shared[0].transpose(0, 1)[(at - prefix.first) % shared.size(2)]
-                    value = torch.where((at >= cache.first)[..., None, None], value, before)
-                past.append(value * (at >= 0)[..., None, None])
-            found.append(past)
+            slots = buffer.size(2)
+            past = buffer[self._rows, :, (before - cache.first) % slots]
+            if (prefix := cache.prefix) is not None:
+                shared = prefix.layers[self.index][number]
+                shared = shared[0].transpose(0, 1)[(before - prefix.first) % shared.size(2)]
+                past = torch.where((before >= cache.first)[..., None, None], past, shared)
+            found.append(torch.cat((past * (before >= 0)[..., None, None], tensor), dim=1))
+            at = (self.positions[:, -slots:] - cache.first) % slots
+            buffer[self._rows, :, at] = tensor[:, -slots:]
         return found
 
     def extend(self, *new: Tensor) -> list[Span]:

@@ -108,22 +108,27 @@ class ShortConv(nn.Module):
     def forward(self, x_BTHD: Tensor) -> Tensor:
         return _ShortConv.apply(x_BTHD, self.weight.to(x_BTHD.dtype))
 
-    def of(self, past: Sequence[Tensor]) -> Tensor:
-        """The same where x_(t-n) is past[n]."""
-        y = past[0] * self.weight[0].to(past[0].dtype)
-        for x, weight in zip(past[1:], self.weight[1:], strict=True):
-            y = y + x * weight.to(x.dtype)
+    def of(self, x_BTHD: Tensor) -> Tensor:
+        """The same of all but the first taps - 1 tokens, which come before."""
+        weight, last = self.weight.to(x_BTHD.dtype), len(self.weight) - 1
+        y = x_BTHD[:, last:] * weight[0]
+        for n in range(1, last + 1):
+            y = y.addcmul(x_BTHD[:, last - n : -n], weight[n])
         return y
 
 
 class NoConv(nn.Module):
     """In place of one."""
 
+    def __init__(self, taps: int):
+        super().__init__()
+        self.taps = taps
+
     def forward(self, x_BTHD: Tensor) -> Tensor:
         return x_BTHD
 
-    def of(self, past: Sequence[Tensor]) -> Tensor:
-        return past[0]
+    def of(self, x_BTHD: Tensor) -> Tensor:
+        return x_BTHD[:, self.taps - 1 :]
 
 
 class _ShortConv(torch.autograd.Function):

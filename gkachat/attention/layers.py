@@ -41,7 +41,7 @@ class SoftmaxAttention(ValueEmbeddings):
         self.config, self.window = config, config.window(index)
         self.c_q, self.c_k, self.c_v, self.c_proj = (Linear(C, C) for _ in range(4))
         self.convs = nn.ModuleList(
-            ShortConv(config.n_head, config.head_dim, TAPS) if config.short_conv else NoConv() for _ in range(3)
+            ShortConv(config.n_head, config.head_dim, TAPS) if config.short_conv else NoConv(1) for _ in range(3)
         )
 
     @property
@@ -101,8 +101,8 @@ class SoftmaxAttention(ValueEmbeddings):
 
     def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
         projected = self._projected(x_BTC)
-        past = step.look_back(*projected) if self.config.short_conv else [[t] for t in projected]
-        convolved = [conv.of(tensors) for conv, tensors in zip(self.convs, past, strict=True)]
+        recent = step.look_back(*projected) if self.config.short_conv else projected
+        convolved = [conv.of(t) for conv, t in zip(self.convs, recent, strict=True)]
         q, k, v = self._compared(*convolved, x_BTC, idx_BT, rope)
         seen = [Keys(*span.tensors, span.mask) for span in step.extend(k, v)]
         return self.c_proj(self.decoding.attend(q, seen, self.config.head_dim**-0.5).flatten(2))

@@ -41,7 +41,7 @@ class GKAPlus(ValueEmbeddings):
         self.config, self.window, plus = config, config.window(index), config.plus
         H, D = config.n_head, config.head_dim
         self.conv_q, self.conv_k, self.conv_v = (
-            ShortConv(H, D, plus.taps) if wanted else NoConv()
+            ShortConv(H, D, plus.taps) if wanted else NoConv(plus.taps)
             for wanted in (plus.conv_query, plus.conv_key, plus.conv_value)
         )
         self.log_sigma = nn.Parameter(torch.empty(H))
@@ -131,10 +131,11 @@ class GKAPlus(ValueEmbeddings):
         return self._compared(x, f, self.conv_k(f), rope)[1], v, x
 
     def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
-        [past] = step.look_back(self._heads(x_BTC))
-        neighbours = [self._neighbour(x) for x in past]
-        q, k = self._compared(past[0], self.conv_q.of(neighbours), self.conv_k.of(neighbours), rope)
-        v = self.add_value_embedding(self.conv_v.of(past), x_BTC, idx_BT)
+        x = self._heads(x_BTC)
+        [recent] = step.look_back(x)
+        f = self._neighbour(recent)
+        q, k = self._compared(x, self.conv_q.of(f), self.conv_k.of(f), rope)
+        v = self.add_value_embedding(self.conv_v.of(recent), x_BTC, idx_BT)
         seen = [Keys(*span.tensors, span.mask) for span in step.extend(k, v)]
         return self.c_proj(self.decoding.attend(q, seen, 1.0).flatten(2))
 

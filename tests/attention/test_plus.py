@@ -106,8 +106,7 @@ def test_a_convolution_starts_as_a_delay_and_has_the_right_gradients(length):
     for head, delay in enumerate((1, 3)):
         assert torch.equal(conv(x)[:, :, head], F.pad(x, (0, 0, 0, 0, delay, 0))[:, :length, head])
     torch.nn.init.normal_(conv.weight)
-    past = [F.pad(x, (0, 0, 0, 0, n, 0))[:, :length] for n in range(4)]
-    torch.testing.assert_close(conv(x), conv.of(past), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(conv(x), conv.of(F.pad(x, (0, 0, 0, 0, 3, 0))), rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(_ShortConv.apply, (x, conv.weight))
 
 
