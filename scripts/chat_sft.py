@@ -32,13 +32,12 @@ def main() -> None:
     from gkachat.train.trainer import Start, Trainer
 
     base_dir = find_run(base)
-    directory, meta = open_checkpoint(base_dir, None, MODEL)
-    tokenizer = load_tokenizer(base_dir, meta)
     try:
         config = load_config(base_dir / "config.toml", args, TuningConfig, partial(recipe.tuning, base=base_dir.name))
     except ConfigError as error:
         raise ConfigError([f"options: {error}"]) from None
-    T = config.model.sequence_len
+    directory, meta = open_checkpoint(base_dir, None, MODEL)
+    tokenizer, T = load_tokenizer(base_dir, meta), config.model.sequence_len
     found = conversations(config.chat, config.run.seed, recipe.facts_of(config.model))
     tokenized = tokenize(found, tokenizer, T, config.chat.val_fraction)
     rows = {name: count_rows(split.documents.length, T) for name, split in tokenized.splits.items()}
