@@ -369,9 +369,10 @@ def draw(results: dict[str, Any]) -> Any:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:.2f}")
         axis.yaxis.set_minor_formatter("{x:.2f}")
-        ends = np.array([min(one[x] for one in fitted), max(one[x] for one in fitted)], dtype=float)
         for series, fits in results["fits"].items():
             if fits[x]:
+                own = [one[x] for one in fitted if one["series"] == series]
+                ends = np.array([min(own), max(own)], dtype=float)
                 law = fits[x]["a"] * ends ** -fits[x]["b"]
                 axis.plot(ends, law, color=colors[series], label=f"exponent {-fits[x]['b']:.3f}")
         axis.legend()
@@ -384,6 +385,7 @@ def draw(results: dict[str, Any]) -> Any:
             color = f"{0.8 * (1 - row['depth'] / deepest):.2f}"  # the deeper, the darker
             axis.plot(range(1, len(row["sigma"]) + 1), row["sigma"], "-o", color=color, markersize=3)
         axis.set(xlabel="layer", ylabel="bandwidth, median of heads", title="the deeper the model, the darker")
+        axis.set_yscale("log")  # a published GKA layer that averages all tokens lets it grow without end
         axis.set_xticks(range(1, deepest + 1))
     for budget in budgets:
         axis = next(axes)
