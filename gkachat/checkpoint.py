@@ -30,8 +30,8 @@ from torch import Tensor
 from gkachat.config import Config, ConfigError, DataConfig, GPTConfig, TokenizerConfig, home
 from gkachat.config_file import build, to_toml
 from gkachat.files import flush, read_json, sha256, write_text
-from gkachat.gpt import GPT
 from gkachat.machine import commit
+from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
 
 MODEL, META, CHECKPOINTS = "model.safetensors", "meta.json", "checkpoints"

@@ -1,7 +1,7 @@
 """Every option there is, one dataclass per concern; config_file.py makes them of TOML and command lines.
 
 A field whose default is None is derived: the model's from `depth` right here, the recipe's (horizon, batch, learning
-rates, weight decay) from the counted model in `train/recipe.py`. Setting it by hand switches the derivation off.
+rates, weight decay) from the counted model in `train/schedule.py`. Setting it by hand switches the derivation off.
 All problems of a section are found in one pass and raised as one `ConfigError`, each naming its field.
 """
 

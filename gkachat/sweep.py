@@ -25,14 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from gkachat.bench import table
+from gkachat.benchmark import table
 from gkachat.checkpoint import checkpoint_steps
 from gkachat.config import Config, ConfigError, home, is_plain
 from gkachat.config_file import load_config, read_toml
-from gkachat.cost import account
 from gkachat.eval.compare import read_run
 from gkachat.files import atomic_write, write_text
-from gkachat.train.recipe import n_steps, resolve
+from gkachat.model.stats import model_stats
+from gkachat.train.schedule import n_steps, resolve
 
 FIELDS = {"name": str, "base": str, "flops": list, "grid": dict, "set": dict}
 SHORT = {"model.depth": "d", "run.seed": "s", "model.attention": "", "train.protocol": ""}  # in a run's name
@@ -61,7 +61,7 @@ class Run:
     @property
     def flops(self) -> int:
         tokens = n_steps(self.config) * self.config.train.total_batch_size
-        return tokens * account(self.config.model).flops_per_token
+        return tokens * model_stats(self.config.model).flops_per_token
 
     @property
     def series(self) -> str:
@@ -192,7 +192,7 @@ def _resolve(config: Config, budget: float | None) -> Config:
     """With the horizon that takes so many FLOPs, if given."""
     if budget is None:
         return resolve(config)
-    tokens = max(1, round(budget / account(config.model).flops_per_token))
+    tokens = max(1, round(budget / model_stats(config.model).flops_per_token))
     config = resolve(dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens)))
     step = config.train.total_batch_size
     if tokens < step:

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from gkachat import distributed
 from gkachat.checkpoint import find_run, load_model, tokens_dir
 from gkachat.data.loader import val_batches
 from gkachat.data.shards import Split, read_manifest
@@ -22,10 +21,11 @@ from gkachat.eval.compare import EVAL_FILE
 from gkachat.eval.core import evaluate_core
 from gkachat.eval.report import DIRECTORY, Score, write_report
 from gkachat.files import read_json, write_text
-from gkachat.gpt import GPT
-from gkachat.inference import for_inference
+from gkachat.inference.quantize import for_inference
 from gkachat.machine import commit, pick_device, pick_dtype
+from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
+from gkachat.train import distributed
 from scripts.cli import run
 
 ROWS = 4  # that go through a device at a time; training's own number may be too many for this one

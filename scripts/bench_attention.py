@@ -16,7 +16,7 @@ from gkachat.attention.backends import gka_backend, softmax_backend
 from gkachat.attention.features import rms_norm, rope_table
 from gkachat.attention.fused import visible
 from gkachat.attention.layers import ATTENTION
-from gkachat.bench import contest, measured_peaks, publish, table
+from gkachat.benchmark import benchmark, measured_peaks, publish, table
 from gkachat.config import GKAConfig, GPTConfig
 from scripts.cli import benchmark_parser, parse_benchmark, positive, run
 
@@ -115,7 +115,7 @@ def measure(level: str, shape, window: int | None, device, dtype, peaks, compile
     for name, (function, inputs) in found.items():
         forward, both = passes(function, inputs, compiled and "naive" not in name)
         contestants |= {(name, "forward"): forward, (name, "both"): both}
-    timings = contest(contestants, device, rounds)
+    timings = benchmark(contestants, device, rounds)
     baseline = next(iter(found))
     rows = []
     for name in found:

@@ -10,13 +10,13 @@ from functools import partial
 import torch
 
 from gkachat.attention.cache import Cache
-from gkachat.bench import contest, measured_peaks, publish, table
+from gkachat.benchmark import benchmark, measured_peaks, publish, table
 from gkachat.config import GPTConfig
-from gkachat.decoder import Decoder
-from gkachat.engine import BLOCK
-from gkachat.gpt import GPT
-from gkachat.inference import for_inference
-from gkachat.sampling import Sampling
+from gkachat.inference.decoder import Decoder
+from gkachat.inference.engine import BLOCK
+from gkachat.inference.quantize import for_inference
+from gkachat.inference.sampling import Sampling
+from gkachat.model.gpt import GPT
 from scripts.cli import benchmark_parser, parse_benchmark, positive, run
 
 
@@ -56,7 +56,7 @@ def measure(
         contestants[name, "prefill"] = partial(filled, model, idx[:1], 1)
         if batch == 1:
             contestants[name, "no cache"] = lambda model=model: model(idx)[:, -1].argmax(dim=-1).tolist()
-    timings = contest(contestants, device, rounds)
+    timings = benchmark(contestants, device, rounds)
     rows = []
     for name, model in models.items():
         step = timings[name, "step"]

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import torch
 
-from gkachat.bench import contest, measured_peaks, publish, table
+from gkachat.benchmark import benchmark, measured_peaks, publish, table
 from gkachat.config import Config, GKAConfig, GPTConfig
-from gkachat.cost import account
-from gkachat.gpt import GPT
 from gkachat.machine import device_name, peak_flops
+from gkachat.model.gpt import GPT
+from gkachat.model.stats import model_stats
 from gkachat.train.optim import Optimizers
-from gkachat.train.recipe import resolve
+from gkachat.train.schedule import resolve
 from scripts.cli import benchmark_parser, parse_benchmark, positive, run
 
 VARIANTS = {
@@ -71,7 +71,7 @@ def main() -> None:
     for name, model in models.items():
         for why, layers in model.backends().items():
             print(f"{name}, layers {', '.join(map(str, layers))}: {why}")
-    timings = contest(steps, device, options.rounds)
+    timings = benchmark(steps, device, options.rounds)
     flops_per_second, _ = measured_peaks(device, dtype)
     peak = peak_flops(device_name(device)) or flops_per_second
     rows = []
@@ -82,7 +82,7 @@ def main() -> None:
                 "name": name, "step_ms": 1e3 * timing.median, "low_ms": 1e3 * timing.low, "high_ms": 1e3 * timing.high,
                 "tokens_per_second": tokens / timing.median,
                 "speed_over_softmax": timings["softmax"].median / timing.median,
-                "mfu": tokens / timing.median * account(configs[name]).flops_per_token / peak,
+                "mfu": tokens / timing.median * model_stats(configs[name]).flops_per_token / peak,
                 "peak_mib": timing.peak_bytes and timing.peak_bytes / 2**20, "backends": models[name].backends(),
             }
         )  # fmt: skip

@@ -22,11 +22,11 @@ import tyro
 from gkachat.checkpoint import CHECKPOINTS, find_run, load_model
 from gkachat.config import home
 from gkachat.data.conversations import Messages, check, prompt
-from gkachat.engine import Engine, Piece, Request
 from gkachat.files import write_text
-from gkachat.inference import for_inference
+from gkachat.inference.engine import Engine, Piece, Request
+from gkachat.inference.quantize import for_inference
+from gkachat.inference.sampling import Sampling
 from gkachat.machine import pick_device, pick_dtype
-from gkachat.sampling import Sampling
 from scripts.cli import run
 
 HELP = """An empty line lets a run that was not tuned go on; Ctrl-C stops an answer.

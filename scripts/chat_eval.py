@@ -12,7 +12,7 @@ import tyro
 from gkachat.checkpoint import find_run, load_model
 from gkachat.eval.chat import TASKS, evaluate_chat
 from gkachat.eval.report import Score, write_report
-from gkachat.inference import for_inference
+from gkachat.inference.quantize import for_inference
 from gkachat.machine import pick_device, pick_dtype
 from scripts.cli import run
 

@@ -28,17 +28,17 @@ def main() -> None:
     from gkachat.checkpoint import MODEL, find_run, load_tokenizer, load_weights, open_checkpoint  # torch takes seconds
     from gkachat.data.conversations import conversations, tokenize
     from gkachat.data.loader import count_rows
-    from gkachat.train import recipe
+    from gkachat.train import schedule
     from gkachat.train.trainer import Start, Trainer
 
     base_dir = find_run(base)
     try:
-        config = load_config(base_dir / "config.toml", args, TuningConfig, partial(recipe.tuning, base=base_dir.name))
+        config = load_config(base_dir / "config.toml", args, TuningConfig, partial(schedule.tuning, base=base_dir.name))
     except ConfigError as error:
         raise ConfigError([f"options: {error}"]) from None
     directory, meta = open_checkpoint(base_dir, None, MODEL)
     tokenizer, T = load_tokenizer(base_dir, meta), config.model.sequence_len
-    found = conversations(config.chat, config.run.seed, recipe.facts_of(config.model))
+    found = conversations(config.chat, config.run.seed, schedule.facts_of(config.model))
     tokenized = tokenize(found, tokenizer, T, config.chat.val_fraction)
     rows = {name: count_rows(split.documents.length, T) for name, split in tokenized.splits.items()}
     if config.train.total_tokens is None:

@@ -12,20 +12,20 @@ from typing import Annotated
 
 import tyro
 
-from gkachat.bench import table
+from gkachat.benchmark import table
 from gkachat.config import GPTConfig
 from gkachat.config_file import load_config
-from gkachat.cost import (
+from gkachat.machine import peak_flops
+from gkachat.model.stats import (
     PROTOCOLS,
     PUBLISHED_FLOPS_RATIO,
     PUBLISHED_PARAMS_RATIO,
-    account,
     activation_bytes,
     compare_accounts,
+    model_stats,
     state_bytes,
 )
-from gkachat.machine import peak_flops
-from gkachat.train.recipe import n_steps, resolve
+from gkachat.train.schedule import n_steps, resolve
 from scripts.cli import run
 
 ASSUMED_MFU = 0.4  # for the hours of a plan: an assumption, not a measurement
@@ -73,7 +73,7 @@ def training_plan(config: str | None, overrides: list[str], depths: Sequence[int
     rows = []
     for depth, attention in itertools.product(depths, ("softmax", "gka")):
         one = resolve(load_config(config, [*overrides, f"--model.depth={depth}", f"--model.attention={attention}"]))
-        counted, train = account(one.model), one.train
+        counted, train = model_stats(one.model), one.train
         flops = counted.flops_per_token * train.total_tokens
         a_row = activation_bytes(one.model, 2) - activation_bytes(one.model, 1)
         rows.append(

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 
-from gkachat.bench import table
+from gkachat.benchmark import table
 from gkachat.config import Config
 from gkachat.config_file import load_config
 from scripts.cli import print_help, run
@@ -27,17 +27,17 @@ def estimate(config: Config) -> dict:
     """Time steps on random tokens, with the run's model, optimizers and batch of a device."""
     import torch
 
-    from gkachat.cost import account
-    from gkachat.distributed import World
-    from gkachat.gpt import GPT
     from gkachat.machine import pick_device
+    from gkachat.model.gpt import GPT
+    from gkachat.model.stats import model_stats
+    from gkachat.train.distributed import World
     from gkachat.train.learner import Learner
     from gkachat.train.metrics import Phases
-    from gkachat.train.recipe import n_steps, resolve
+    from gkachat.train.schedule import n_steps, resolve
 
     config, device = resolve(config), pick_device(config.run.device)
     model, train = config.model, config.train
-    rows, counted = train.total_batch_size // model.sequence_len, account(model)
+    rows, counted = train.total_batch_size // model.sequence_len, model_stats(model)
     learner = Learner(config, GPT, rows, device, World(), Phases())
     of_a_pass = min(learner.device_batch_size, rows)
     idx = torch.randint(model.vocab_size, (2 * of_a_pass, model.sequence_len))

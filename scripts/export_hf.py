@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from gkachat.checkpoint import find_run
-from gkachat.export import export
+from gkachat.hf.export import export
 from scripts.cli import run
 
 

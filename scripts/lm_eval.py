@@ -10,7 +10,7 @@ import tyro
 
 from gkachat.checkpoint import find_run, load_model
 from gkachat.eval.report import write_report
-from gkachat.inference import for_inference
+from gkachat.inference.quantize import for_inference
 from gkachat.machine import pick_device, pick_dtype
 from scripts.cli import run
 

@@ -61,7 +61,7 @@ def main() -> int:
         raise ValueError("given no sweep file, expected one, as in python -m scripts.sweep configs/sweep_depth.toml")
     import torch  # takes seconds, --help should not
 
-    from gkachat.bench import facts
+    from gkachat.benchmark import facts
     from gkachat.machine import pick_device
     from gkachat.sweep import Run, load_sweep, write_sweep
     from gkachat.train.metrics import duration

@@ -13,7 +13,7 @@ import tyro
 from gkachat import checkpoint
 from gkachat.config import Config, VisionConfig
 from gkachat.config_file import load_config, read_toml
-from gkachat.vit import load_vit
+from gkachat.model.vit import load_vit
 from scripts.cli import run
 
 

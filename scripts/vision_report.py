@@ -34,11 +34,11 @@ def main() -> None:
     options = parser.parse_args()
     import torch  # takes seconds
 
-    from gkachat.bench import publish, table
+    from gkachat.benchmark import publish, table
     from gkachat.checkpoint import find_run, model_config, open_checkpoint
     from gkachat.config import ViTConfig
+    from gkachat.model.vit import model_stats
     from gkachat.train.metrics import read_metrics
-    from gkachat.vit import account
 
     found: dict[ViTConfig, list[dict]] = defaultdict(list)
     for name in options.runs:
@@ -53,7 +53,7 @@ def main() -> None:
         found[model_config(meta, ViTConfig)].append(figures)
     rows: list[dict] = []
     for config, runs in found.items():
-        counted, top1, T = account(config), [r["val_top1"] for r in runs], config.sequence_len
+        counted, top1, T = model_stats(config), [r["val_top1"] for r in runs], config.sequence_len
         row = {"attention": config.attention, "params": counted.params["total"], "top1": statistics.mean(top1)}
         row |= {"spread": statistics.stdev(top1) if len(top1) > 1 else None, "low": min(top1), "high": max(top1)}
         row |= {"loss": statistics.mean(r["val_loss"] for r in runs), "flops_per_image": counted.flops_per_token * T}

@@ -61,7 +61,7 @@ def untrained_run(home, name, tokenizer, **shape):
     """A run whose only checkpoint is of a model as it starts."""
     from gkachat.checkpoint import Saver, start_run
     from gkachat.config import Config, GPTConfig
-    from gkachat.gpt import GPT
+    from gkachat.model.gpt import GPT
 
     shape = {"depth": 1, "sequence_len": 64, "n_embd": 32, "head_dim": 16, **shape}
     config = Config(model=GPTConfig(vocab_size=tokenizer.vocab_size, **shape))

@@ -19,11 +19,11 @@ import gkachat.checkpoint
 from gkachat.attention.layers import ATTENTION, register
 from gkachat.config import ATTENTIONS, Config, ConfigError, GPTConfig, TuningConfig
 from gkachat.config_file import load_config, to_toml
-from gkachat.cost import account
-from gkachat.engine import Engine
-from gkachat.gpt import GPT
+from gkachat.inference.engine import Engine
+from gkachat.model.gpt import GPT
+from gkachat.model.stats import model_stats
 from gkachat.train.optim import Optimizers
-from gkachat.train.recipe import resolve
+from gkachat.train.schedule import resolve
 from scripts.cli import config_from_args
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "configs" / "README.md"]
@@ -219,8 +219,8 @@ def test_a_wrong_link_or_path_on_a_page_is_found(said):
 def test_a_wrong_option_or_import_in_the_text_is_found(run_dir):
     text = "`--train.protocl paper` and `--section.field value`, `--run.fp8 true`\n"
     assert [problem.split(":")[0] for problem in wrong_commands(text, run_dir)] == ["--train.protocl"]
-    text = "```python\nfrom gkachat.gpt import GTP, GPT\n```\n"
-    assert list(wrong_imports(text)) == ["gkachat.gpt.GTP: no such name"]
+    text = "```python\nfrom gkachat.model.gpt import GTP, GPT\n```\n"
+    assert list(wrong_imports(text)) == ["gkachat.model.gpt.GTP: no such name"]
 
 
 # The attention that docs/attention.md adds.
@@ -259,7 +259,7 @@ def test_an_added_attention_takes_less_than_60_lines_outside_the_package(cauchy)
 
 
 def test_an_added_attention_is_counted(cauchy):
-    own, gka = (account(GPTConfig(**SHAPE | {"attention": name})) for name in ("cauchy", "gka"))
+    own, gka = (model_stats(GPTConfig(**SHAPE | {"attention": name})) for name in ("cauchy", "gka"))
     assert own == gka and own.params["log_sigma"] == 4
     with pytest.raises(ValueError, match="attention 'gka': there is one already"):
         register("gka", ATTENTION["cauchy"])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gkachat import sweep as sweeps
 from gkachat.config import ConfigError
 from gkachat.config_file import load_config, to_toml
-from gkachat.cost import account
+from gkachat.model.stats import model_stats
 from gkachat.sweep import Run, Sweep, fit_parabola, fit_power_law, load_sweep, student_t
 
 
@@ -67,7 +67,7 @@ def test_runs_of_a_budget_train_until_it_is_spent(plan):
     sweep = plan('"model.depth" = [1, 2]\n"model.attention" = ["softmax", "gka"]', head=head)
     assert [run.name for run in sweep.runs][::5] == ["t_flops1e9_d1_softmax_s42", "t_flops2e9_d1_gka_s42"]
     for run in sweep.runs:
-        a_token, budget = account(run.config.model).flops_per_token, run.axes["flops"]
+        a_token, budget = model_stats(run.config.model).flops_per_token, run.axes["flops"]
         assert abs(run.config.train.total_tokens * a_token - budget) <= a_token
         assert abs(run.flops - budget) <= 256 * a_token / 2 + a_token  # whole steps of 256 tokens
 
@@ -163,7 +163,7 @@ def fake_results(sweep, monkeypatch, without=()):
     def result(run):
         if run.name in without:
             return None
-        gka, params = run.config.model.attention == "gka", account(run.config.model).params["total"]
+        gka, params = run.config.model.attention == "gka", model_stats(run.config.model).params["total"]
         bpb = 8 * (run.axes.get("flops") or run.flops) ** -0.05 * (1.1 if gka else 1) + 1e-4 * run.config.run.seed
         if "flops" in run.axes:
             bpb += 0.1 * np.log(params / 2e5) ** 2

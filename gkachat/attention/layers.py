@@ -21,9 +21,9 @@ from gkachat.attention.backends import decode_backend, gka_backend, softmax_back
 from gkachat.attention.cache import Keys, Step
 from gkachat.attention.features import NoConv, Rope, ShortConv, apply_rope, rms_norm
 from gkachat.attention.fused import softmax_weights
+from gkachat.attention.gka_plus import GKAPlus
 from gkachat.attention.linear import Groups, Keep, Linear, Look, ValueEmbeddings, uniform_
 from gkachat.attention.operator import kernel_weights
-from gkachat.attention.plus import GKAPlus
 from gkachat.config import ATTENTIONS, GPTConfig
 
 QK_SCALE = 1.2  # sharpens the logits of unit queries and keys

@@ -192,7 +192,7 @@ def _triton(
     x: Tensor, sigma: Tensor, window: int | None, causal: bool, rope: Rope | None, include_self: bool
 ) -> Tensor:
     """The fused kernel. Features are rotated beforehand: rotating them in the kernel does not fit a tile's memory."""
-    from gkachat.attention.triton_gka import gka
+    from gkachat.attention.kernels.gaussian_triton import gka
 
     f = None if rope is None else apply_rope(x, rope)
     return gka(x, f, sigma.float(), x.size(1) if window is None else window, include_self, causal)[0]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gkachat.config import home
-from gkachat.download import download
+from gkachat.eval.download import download
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 # Its host publishes none; several projects that pin the file, independently of each other, have recorded this one.

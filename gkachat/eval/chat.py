@@ -23,12 +23,12 @@ import torch
 
 from gkachat.data.conversations import is_val, multiple_choice, prompt
 from gkachat.data.tasks import answer_of, ask
-from gkachat.engine import Engine, Request
 from gkachat.eval.core import TOKENS
 from gkachat.eval.report import Score
 from gkachat.eval.sandbox import run_code
-from gkachat.gpt import GPT
-from gkachat.sampling import Sampling
+from gkachat.inference.engine import Engine, Request
+from gkachat.inference.sampling import Sampling
+from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
 
 LETTERS = "ABCDEFGHIJ"

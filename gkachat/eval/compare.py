@@ -12,9 +12,9 @@ from string import ascii_lowercase
 from typing import Any
 
 from gkachat.checkpoint import MODEL, load_weights, model_config, open_checkpoint
-from gkachat.cost import PUBLISHED_FLOPS_RATIO, PUBLISHED_PARAMS_RATIO, account
 from gkachat.eval.report import read_reports
 from gkachat.files import atomic_write, write_text
+from gkachat.model.stats import PUBLISHED_FLOPS_RATIO, PUBLISHED_PARAMS_RATIO, model_stats
 from gkachat.train.metrics import read_metrics
 
 EVAL_FILE = "eval.json"
@@ -157,7 +157,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     evaluated = json.loads((run_dir / EVAL_FILE).read_text())
     if evaluated["step"] != meta["step"]:
         raise ValueError(f"{run_dir} has trained on since it was evaluated; run python -m scripts.base_eval again")
-    counted = account(model_config(meta))
+    counted = model_stats(model_config(meta))
     train = meta["config"]["train"]
     return {
         "eval": evaluated,

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gkachat.distributed import World, sum_over_world
 from gkachat.eval.bundle import TASKS, Task, prompts, read_bundle
-from gkachat.gpt import GPT
+from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
+from gkachat.train.distributed import World, sum_over_world
 
 TOKENS = {
     "cpu": 2**12,

@@ -20,11 +20,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 
 from gkachat.data.loader import IGNORE
-from gkachat.engine import Engine, Request, Sampling
 from gkachat.eval.bpb import LOGITS_AT_A_TIME
 from gkachat.eval.core import TOKENS, Group, batches, score
 from gkachat.eval.report import Score
-from gkachat.gpt import GPT
+from gkachat.inference.engine import Engine, Request, Sampling
+from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
 
 ACCURACY = ("acc", "exact_match", "acc_norm")  # the harness's names for it, the first that a task has

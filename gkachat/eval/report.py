@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gkachat.bench import table
+from gkachat.benchmark import table
 from gkachat.files import read_json, write_text
 from gkachat.machine import commit
 

@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gkachat.config import Config
 from gkachat.data.loader import Batch
-from gkachat.distributed import World, sum_over_world
-from gkachat.gpt import Transformer
 from gkachat.machine import device_name, pick_dtype
-from gkachat.train import recipe
+from gkachat.model.gpt import Transformer
+from gkachat.train import schedule
+from gkachat.train.distributed import World, sum_over_world
 from gkachat.train.metrics import Phases
 from gkachat.train.optim import Optimizers
 
@@ -141,9 +141,9 @@ class Learner:
         if config.train.clip_norm is not None:
             torch._foreach_mul_(gradients, (config.train.clip_norm / norm).clamp(max=1.0).nan_to_num())
         self.optimizers.step(
-            recipe.lr_multiplier(step, config),
-            recipe.muon_momentum(step, config),
-            recipe.decay_multiplier(step, config),
+            schedule.lr_multiplier(step, config),
+            schedule.muon_momentum(step, config),
+            schedule.decay_multiplier(step, config),
             ok,
         )
         told, event = torch.cat((status, norm[None], ok[None])), None

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gkachat.config import OptimConfig
-from gkachat.distributed import World, gather
-from gkachat.gpt import Transformer
+from gkachat.model.gpt import Transformer
+from gkachat.train.distributed import World, gather
 
 # Polar Express for five steps: p(X) = a X + b (X X^T) X + c (X X^T)^2 X, one triple a step.
 POLAR_EXPRESS = (
@@ -140,7 +140,7 @@ class Optimizers:
     """Both optimizers as one."""
 
     def __init__(self, model: Transformer, config: OptimConfig, world: World | None = None):
-        """`config` must be resolved (see recipe.resolve). Builds before the model is compiled or wrapped."""
+        """`config` must be resolved (see schedule.resolve). Builds before the model is compiled or wrapped."""
         self.config, self.world = config, world or World()
         groups = model.parameter_groups()
         self.muon = Muon(groups.pop("matrices") + groups.pop("value_gates", []), config, self.world)

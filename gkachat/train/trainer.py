@@ -24,19 +24,19 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from gkachat import checkpoint, distributed
+from gkachat import checkpoint
 from gkachat.config import Config, home
 from gkachat.config_file import load_config
-from gkachat.cost import Account, account
 from gkachat.data.conversations import ChatSplit
 from gkachat.data.loader import Batch, Loader, Prefetcher, val_batches
 from gkachat.data.shards import Split
 from gkachat.eval.bpb import bpb_sums
 from gkachat.files import lock
-from gkachat.gpt import GPT, Transformer
 from gkachat.machine import device_name, peak_flops, peak_memory, pick_device
+from gkachat.model.gpt import GPT, Transformer
+from gkachat.model.stats import ModelStats, model_stats
 from gkachat.tokenizer import Tokenizer
-from gkachat.train import recipe
+from gkachat.train import distributed, schedule
 from gkachat.train.learner import Learner, Outcome
 from gkachat.train.metrics import Metrics, Phases, duration
 
@@ -80,7 +80,7 @@ class Trainer:
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.world.local_rank)
         self.config = self._resolve(config)
-        self.n_steps = recipe.n_steps(self.config)
+        self.n_steps = schedule.n_steps(self.config)
         self.report = report if self.world.is_main else lambda line: None
         self.run_dir = home() / "runs" / self.config.run_name
         self.lock = None
@@ -100,11 +100,11 @@ class Trainer:
         self._prepare_run_dir(resume)
 
     def _resolve(self, config: Config) -> Config:
-        return recipe.resolve(config, self.world.size)
+        return schedule.resolve(config, self.world.size)
 
     @cached_property
-    def counted(self) -> Account:
-        return account(self.config.model)
+    def counted(self) -> ModelStats:
+        return model_stats(self.config.model)
 
     def _open_data(self) -> None:
         """The tokenizer, if there is one, and `batches`, whose `get(step)` gives inputs and targets, and how many of
@@ -350,7 +350,7 @@ class Trainer:
         step, seconds = self.logged
         rate = (self.step - step) * self.config.train.total_batch_size / (self.seconds - seconds)
         self.logged = self.step, self.seconds
-        outcome, multiplier = self.outcome, recipe.lr_multiplier(self.step - 1, self.config)
+        outcome, multiplier = self.outcome, schedule.lr_multiplier(self.step - 1, self.config)
         values = {
             "loss": outcome.loss, "grad_norm": outcome.grad_norm, "skipped": self.skipped, "lr": multiplier,
             "tokens_per_second": rate, **self.model.statistics(),

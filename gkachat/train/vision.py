@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from gkachat.config import ConfigError, VisionConfig
-from gkachat.cost import Account
 from gkachat.data.images import Batches, Images
+from gkachat.model.stats import ModelStats
+from gkachat.model.vit import ViT, model_stats
 from gkachat.train.trainer import Trainer
-from gkachat.vit import ViT, account
 
 WEIGHT_DECAY = 0.05  # DeiT's
 
@@ -64,8 +64,8 @@ class VisionTrainer(Trainer):
         return resolve(config, len(self.images.train), self.world.size)
 
     @cached_property
-    def counted(self) -> Account:
-        return account(self.config.model)
+    def counted(self) -> ModelStats:
+        return model_stats(self.config.model)
 
     def _open_data(self) -> None:
         self.tokenizer, self.batches = None, Batches(self.images, self.config, self.rows, self.world)

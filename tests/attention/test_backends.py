@@ -13,8 +13,8 @@ from gkachat.attention.backends import decode_backend, gka_backend, softmax_back
 from gkachat.attention.features import apply_rope, rms_norm, rope_table
 from gkachat.attention.operator import gaussian_kernel_attention, normalised_kernel_attention
 from gkachat.config import GKAConfig
-from gkachat.cost import account, activation_bytes
-from gkachat.gpt import GPT, GPTConfig
+from gkachat.model.gpt import GPT, GPTConfig
+from gkachat.model.stats import activation_bytes, model_stats
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 T, D, H = 150, 16, 3
@@ -192,7 +192,7 @@ def test_a_model_for_triton_is_counted_anywhere(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     plain = GPTConfig(depth=2, attention="gka", vocab_size=64, sequence_len=32)
     config = dataclasses.replace(plain, gka=GKAConfig(backend="triton"))
-    assert account(config) == account(plain)
+    assert model_stats(config) == model_stats(plain)
     assert activation_bytes(config, 1) == activation_bytes(plain, 1)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gkachat.attention.cache import Keys, attend
 from gkachat.config import PlusConfig
-from gkachat.gpt import GPT, GKAConfig, GPTConfig
+from gkachat.model.gpt import GPT, GKAConfig, GPTConfig
 
 T, BLOCK = 200, 32
 VARIANTS = {

@@ -20,11 +20,11 @@ import core_reference as reference
 import torch
 import yaml
 
-from gkachat.bench import facts, table
+from gkachat.benchmark import facts, table
 from gkachat.config import GPTConfig
 from gkachat.eval.core import evaluate_core
 from gkachat.files import write_text
-from gkachat.gpt import GPT
+from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
 
 TOLERANCE = {"float32": 0.0, "bfloat16": 0.1}  # margins, in nats or logits, below which decisions may differ

@@ -13,7 +13,7 @@ from gkachat.data.conversations import prompt
 from gkachat.eval import chat
 from gkachat.eval.chat import LETTERS, TASKS, choose, evaluate_chat, number_after_hashes, program, read_questions
 from gkachat.eval.report import read_reports
-from gkachat.gpt import GPT, GPTConfig
+from gkachat.model.gpt import GPT, GPTConfig
 from gkachat.tokenizer import train_tokenizer
 
 ADD = {

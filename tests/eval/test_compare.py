@@ -8,9 +8,9 @@ from conftest import TINY, call, wandb_runs
 
 from gkachat.checkpoint import find_run, open_checkpoint
 from gkachat.config_file import load_config
-from gkachat.cost import account
 from gkachat.eval.compare import compare_runs, markdown, write_comparison
 from gkachat.eval.report import Score, write_report
+from gkachat.model.stats import model_stats
 from scripts.compare import main
 
 
@@ -37,7 +37,7 @@ def evaluated(finished, tiny_home):
 def test_the_table_holds_the_counted_figures_and_their_ratios(evaluated):
     comparison = compare_runs(*evaluated)
     rows = {row.name: row for row in comparison.rows}
-    counted = [account(load_config(d / "config.toml").model) for d in evaluated]
+    counted = [model_stats(load_config(d / "config.toml").model) for d in evaluated]
     params = rows["parameters"]
     assert params.values == tuple(c.params["total"] for c in counted)
     assert params.ratios == [pytest.approx(params.values[1] / params.values[0])] and params.published == 0.42

@@ -21,7 +21,7 @@ from gkachat.eval import core
 from gkachat.eval.core import evaluate_core
 from gkachat.eval.report import read_reports
 from gkachat.files import sha256
-from gkachat.gpt import GPT
+from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
 
 SHARED = ROOT.parent / "shared" / "data" / "core_bundle"

@@ -16,12 +16,12 @@ from lm_eval.api.instance import Instance
 
 from gkachat.data.loader import val_batches
 from gkachat.data.shards import Documents
-from gkachat.engine import Engine
 from gkachat.eval import lm_eval
 from gkachat.eval.bpb import evaluate_bpb
 from gkachat.eval.core import evaluate_core
 from gkachat.eval.lm_eval import HarnessModel, evaluate
-from gkachat.gpt import GPT, GPTConfig
+from gkachat.inference.engine import Engine
+from gkachat.model.gpt import GPT, GPTConfig
 from gkachat.tokenizer import train_tokenizer
 
 T = 48

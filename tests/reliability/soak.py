@@ -22,12 +22,12 @@ from test_resume import differing_bytes, told
 
 from gkachat.checkpoint import Saver, checkpoint_steps, start_run, step_dir
 from gkachat.config_file import load_config
-from gkachat.gpt import GPT
 from gkachat.machine import commit, processor
+from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
 from gkachat.train.metrics import read_metrics
 from gkachat.train.optim import Optimizers
-from gkachat.train.recipe import resolve
+from gkachat.train.schedule import resolve
 
 
 def soak(home: Path, *, kills: int, steps: int, longest: float, seed: int, attention: str = "gka") -> dict:

@@ -12,7 +12,7 @@ from test_resume import differing_bytes, told
 from gkachat.checkpoint import checkpoint_steps, load_model
 from gkachat.config_file import load_config
 from gkachat.eval.bpb import evaluate_bpb
-from gkachat.gpt import GPT, GPTConfig
+from gkachat.model.gpt import GPT, GPTConfig
 from gkachat.train import trainer as trainer_module
 from gkachat.train.metrics import read_metrics
 from gkachat.train.trainer import Trainer

@@ -8,7 +8,7 @@ from conftest import TINY, launch
 
 from gkachat.checkpoint import checkpoint_steps, load_model, load_optimizer, open_checkpoint, step_dir
 from gkachat.config_file import load_config
-from gkachat.engine import Engine
+from gkachat.inference.engine import Engine
 from gkachat.train.metrics import read_metrics
 from gkachat.train.trainer import Trainer
 

@@ -7,10 +7,10 @@ import torch
 
 from gkachat.config import OptimConfig
 from gkachat.config_file import load_config
-from gkachat.distributed import World
-from gkachat.gpt import GPT, GPTConfig
+from gkachat.model.gpt import GPT, GPTConfig
+from gkachat.train.distributed import World
 from gkachat.train.optim import POLAR_EXPRESS, Muon, Optimizers, orthogonalize
-from gkachat.train.recipe import resolve
+from gkachat.train.schedule import resolve
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 64), (2, 64, 16)])

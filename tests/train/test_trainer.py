@@ -13,7 +13,7 @@ from gkachat.checkpoint import checkpoint_steps, load_model, open_checkpoint
 from gkachat.config import ConfigError
 from gkachat.config_file import load_config
 from gkachat.eval.bpb import evaluate_bpb
-from gkachat.gpt import GPT, GPTConfig
+from gkachat.model.gpt import GPT, GPTConfig
 from gkachat.train.learner import use_fp8
 from gkachat.train.metrics import read_metrics
 from gkachat.train.trainer import Trainer

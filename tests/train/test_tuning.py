@@ -12,7 +12,7 @@ from gkachat.checkpoint import checkpoint_steps, load_model, load_weights, open_
 from gkachat.config import TuningConfig
 from gkachat.config_file import load_config
 from gkachat.data.conversations import conversations, tokenize
-from gkachat.train import recipe
+from gkachat.train import schedule
 from gkachat.train.metrics import read_metrics
 from gkachat.train.trainer import Start, Trainer
 
@@ -28,10 +28,10 @@ def base(tiny_home):
 
 def tuner(base, name, **flags):
     options = [f"--run.name={name}", "--chat.conversations=200", "--train.total_tokens=3072", "--train.eval_every=4"]
-    change = partial(recipe.tuning, base="base")
+    change = partial(schedule.tuning, base="base")
     config = load_config(base / "config.toml", options, TuningConfig, change)
     model, tokenizer, _ = load_model(base)
-    found = conversations(config.chat, 1, recipe.facts_of(model.config))
+    found = conversations(config.chat, 1, schedule.facts_of(model.config))
     splits = tokenize(found, tokenizer, config.model.sequence_len, 0.1).splits
     start = Start(tokenizer, load_weights(open_checkpoint(base)[0]), splits["train"], splits["val"])
     return Trainer(config, start=start, **QUIET, **flags)
@@ -39,14 +39,14 @@ def tuner(base, name, **flags):
 
 def test_the_recipe_keeps_the_batch_and_lets_the_learning_rate_fall_to_nothing(base):
     config = load_config(
-        base / "config.toml", ["--train.total_tokens=4096"], TuningConfig, partial(recipe.tuning, base="b")
+        base / "config.toml", ["--train.total_tokens=4096"], TuningConfig, partial(schedule.tuning, base="b")
     )
-    resolved = recipe.resolve(config)
+    resolved = schedule.resolve(config)
     before = load_config(base / "config.toml")
     assert resolved.run.name == "b_chat" and resolved.chat.base == "b"
     assert resolved.train.total_batch_size == before.train.total_batch_size
     assert resolved.optim == dataclasses.replace(before.optim, weight_decay=0.0)
-    assert recipe.lr_multiplier(recipe.n_steps(resolved) - 1, resolved) == 0
+    assert schedule.lr_multiplier(schedule.n_steps(resolved) - 1, resolved) == 0
     assert resolved.model == before.model
 
 

@@ -1,0 +1,1 @@
+"""Attention kernels, one file each, and the function that chooses among them."""

@@ -1,0 +1,1 @@
+"""Generation from a trained model: engine, decode step, sampling, quantization."""

@@ -1,0 +1,382 @@
+"""Exported runs in Hugging Face's own libraries: the same logits, tokens, ids; and what is written is whole."""
+
+import dataclasses
+import inspect
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from conftest import call
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gkachat.checkpoint import Saver, load_model, start_run
+from gkachat.config import ChatConfig, Config, GKAConfig, GPTConfig, PlusConfig, TuningConfig
+from gkachat.data.conversations import prompt, render
+from gkachat.hf.export import export
+from gkachat.inference.engine import Engine
+from gkachat.model.gpt import GPT
+from gkachat.model.stats import model_stats
+from gkachat.tokenizer import SPECIAL_TOKENS, train_tokenizer
+
+transformers = pytest.importorskip("transformers")
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+SHAPES = {
+    "softmax": {"attention": "softmax"},
+    "softmax_plain": {"attention": "softmax", "value_embeddings": False},
+    "gka": {"attention": "gka"},
+    "gka_rope": {"attention": "gka", "gka": GKAConfig(rope=True)},
+    "gka_others": {"attention": "gka", "gka": GKAConfig(include_self=False)},
+    "gka_normalize": {"attention": "gka", "gka": GKAConfig(normalize=True)},
+    "plus": {"attention": "gka_plus"},
+    "plus_embedded": {"attention": "gka_plus", "plus": PlusConfig(value_embeddings=True, taps=3)},
+    "plus_whole": {"attention": "gka_plus", "plus": PlusConfig(neighbour=True, token_bandwidth=True, key_weight=True)},
+    "plus_bare": {
+        "attention": "gka_plus",
+        "plus": PlusConfig(conv_query=False, normalize=False, rope=False),
+    },
+    "gka_all": {"attention": "gka", "gka": GKAConfig(rope=True, include_self=False, normalize=True)},
+}
+LENGTH, WINDOW = 200, 128  # so that short windows hide something
+PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+NO_SURROGATES = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([(STDLIB / "heapq.py").read_text(), (STDLIB / "this.py").read_text()], 400)
+
+
+def make_run(directory, tokenizer, tuned=False, vocab_size=400, **shape):
+    """A run of one checkpoint, all of whose weights are drawn, so that logits depend on everything."""
+    shape = {"depth": 3, "sequence_len": 256, "n_embd": 32, "head_dim": 16, "window_pattern": "SSL", **shape}
+    config = Config(model=GPTConfig(vocab_size=vocab_size, **shape))
+    if tuned:
+        sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        config = TuningConfig(**sections, chat=ChatConfig(base="d3"))
+    torch.manual_seed(3)
+    model = GPT(config.model)
+    for name, p in model.named_parameters():
+        if name.endswith(("c_proj.weight", "lm_head.weight")):
+            torch.nn.init.normal_(p, std=0.3)
+        elif name.endswith(("bandwidth", "key_weight")) or ".conv_" in name:
+            p.data += 0.1 * torch.randn(p.shape)
+        elif p.ndim == 1:  # bandwidths and scales
+            p.data += 0.3 * torch.randn(p.shape)
+    start_run(directory, config, tokenizer)
+    saver = Saver(directory, config, tokenizer, report=lambda line: None)
+    saver.save(7, model.state_dict(), {}, {"tokens": 1234})
+    saver.finish()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("export")
+    with pytest.MonkeyPatch.context() as patch:  # where transformers copies the code of models to
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(root / "modules"))
+        patch.syspath_prepend(str(root / "modules"))
+        yield root
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def both(request, root, tokenizer):
+    """gkachat's model and transformers' of the same run."""
+    run = make_run(root / "runs" / request.param, tokenizer, **SHAPES[request.param])
+    export(run, root / request.param)
+    return load_model(run)[0], load(root / request.param)
+
+
+@pytest.fixture(scope="module")
+def tuned(root, tokenizer):
+    """A run tuned on conversations, its export's directory, and the tokenizer there."""
+    run = make_run(root / "runs" / "talks", tokenizer, tuned=True, attention="gka", depth=1, vocab_size=410)
+    export(run, root / "talks")
+    return run, root / "talks", transformers.AutoTokenizer.from_pretrained(root / "talks", trust_remote_code=True)
+
+
+def load(path, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options).eval()
+
+
+def some_tokens(B=2, T=LENGTH, seed=0):
+    return torch.randint(391, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def test_logits_are_those_of_gkachat(both):
+    ours, theirs = both
+    idx = some_tokens()
+    torch.testing.assert_close(theirs(idx).logits, ours(idx), atol=1e-5, rtol=1e-5)
+    assert any(block.attn.window == WINDOW for block in theirs.blocks)
+
+
+@torch.inference_mode()
+def test_a_text_read_in_parts_has_the_logits_of_the_whole(both):
+    _, theirs = both
+    idx, cache = some_tokens(), transformers.DynamicCache(config=theirs.config)
+    parts = [theirs(part, cache=cache).logits for part in idx.split([3, 140, 1, 56], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), theirs(idx, use_cache=False).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_generate_writes_the_engines_greedy_tokens(both, tokenizer):
+    ours, theirs = both
+    text = some_tokens(1, 110, seed=1)[0].tolist()
+    expected = list(Engine(ours, tokenizer).generate(text, max_tokens=50, temperature=0))
+    found = theirs.generate(torch.tensor([[tokenizer.bos, *text]]), max_new_tokens=50, do_sample=False)
+    found = found[0, 111:].tolist()
+    assert len(set(expected)) > 5
+    assert found[: len(expected)] == expected and found[len(expected) :] in ([], [tokenizer.bos])
+
+
+def test_rows_padded_on_the_left_go_on_as_they_do_alone(both):
+    _, theirs = both
+    rows = [row.tolist() for row in (some_tokens(1, 5)[0], some_tokens(1, 131, 1)[0], some_tokens(1, 60, 2)[0])]
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    alone = [theirs.generate(torch.tensor([row]), **options)[0, len(row) :].tolist() for row in rows]
+    padded = torch.tensor([[399] * (131 - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (131 - len(row)) + [1] * len(row) for row in rows])
+    together = theirs.generate(padded, attention_mask=mask, pad_token_id=399, **options)[:, 131:].tolist()
+    assert together == alone
+
+
+@torch.inference_mode()
+def test_padding_on_the_right_changes_no_logits(both):
+    ours, theirs = both
+    idx, mask = some_tokens(), torch.ones(2, LENGTH, dtype=torch.long)
+    idx[1, 150:], mask[1, 150:] = 399, 0
+    torch.testing.assert_close(
+        theirs(idx, attention_mask=mask).logits[1, :150], ours(idx[1:, :150])[0], atol=1e-5, rtol=1e-5
+    )
+
+
+@torch.inference_mode()
+def test_a_gka_cache_is_one_tensor_a_layer_and_windows_bound_it(both):
+    ours, theirs = both
+    cache = transformers.DynamicCache(config=theirs.config)
+    theirs(some_tokens(), cache=cache)
+    tensors = [(layer.keys, layer.values) for layer in cache.layers]
+    behind = ours.config.plus.taps - 1 if ours.config.attention == "gka_plus" else 0  # what convolutions reach back
+    kept = [2 * 2 * 16 * n * 4 for n in (*[WINDOW - 1 + behind] * 2, LENGTH)]  # rows, heads, channels, tokens, bytes
+    n_tensors = [2 if ours.config.attention == "softmax" else 1] * 3
+    if ours.config.attention == "gka_plus":  # what value embeddings add is kept beside the input
+        n_tensors = [1 + (block.attn.value_embedding is not None) for block in ours.blocks]
+    assert [k.nbytes + v.nbytes for k, v in tensors] == [a * b for a, b in zip(n_tensors, kept, strict=True)]
+
+
+def test_loss_and_gradients_are_those_of_gkachat(both):
+    ours, theirs = both
+    idx = some_tokens(T=40)
+    labels = idx.clone()
+    labels[:, :9] = -100
+    targets = torch.cat((labels[:, 1:], torch.full((2, 1), -100)), dim=1)
+    losses = theirs.train()(idx, labels=labels).loss, ours(idx, targets.where(targets != -100, -1))
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+    for loss in losses:
+        loss.backward()
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(theirs.get_parameter(name).grad, p.grad, atol=1e-5, rtol=1e-3)
+    theirs.zero_grad(), ours.zero_grad(), theirs.eval()
+
+
+def test_beams_and_samples_can_be_drawn(both):
+    _, theirs = both
+    rows = theirs.generate(some_tokens(2, 4), max_new_tokens=6, num_beams=3, num_return_sequences=2, do_sample=False)
+    assert rows.shape == (4, 10)
+    assert theirs.generate(some_tokens(2, 4), max_new_tokens=3, do_sample=True).shape[0] == 2
+
+
+def test_what_is_not_supported_is_refused(both):
+    _, theirs = both
+    idx = some_tokens(2, 6)
+    for options, named in (
+        ({"cache": transformers.StaticCache(config=theirs.config, max_cache_len=8)}, "expected a DynamicCache"),
+        ({"attention_mask": torch.ones(2, 5)}, "attention_mask: given"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, "packed into one row"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            theirs(idx, **options)
+
+
+@torch.inference_mode()
+def test_half_precision_is_kept_but_for_scales_and_sharded_files_load(root, tokenizer):
+    run = make_run(root / "runs" / "half", tokenizer, attention="gka")
+    export(run, root / "half", dtype="bfloat16", max_shard_size="50KB")
+    assert len(list((root / "half").glob("model-*.safetensors"))) > 1
+    ours, theirs = load_model(run)[0], load(root / "half", dtype="auto")
+    dtypes = {name: p.dtype for name, p in theirs.named_parameters()}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
+        "residual_scale", "x0_mix", *(f"blocks.{i}.attn.log_sigma" for i in range(3))
+    }  # fmt: skip
+    ours.prepare(torch.bfloat16)
+    difference = (theirs(some_tokens()).logits - ours(some_tokens())).abs()
+    assert difference.mean() < 0.05  # of logits up to 15, which bfloat16 rounds to 0.06
+
+
+def test_a_directory_is_all_it_takes(tuned, tokenizer, tmp_path):
+    """gkachat is out of reach: another interpreter, elsewhere, that sees installed packages only."""
+    run, path, _ = tuned
+    code = f"""
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(path)!r}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({str(path)!r}, trust_remote_code=True)
+asked = tokenizer.apply_chat_template([{{"role": "user", "content": "hi"}}], add_generation_prompt=True,
+                                      return_tensors="pt", return_dict=True)
+print(model.generate(**asked, max_new_tokens=9, do_sample=False)[0].tolist())
+assert not [name for name in sys.modules if name.split(".")[0] == "gkachat"]
+"""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    asked = prompt(tokenizer, [{"role": "user", "content": "hi"}])
+    end = tokenizer.special["<|assistant_end|>"]
+    engine = Engine(load_model(run)[0], tokenizer)
+    answer = list(engine.generate(asked[1:], max_tokens=9, temperature=0, stop_tokens=(end,)))
+    found = json.loads(result.stdout)
+    assert found[: len(asked) + len(answer)] == asked + answer
+    assert len(answer) == 9 or found[len(asked) + len(answer)] in (end, tokenizer.bos)
+
+
+@PROPERTY
+@given(st.lists(NO_SURROGATES | st.sampled_from(SPECIAL_TOKENS) | st.from_regex(r"[\w\s\d']+")).map("".join))
+def test_any_text_has_the_ids_of_gkachat_and_comes_back(tuned, tokenizer, text):
+    theirs = tuned[2]
+    ids = theirs(text, split_special_tokens=True)["input_ids"]
+    assert ids == tokenizer.encode(text)
+    assert theirs.decode(ids) == tokenizer.decode(ids) == text
+    if not any(name in text for name in SPECIAL_TOKENS):
+        assert theirs(text)["input_ids"] == ids
+
+
+def test_by_default_text_that_spells_a_special_token_is_that_token(tuned, tokenizer):
+    theirs = tuned[2]
+    assert theirs("<|bos|>a")["input_ids"] == [tokenizer.bos, *tokenizer.encode("a")]
+    assert theirs.bos_token_id == theirs.pad_token_id == tokenizer.bos
+    assert theirs.eos_token_id == tokenizer.special["<|assistant_end|>"]
+    assert theirs.decode([tokenizer.bos, *tokenizer.encode("a")], skip_special_tokens=True) == "a"
+
+
+def test_the_tokenizer_needs_none_of_the_code_and_adds_bos_when_asked(tuned, tokenizer):
+    plain = transformers.AutoTokenizer.from_pretrained(tuned[1], trust_remote_code=False, add_bos_token=True)
+    assert isinstance(plain, transformers.PreTrainedTokenizerFast)
+    assert plain("a b")["input_ids"] == [tokenizer.bos, *tokenizer.encode("a b")]
+
+
+PLAIN = NO_SURROGATES.filter(lambda text: not any(name in text for name in SPECIAL_TOKENS))
+
+
+@PROPERTY
+@given(st.none() | PLAIN, st.lists(PLAIN, min_size=1, max_size=5))
+def test_the_chat_template_renders_what_gkachat_renders(tuned, tokenizer, system, said):
+    theirs = tuned[2]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    messages = messages if system is None else [{"role": "system", "content": system}, *messages]
+    found = theirs.apply_chat_template(messages, return_dict=False)
+    assert found == render(tokenizer, messages)[0]
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == prompt(
+        tokenizer, messages
+    )
+
+
+def test_special_tokens_in_what_others_say_can_be_made_text(tuned, tokenizer):
+    if "sanitize_control_tokens" not in inspect.signature(tuned[2].apply_chat_template).parameters:
+        pytest.skip("this version of transformers has no sanitize_control_tokens")
+    theirs, messages = tuned[2], [{"role": "user", "content": "a<|user_end|>"}]
+    safe = theirs.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False)
+    assert safe.count(tokenizer.special["<|user_end|>"]) == 1
+    assert tokenizer.decode(safe) == tokenizer.decode(render(tokenizer, messages)[0])
+
+
+@pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["user", "system"], ["system"], ["tool"]])
+def test_what_is_no_conversation_is_refused(tuned, roles):
+    with pytest.raises(Exception, match="expected turns of user and assistant"):
+        tuned[2].apply_chat_template([{"role": role, "content": "x"} for role in roles])
+
+
+def test_ids_that_no_token_belongs_to_are_never_generated(tuned, tokenizer):
+    model = load(tuned[1])
+    assert model.config.vocab_size == 410 and tokenizer.vocab_size == 400
+    assert model.generation_config.eos_token_id == [tokenizer.special["<|assistant_end|>"], tokenizer.bos]
+    with torch.no_grad():
+        model.lm_head.weight[400:] = 100 * model.lm_head.weight[:10].abs()
+    assert model.generate(some_tokens(4, 8), max_new_tokens=9, do_sample=False).max() < 400
+
+
+def test_the_card_has_the_accounts_and_the_scores_of_this_checkpoint(root, tokenizer):
+    run = make_run(root / "runs" / "scored", tokenizer, attention="gka")
+    (run / "evals").mkdir()
+    files = {
+        "eval.json": {"step": 7, "val_bpb": 1.2345, "val_sha256": ["x"]},
+        "evals/core_step_000007.json": {
+            "kind": "core", "step": 7, "scores": {"arc": {"accuracy": 0.25}}, "mean_centered": 0.125
+        },
+        "evals/core_step_000006.json": {"kind": "core", "step": 6, "scores": {"old": {"accuracy": 0.5}}},
+        "evals/odd.json": {"step": 7, "scores": {"odd": None}},
+    }  # fmt: skip
+    for name, content in files.items():
+        (run / name).write_text(json.dumps(content))
+    (run / "evals" / "broken.json").write_text("{")
+    export(run, root / "scored")
+    card = (root / "scored" / "README.md").read_text()
+    for row in (
+        "val_bpb | 1.2345", "core: arc, accuracy | 0.2500", "core: mean_centered | 0.1250", "step | 7",
+        "tokens | 1234",
+        f"parameters: total | {model_stats(load_model(run)[0].config).params['total']:,}", "license: mit",
+    ):  # fmt: skip
+        assert row in card
+    assert "old" not in card
+
+
+def test_a_directory_in_use_is_left_alone_unless_it_is_an_earlier_export(root, tokenizer, tmp_path):
+    run, out = make_run(tmp_path / "run", tokenizer, attention="gka", depth=1), tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("x")
+    for overwrite, named in ((False, "not empty"), (True, "not an earlier export")):
+        with pytest.raises(FileExistsError, match=named):
+            export(run, out, overwrite=overwrite)
+    (out / "mine.txt").unlink()
+    export(run, out)
+    (out / "left.txt").write_text("x")
+    export(run, out, overwrite=True)
+    assert not (out / "left.txt").exists()
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+
+
+def test_an_export_that_fails_leaves_nothing_and_spoils_nothing(root, tokenizer, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", tokenizer, attention="gka", depth=1)
+    export(run, tmp_path / "out")
+    before = sorted(os.listdir(tmp_path))
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gkachat.hf.export.flush", full)
+    for out in ("out", "other"):
+        with pytest.raises(OSError, match="cannot write"):
+            export(run, tmp_path / out, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == before
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gkachat"
+
+
+def test_the_script_exports_a_run(root, tokenizer, tmp_path):
+    make_run(tmp_path / "runs" / "d1", tokenizer, attention="gka", depth=1)
+    result = call("export_hf", "d1", tmp_path / "out", "--dtype", "bfloat16", home=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "model.safetensors" in result.stdout
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_options_that_cannot_be_are_refused(root, tokenizer, tmp_path):
+    run = make_run(tmp_path / "run", tokenizer, attention="gka", depth=1)
+    for options, named in (({"step": 3}, "step"), ({"dtype": "int8"}, "dtype: given"), ({"max_shard_size": "y"}, "Y")):
+        with pytest.raises((ValueError, OSError), match=named):
+            export(run, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
