@@ -277,6 +277,14 @@ def test_a_model_compiles_to_one_graph_with_eager_gradients(case, dtype):
         assert gradient.any() and (gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
+@EVERY
+def test_recomputed_blocks_have_the_same_gradients(case):
+    made, idx, gradients = live_model(**CASES[case]), text(2), []
+    for made.recompute_blocks in (False, True):
+        gradients.append(torch.autograd.grad(made(idx, idx.roll(-1, 1)), list(made.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 # Parameters.
 
 

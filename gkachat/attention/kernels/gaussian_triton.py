@@ -468,8 +468,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy: Tensor, _):
-    f = ctx.saved_tensors[1]
-    dx, df, dsigma = gka_backward(dy, *ctx.saved_tensors, ctx.window, ctx.include_self, ctx.causal)
+    x, f, sigma, y, lse = ctx.saved_tensors  # read once, as recomputed blocks allow no more
+    dx, df, dsigma = gka_backward(dy, x, f, sigma, y, lse, ctx.window, ctx.include_self, ctx.causal)
     return dx, None if f is None else df, dsigma, None, None, None
 
 

@@ -32,28 +32,15 @@ def cases() -> list[tuple]:
     """Return each (kernel, dtype, constants, warps, stages)."""
     found = []
     for include_self, causal in ((True, True), (False, True), (True, False)):
+        mask = {"INCLUDE_SELF": include_self, "CAUSAL": causal}
         for (dtype, D), candidates in gaussian_triton.FORWARD.items():
-            for rows, columns, *options in candidates:
+            for BM, BN, *options in candidates:
                 for separate_f in (False, True):
-                    constants = {
-                        "D": D,
-                        "BM": rows,
-                        "BN": columns,
-                        "INCLUDE_SELF": include_self,
-                        "SEPARATE_F": separate_f,
-                        "CAUSAL": causal,
-                    }
+                    constants = {"D": D, "BM": BM, "BN": BN, "SEPARATE_F": separate_f, **mask}
                     found.append((gaussian_triton.forward_kernel, DTYPES[dtype], constants, *options))
         for dtype, D, separate_f in gaussian_triton.BACKWARD:
-            for rows, columns, *options in gaussian_triton.backward_candidates(dtype, D, separate_f, causal):
-                constants = {
-                    "D": D,
-                    "BM": rows,
-                    "BN": columns,
-                    "INCLUDE_SELF": include_self,
-                    "SEPARATE_F": separate_f,
-                    "CAUSAL": causal,
-                }
+            for BM, BN, *options in gaussian_triton.backward_candidates(dtype, D, separate_f, causal):
+                constants = {"D": D, "BM": BM, "BN": BN, "SEPARATE_F": separate_f, **mask}
                 found.append((gaussian_triton.backward_kernel, DTYPES[dtype], constants, *options))
     nothing = {"COS": None, "SIN": None}
     for dtype in ("bf16", "fp32"):

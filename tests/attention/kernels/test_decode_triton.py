@@ -53,7 +53,7 @@ def exact(q, slices, scale):
 
 
 def drawn_slice(dtype, B, H, S, D, lengths, *, shared_kv, rope=False, prefix=False, seed=0):
-    """Cached keys in the order of a ring buffer, of which row b sees the first lengths[b]; with norms if `shared_kv`."""
+    """Cached keys in a ring buffer's order; row b sees the first lengths[b]. With `shared_kv` they have norms."""
     generator = torch.Generator().manual_seed(seed)
     rows = 1 if prefix else B
     buffer = torch.randn(rows + 1, H, S + 5, D, generator=generator).to(dtype)  # the keys are a view of it

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
@@ -191,6 +193,14 @@ def resources():
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_its_gradients_are_the_same_where_blocks_are_recomputed():
+    x, sigma = inputs(torch.float32)
+    attend = partial(gaussian_kernel_attention, backend="triton")
+    y = attend(x, sigma), checkpoint(attend, x, sigma, use_reentrant=False)
+    for a, b in zip(*(torch.autograd.grad(t.square().sum(), (x, sigma)) for t in y), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_operator_stays_in_the_graph_and_can_be_exported():
