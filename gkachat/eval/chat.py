@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gkachat.data.conversations import is_val, multiple_choice, prompt
+from gkachat.data.conversations import is_val, multiple_choice, render_prompt
 from gkachat.data.tasks import answer_of, ask
 from gkachat.eval.core import TOKENS
 from gkachat.eval.report import Score
@@ -223,7 +223,7 @@ def evaluate_chat(
         start = time.perf_counter()
         by_letter = questions[0].choices > 0
         room = model.config.sequence_len - (0 if by_letter else min(ANSWER_TOKENS, model.config.sequence_len // 2))
-        prompts = [prompt(tokenizer, [{"role": "user", "content": question.text}]) for question in questions]
+        prompts = [render_prompt(tokenizer, [{"role": "user", "content": question.text}]) for question in questions]
         truncated += sum(len(ids) > room for ids in prompts)
         prompts = [[ids[0], *ids[1:][-(room - 1) :]] for ids in prompts]
         if by_letter:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import call, untrained_run
 
-from gkachat.data.conversations import prompt
+from gkachat.data.conversations import render_prompt
 from gkachat.eval import chat
 from gkachat.eval.chat import LETTERS, TASKS, choose, evaluate_chat, number_after_hashes, program, read_questions
 from gkachat.eval.report import read_reports
@@ -77,7 +77,7 @@ def model(request, tokenizer):
 
 
 def ask(tokenizer, text):
-    return prompt(tokenizer, [{"role": "user", "content": text}])
+    return render_prompt(tokenizer, [{"role": "user", "content": text}])
 
 
 def test_choices_are_lines_with_letters_whatever_they_were_called(data):

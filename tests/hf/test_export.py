@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from gkachat.checkpoint import Saver, load_model, start_run
 from gkachat.config import ChatConfig, Config, GKAConfig, GPTConfig, PlusConfig, TuningConfig
-from gkachat.data.conversations import prompt, render
+from gkachat.data.conversations import render, render_prompt
 from gkachat.hf.export import export
 from gkachat.inference.engine import Engine
 from gkachat.model.gpt import GPT
@@ -236,7 +236,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "gkachat"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    asked = prompt(tokenizer, [{"role": "user", "content": "hi"}])
+    asked = render_prompt(tokenizer, [{"role": "user", "content": "hi"}])
     end = tokenizer.special["<|assistant_end|>"]
     engine = Engine(load_model(run)[0], tokenizer)
     answer = list(engine.generate(asked[1:], max_tokens=9, temperature=0, stop_tokens=(end,)))
@@ -281,7 +281,7 @@ def test_the_chat_template_renders_what_gkachat_renders(tuned, tokenizer, system
     messages = messages if system is None else [{"role": "system", "content": system}, *messages]
     found = theirs.apply_chat_template(messages, return_dict=False)
     assert found == render(tokenizer, messages)[0]
-    assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == prompt(
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == render_prompt(
         tokenizer, messages
     )
 
