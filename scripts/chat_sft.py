@@ -39,15 +39,15 @@ def main() -> None:
     directory, meta = open_checkpoint(base_dir, None, MODEL)
     tokenizer, T = load_tokenizer(base_dir, meta), config.model.sequence_len
     found = load_conversations(config.chat, config.run.seed, schedule.facts_of(config.model))
-    tokenized = tokenize_conversations(found, tokenizer, T, config.chat.val_fraction)
-    rows = {name: count_rows(split.documents.length, T) for name, split in tokenized.splits.items()}
+    splits, counts = tokenize_conversations(found, tokenizer, T, config.chat.val_fraction)
+    rows = {name: count_rows(split.documents.length, T) for name, split in splits.items()}
     if config.train.total_tokens is None:
         tokens = max(1, round(config.chat.epochs * rows["train"] * T))
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens))
     if int(os.environ.get("RANK", 0)) == 0:
-        counts = ", ".join(f"{n:,} {what}" for what, n in tokenized.counts.items())
-        print(f"{counts}; rows of {T} tokens: {rows['train']:,} of train, {rows['val']:,} of val")
-    start = Start(tokenizer, load_weights(directory), tokenized.splits["train"], tokenized.splits["val"])
+        counted = ", ".join(f"{n:,} {what}" for what, n in counts.items())
+        print(f"{counted}; rows of {T} tokens: {rows['train']:,} of train, {rows['val']:,} of val")
+    start = Start(tokenizer, load_weights(directory), splits["train"], splits["val"])
     trainer = Trainer(config, resume="resume" in flags, overwrite="overwrite" in flags, start=start)
     trainer.run()
 

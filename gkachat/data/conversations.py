@@ -1,8 +1,8 @@
 """Conversations for tuning: their sources, their token format, and which tokens the model learns.
 
     conversations = load_conversations(config.chat, seed, facts)
-    tokenized = tokenize_conversations(conversations, tokenizer, sequence_len, val_fraction)
-    Loader(tokenized.splits["train"], ...)
+    splits, counts = tokenize_conversations(conversations, tokenizer, sequence_len, val_fraction)
+    Loader(splits["train"], ...)
 
 A conversation is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]},
 which may begin with a system message. Its tokens are
@@ -48,14 +48,6 @@ class ChatSplit:
         yield self.documents
 
 
-@dataclass
-class TokenizedConversations:
-    """Both splits, and how many conversations were read, truncated and dropped."""
-
-    splits: dict[str, ChatSplit]
-    counts: dict[str, int]
-
-
 def load_conversations(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator[Conversation]:
     """Read the conversations of a source. `facts` are what the model can say about itself.
 
@@ -67,8 +59,8 @@ def load_conversations(config: ChatConfig, seed: int, facts: dict[str, str]) -> 
 
 def tokenize_conversations(
     conversations: Iterable[Conversation], tokenizer: Tokenizer, sequence_len: int, val_fraction: float
-) -> TokenizedConversations:
-    """Tokenize conversations into both splits. Raises ValueError if one stays empty.
+) -> tuple[dict[str, ChatSplit], dict[str, int]]:
+    """Return both splits, and counts of conversations. Raises ValueError if a split stays empty.
 
     A conversation that is longer than a row loses its end. It is dropped if none of the assistant's text is left.
     """
@@ -92,7 +84,7 @@ def tokenize_conversations(
         tokens = np.concatenate(ids[split])
         offsets = np.cumsum([0, *map(len, ids[split])])
         splits[split] = ChatSplit(Documents(offsets, lambda tokens=tokens: tokens, np.concatenate(masks[split])))
-    return TokenizedConversations(splits, counts)
+    return splits, counts
 
 
 def check_messages(messages: Any, where: str = "messages") -> Messages:
@@ -154,23 +146,32 @@ def _files(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator[Con
             yield _with_key(check_messages(row["messages"], where))
 
 
+def _smoltalk(row: dict[str, Any]) -> Messages:
+    return row["messages"]
+
+
+def _mmlu(row: dict[str, Any]) -> Messages:
+    row = row.get("train", row)
+    return _turn(multiple_choice(row["question"], row["choices"]), "ABCD"[row["answer"]])
+
+
+def _gsm8k(row: dict[str, Any]) -> Messages:
+    return _turn(row["question"], row["answer"])
+
+
+DATASETS = [
+    ("HuggingFaceTB/smol-smoltalk", None, "train", _smoltalk),
+    ("cais/mmlu", "auxiliary_train", "train", _mmlu),
+    ("openai/gsm8k", "main", "train", _gsm8k),
+]
+
+
 def _huggingface(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator[Conversation]:
     """Yield a conversation of each of three datasets in turns, until all of them end."""
 
-    def smoltalk() -> Iterator[Messages]:
-        for row in stream_dataset("HuggingFaceTB/smol-smoltalk", None, "train", shuffle_seed=seed):
-            yield row["messages"]
-
-    def mmlu() -> Iterator[Messages]:
-        for row in stream_dataset("cais/mmlu", "auxiliary_train", "train", shuffle_seed=seed):
-            row = row.get("train", row)
-            yield _turn(multiple_choice(row["question"], row["choices"]), "ABCD"[row["answer"]])
-
-    def gsm8k() -> Iterator[Messages]:
-        for row in stream_dataset("openai/gsm8k", "main", "train", shuffle_seed=seed):
-            yield _turn(row["question"], row["answer"])
-
-    datasets = [smoltalk(), mmlu(), gsm8k()]
+    datasets = [
+        map(read, stream_dataset(name, subset, split, shuffle_seed=seed)) for name, subset, split, read in DATASETS
+    ]
     while datasets:
         for dataset in list(datasets):
             if (messages := next(dataset, None)) is None:

@@ -3,10 +3,10 @@
     loader = Loader(split, sequence_len=2048, batch_rows=32, bos=tokenizer.bos, seed=42)
     inputs, targets = loader.batch(step)    # each (batch_rows, sequence_len)
 
-A row has sequence_len + 1 tokens: inputs are all but the last, targets all but the first. Rows are packed as packing.py
-describes, so that every row starts with BOS and no token is a target twice in an epoch. The free end of a row has no
-targets. An epoch takes the shards in order and packs each by itself, so that no batch depends on later shards, which may
-still be being written. A batch follows from the seed and the step alone: any step can be read at once.
+A row has sequence_len + 1 tokens: inputs are all but the last, targets all but the first. packing.py decides what is in
+a row. Every row starts with BOS, no token is a target twice in an epoch, and the free end of a row has no targets. An
+epoch takes the shards in order and packs each by itself, so that later shards may still be being written. A batch
+follows from the seed and the step alone, so that any step can be read at once.
 """
 
 import bisect

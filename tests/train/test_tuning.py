@@ -32,7 +32,7 @@ def tuner(base, name, **flags):
     config = load_config(base / "config.toml", options, TuningConfig, change)
     model, tokenizer, _ = load_model(base)
     found = load_conversations(config.chat, 1, schedule.facts_of(model.config))
-    splits = tokenize_conversations(found, tokenizer, config.model.sequence_len, 0.1).splits
+    splits, _ = tokenize_conversations(found, tokenizer, config.model.sequence_len, 0.1)
     start = Start(tokenizer, load_weights(open_checkpoint(base)[0]), splits["train"], splits["val"])
     return Trainer(config, start=start, **QUIET, **flags)
 
