@@ -146,7 +146,11 @@ BAD_FILES = [
     ("a.jsonl", GOOD + '{"text": "Über"}'.encode("latin-1"), "line 2: not UTF-8 at byte 10 of the line"),
     ("a.jsonl", GOOD + GOOD[:-10], "line 2: not JSON .*truncated"),
     ("a.jsonl", GOOD + b"[" * 100_000, "line 2: not JSON"),
-    ("a.jsonl", GOOD + b'{"id": 1, "body": "x"}', r"line 2: no text in 'text' \(data\.text_column\); .*'body', 'id'\]$"),
+    (
+        "a.jsonl",
+        GOOD + b'{"id": 1, "body": "x"}',
+        r"line 2: no text in 'text' \(data\.text_column\); .*'body', 'id'\]$",
+    ),
     ("a.jsonl", GOOD + b'{"text": 3}', "line 2: 'text' holds int, expected text$"),
     ("a.jsonl", GOOD + b"[1]", r"line 2: no text in 'text' \(data\.text_column\); given list$"),
     ("a.jsonl", GOOD + b"3", r"line 2: no text in 'text' \(data\.text_column\); given int$"),
