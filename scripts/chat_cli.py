@@ -85,7 +85,7 @@ def main(
         seed: Seed of the samples.
         step: Step of the checkpoint; by default the last.
         device: Torch device, or auto.
-        int8: Keep matrices as bytes. Takes less memory and, on a GPU, less time.
+        int8: Store matrices in int8, which takes less memory.
     """
     names = [run_name or newest_run(), *([compare] if compare else [])]
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
