@@ -79,7 +79,7 @@ def test_after_a_kill_no_finished_shard_is_tokenized_again(run, capsys):
 
 def test_too_little_disk_is_an_error_before_anything_is_written(run):
     run(tok_train)
-    with pytest.raises(OSError, match=r"shards of 900,000,000,000,000 characters take about .* make room"):
+    with pytest.raises(OSError, match=r"shards of 900,000,000,000,000 characters take about .* set GKACHAT_HOME"):
         run(data_prep, "--data.max_chars=900000000000000")
     assert not (run.home / "tokens").exists()
 
