@@ -86,7 +86,7 @@ def test_commands_show_save_forget_and_load_the_conversation(chat, tmp_path):
     ("content", "line", "message"),
     [
         ("", "/load /no/such/file", "/load /no/such/file: .*No such file"),
-        ("[]", "/load {}", "expected histories to be a list"),
+        ("[]", "/load {}", "cannot be read"),
         ('{"histories": []}', "/load {}", "has 0 conversations, expected 1"),
         ('{"histories": [3]}', "/load {}", "given 3, expected a list"),
         ('{"histories": [[{"role": "assistant", "content": ""}]]}', "/load {}", "role 'assistant', expected 'user'"),
