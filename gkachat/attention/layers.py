@@ -36,7 +36,7 @@ class SoftmaxAttention(ValueEmbeddings):
     cache_tensors = 2  # C numbers each that decoding keeps for a token and layer: keys, values
 
     def __init__(self, config: GPTConfig, index: int):
-        super().__init__(config, index, config.value_embeddings)
+        super().__init__(config, index, config.uses_value_embeddings)
         C = config.n_embd
         self.config, self.window = config, config.window(index)
         self.c_q, self.c_k, self.c_v, self.c_proj = (Linear(C, C) for _ in range(4))
@@ -203,4 +203,4 @@ def register(name: str, layer: type[nn.Module]) -> None:
     if name in ATTENTION:
         raise ValueError(f"attention {name!r}: there is one already, expected another name than {', '.join(ATTENTION)}")
     ATTENTION[name] = layer
-    ATTENTIONS.append(name)
+    ATTENTIONS[name] = f"{layer.__module__}:{layer.__qualname__}"

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from gkachat.attention.features import rms_norm
 from gkachat.attention.linear import Groups, Linear, uniform_
 from gkachat.checkpoint import MODEL, built, open_checkpoint
-from gkachat.config import ViTConfig
 from gkachat.model.gpt import Block, Transformer
 from gkachat.model.stats import ModelStats
+from gkachat.vision_config import ViTConfig
 
 
 class ViT(Transformer):
