@@ -70,7 +70,10 @@ def export(
     if model.config.attention not in ATTENTIONS or model.config.short_conv:
         given = f"{model.config.attention} attention{' with short_conv' if model.config.short_conv else ''}"
         raise ValueError(f"{run_dir}: given {given}, expected {', '.join(ATTENTIONS)}, without short_conv")
-    tensors = exported_tensors(model, getattr(torch, dtype))
+    tensors = {  # modeling_gkachat.py has the same names
+        name: tensor.to(getattr(torch, dtype)) if tensor.ndim > 1 else tensor
+        for name, tensor in model.state_dict().items()
+    }
     config = _model_settings(model, tokenizer, tensors, meta, dtype)
     texts = {name: (Path(__file__).parent / name).read_text() for name in SOURCES}
     texts["tokenizer.json"] = tokenizer.json_text
@@ -113,11 +116,6 @@ def _check_free(out: Path, overwrite: bool) -> None:
     raise FileExistsError(f"{out} is not an earlier export and is not overwritten; choose another directory")
 
 
-def exported_tensors(model: GPT, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the model's weights under the names of modeling_gkachat.py, vectors in float32 and the rest in `dtype`."""
-    return {name: tensor.to(dtype) if tensor.ndim > 1 else tensor for name, tensor in model.state_dict().items()}
-
-
 def _model_settings(
     model: GPT, tokenizer: Tokenizer, tensors: dict[str, Tensor], meta: dict[str, Any], dtype: str
 ) -> dict[str, Any]:
@@ -141,7 +139,7 @@ def _model_settings(
         "max_position_embeddings": shape.sequence_len,
         "window": next(filter(None, windows), None),
         "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
-        "value_embedding_layers": [i for i in layers if f"blocks.{i}.attn.value_embedding.weight" in tensors],
+        "value_embedding_layers": [i for i in layers if f"blocks.{i}.attn.value_embedding.table.weight" in tensors],
         "gka_rope": shape.gka.rope,
         "gka_include_self": shape.gka.include_self,
         "gka_normalize": shape.gka.normalize,

@@ -75,6 +75,21 @@ class Positions:
         return visible & self.padding_mask[:, None, None, -n_keys:]
 
 
+class ValueEmbedding(nn.Module):
+    """A learned vector per token that is added to the values, gated per head by 3 sigmoid(W x[:12])."""
+
+    def __init__(self, config: GkachatConfig):
+        super().__init__()
+        self.table = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.gate = Linear(GATE_CHANNELS, config.num_attention_heads)
+
+    def forward(self, x_BTC: Tensor, idx_BT: Tensor) -> Tensor:
+        """Return what is added to the values, (B, H, T, D)."""
+        gate_BTH = 3 * torch.sigmoid(self.gate(x_BTC[..., :GATE_CHANNELS]))
+        y_BTHD = gate_BTH[..., None] * self.table(idx_BT).unflatten(-1, (gate_BTH.size(-1), -1))
+        return y_BTHD.transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Softmax attention to the cached tokens with scores scale q.k + bias. A variant defines two methods:
 
@@ -90,9 +105,7 @@ class Attention(nn.Module):
         self.config, self.index = config, index
         self.window = config.window if config.layer_types[index] == "sliding_attention" else None
         self.c_proj = Linear(config.hidden_size, config.hidden_size)
-        has_value_embedding = index in config.value_embedding_layers
-        self.value_embedding = nn.Embedding(config.vocab_size, config.hidden_size) if has_value_embedding else None
-        self.value_gate = Linear(GATE_CHANNELS, config.num_attention_heads) if has_value_embedding else None
+        self.value_embedding = ValueEmbedding(config) if index in config.value_embedding_layers else None
 
     def forward(self, x_BTC: Tensor, idx_BT: Tensor, positions: Positions, cache: DynamicCache | None) -> Tensor:
         keys, values = self.cache_entries(x_BTC, idx_BT, positions)
@@ -109,12 +122,8 @@ class Attention(nn.Module):
         return self.c_proj(y_BHTD.transpose(1, 2).flatten(2))
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) -> (B, H, T, D)."""
         return x_BTC.unflatten(-1, (self.config.num_attention_heads, self.config.head_dim)).transpose(1, 2)
-
-    def embedded_values(self, x_BTC: Tensor, idx_BT: Tensor) -> Tensor:
-        """Return the gated value embeddings that are added to the values, (B, H, T, D)."""
-        gate = 3 * torch.sigmoid(self.value_gate(x_BTC[..., :GATE_CHANNELS]))
-        return gate.mT[..., None] * self.split_heads(self.value_embedding(idx_BT))
 
 
 class SoftmaxAttention(Attention):
@@ -128,7 +137,7 @@ class SoftmaxAttention(Attention):
     def cache_entries(self, x_BTC: Tensor, idx_BT: Tensor, positions: Positions) -> tuple:
         k, v = self.split_heads(self.c_k(x_BTC)), self.split_heads(self.c_v(x_BTC))
         if self.value_embedding is not None:
-            v = v + self.embedded_values(x_BTC, idx_BT)
+            v = v + self.value_embedding(x_BTC, idx_BT)
         return QK_SCALE * rms_norm(positions.rotate(k)), v
 
     def qkv(self, x_BTC: Tensor, keys: Tensor, values: Tensor, positions: Positions) -> tuple:
@@ -190,7 +199,7 @@ class GKAPlus(Attention):
         x = self.split_heads(x_BTC)
         if positions.padding_mask is not None:  # to a convolution, padding is zeros, like what precedes a text
             x = x.masked_fill(~positions.padding_mask[:, None, -positions.n_new :, None], 0)
-        return x, x[..., :0] if self.value_embedding is None else self.embedded_values(x_BTC, idx_BT)
+        return x, x[..., :0] if self.value_embedding is None else self.value_embedding(x_BTC, idx_BT)
 
     def qkv(self, x_BTC: Tensor, keys: Tensor, values: Tensor, positions: Positions) -> tuple:
         q, k, v = self.conv_q(keys)[:, :, -positions.n_new :], self.conv_k(keys), self.conv_v(keys)
