@@ -5,7 +5,7 @@
 
 Contestants take turns, A B A B, so that other load on the machine falls on all of them alike.
 The bench scripts run on GPU machines that have torch but not this project's other dependencies. They take their
-command line from here, by argparse, and import nothing that needs tyro, wandb, datasets or tiktoken.
+command line from here, through argparse, and import nothing that imports tyro, wandb, datasets or tiktoken.
 """
 
 import argparse
@@ -164,13 +164,3 @@ def parse_benchmark(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     return options, device, pick_dtype(options.dtype, device)
-
-
-def run_benchmark(main: Callable[[], None]) -> None:
-    """Run a bench script's main; an invalid value or a failed write becomes one line on stderr and exit code 1."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
-    except KeyboardInterrupt:
-        sys.exit(130)

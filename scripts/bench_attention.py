@@ -10,23 +10,15 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from gkachat.attention.kernels.choose import Kernel, KernelSpec, choose_kernel
-from gkachat.attention.kernels.reference import visible
 from torch import Tensor
 
 from gkachat.attention import QKV, attention_class
 from gkachat.attention.features import rms_norm, rope_table
-from gkachat.benchmark import (
-    benchmark,
-    benchmark_parser,
-    measured_peaks,
-    parse_benchmark,
-    positive,
-    publish,
-    run_benchmark,
-    table,
-)
+from gkachat.attention.kernels.choose import Kernel, KernelSpec, choose_kernel
+from gkachat.attention.kernels.reference import visible
+from gkachat.benchmark import benchmark, benchmark_parser, measured_peaks, parse_benchmark, positive, publish, table
 from gkachat.config import GKAConfig, GPTConfig
+from scripts.cli import run
 
 # Functions of some inputs, with these inputs, by name.
 Contestants = dict[str, tuple[Callable[..., Tensor], list[Tensor]]]
@@ -197,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run(main)

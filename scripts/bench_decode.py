@@ -10,21 +10,13 @@ from functools import partial
 import torch
 
 from gkachat.attention.cache import Cache
-from gkachat.benchmark import (
-    benchmark,
-    benchmark_parser,
-    measured_peaks,
-    parse_benchmark,
-    positive,
-    publish,
-    run_benchmark,
-    table,
-)
+from gkachat.benchmark import benchmark, benchmark_parser, measured_peaks, parse_benchmark, positive, publish, table
 from gkachat.config import GPTConfig
 from gkachat.inference.decoder import Decoder
 from gkachat.inference.quantize import for_inference
 from gkachat.inference.sampling import Sampling
 from gkachat.model.gpt import GPT
+from scripts.cli import run
 
 BLOCK = 256  # tokens of a prompt that are read at a time, as in inference/engine.py, which needs tiktoken
 ATTENTIONS = ("softmax", "gka", "gka_plus")
@@ -44,12 +36,12 @@ def decode_step(model: GPT, idx: torch.Tensor, compile: bool) -> tuple[Callable[
     cache = prefill(model, idx)
     decoder = Decoder(model, cache, model.config.vocab_size, compile)
     for row in range(idx.size(0)):
-        decoder.place(row, Sampling(top_k=50), [])
+        decoder.set_row(row, Sampling(top_k=50), [])
     lengths, tokens, draws = list(cache.lengths), idx[:, -1].tolist(), [0.5] * idx.size(0)
 
     def step() -> None:
         cache.lengths[:] = lengths
-        decoder(tokens, draws)
+        decoder.step(tokens, draws)
 
     return step, cache
 
@@ -139,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run(main)

@@ -8,22 +8,14 @@ from collections.abc import Callable
 
 import torch
 
-from gkachat.benchmark import (
-    benchmark,
-    benchmark_parser,
-    measured_peaks,
-    parse_benchmark,
-    positive,
-    publish,
-    run_benchmark,
-    table,
-)
+from gkachat.benchmark import benchmark, benchmark_parser, measured_peaks, parse_benchmark, positive, publish, table
 from gkachat.config import Config, GKAConfig, GPTConfig
 from gkachat.machine import device_name, peak_flops
 from gkachat.model.gpt import GPT
 from gkachat.model.stats import model_stats
 from gkachat.train.optim import make_optimizers
 from gkachat.train.schedule import resolve
+from scripts.cli import run
 
 VARIANTS = {
     "softmax": {},
@@ -107,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run(main)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gkachat.attention.fused import visible
+from gkachat.attention.kernels.reference import visible
 from gkachat.eval.compare import heat_map
 from gkachat.inspection.statistics import STATISTICS, Inspection
 

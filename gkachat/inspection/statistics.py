@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gkachat.attention.fused import visible
+from gkachat.attention.kernels.reference import visible
 from gkachat.checkpoint import checkpoint_steps, load_model, load_weights, step_dir, tokens_dir
 from gkachat.data.shards import Split
 from gkachat.eval.compare import by_layer

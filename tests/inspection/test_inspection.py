@@ -9,12 +9,12 @@ import pytest
 import torch
 import tyro
 from conftest import TINY, call, untrained_run
-from gkachat.attention.kernels.reference import visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gkachat.attention import attention_class
 from gkachat.attention.features import rms_norm, rope_table
+from gkachat.attention.kernels.reference import visible
 from gkachat.config import GKAConfig, GPTConfig
 from gkachat.inspection.page import page
 from gkachat.inspection.report import markdown, write_inspection
