@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gkachat.checkpoint import load_model, remove
 from gkachat.files import flush, read_json, write_text
@@ -74,16 +73,10 @@ def export(
         name: tensor.to(getattr(torch, dtype)) if tensor.ndim > 1 else tensor
         for name, tensor in model.state_dict().items()
     }
-    config = _model_settings(model, tokenizer, tensors, meta, dtype)
-    texts = {name: (Path(__file__).parent / name).read_text() for name in SOURCES}
-    texts["tokenizer.json"] = tokenizer.json_text
-    texts["README.md"] = model_card(Path(run_dir), model.config, meta)
-    for name, settings in (
-        ("config.json", config),
-        ("generation_config.json", _generation_settings(model, tokenizer, config)),
-        ("tokenizer_config.json", _tokenizer_settings(model, tokenizer, meta)),
-    ):
-        texts[name] = json.dumps(settings, indent=2) + "\n"
+    settings = _settings(model, tokenizer, meta, dtype)
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in settings.items()}
+    texts |= {name: (Path(__file__).parent / name).read_text() for name in SOURCES}
+    texts |= {"tokenizer.json": tokenizer.json_text, "README.md": model_card(Path(run_dir), model.config, meta)}
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -102,7 +95,7 @@ def export(
         raise OSError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return config
+    return settings["config.json"]
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -116,14 +109,13 @@ def _check_free(out: Path, overwrite: bool) -> None:
     raise FileExistsError(f"{out} is not an earlier export and is not overwritten; choose another directory")
 
 
-def _model_settings(
-    model: GPT, tokenizer: Tokenizer, tensors: dict[str, Tensor], meta: dict[str, Any], dtype: str
-) -> dict[str, Any]:
-    shape = model.config
-    layers = range(shape.depth)
-    windows = [shape.window(layer) for layer in layers]
-    end = tokenizer.special[END_OF_ANSWER]
-    return {
+def _settings(model: GPT, tokenizer: Tokenizer, meta: dict[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
+    """Return the JSON files that transformers reads about the model, generation and the tokenizer."""
+    shape, names = model.config, model.state_dict().keys()
+    windows = [shape.window(layer) for layer in range(shape.depth)]
+    bos, end, is_tuned = tokenizer.bos, tokenizer.special[END_OF_ANSWER], "chat" in meta["config"]
+    ids = {"bos_token_id": bos, "eos_token_id": [end, bos] if is_tuned else bos, "pad_token_id": bos}
+    config = {
         "model_type": "gkachat",
         "architectures": ["GkachatForCausalLM"],
         "auto_map": {
@@ -139,37 +131,25 @@ def _model_settings(
         "max_position_embeddings": shape.sequence_len,
         "window": next(filter(None, windows), None),
         "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
-        "value_embedding_layers": [i for i in layers if f"blocks.{i}.attn.value_embedding.table.weight" in tensors],
+        "value_embedding_layers": [
+            layer for layer in range(shape.depth) if f"blocks.{layer}.attn.value_embedding.table.weight" in names
+        ],
         "gka_rope": shape.gka.rope,
         "gka_include_self": shape.gka.include_self,
         "gka_normalize": shape.gka.normalize,
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": [end, tokenizer.bos] if _is_tuned(meta) else tokenizer.bos,
-        "pad_token_id": tokenizer.bos,
+        **ids,
     }
-
-
-def _generation_settings(model: GPT, tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
-    settings = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # Rows of the head beyond the tokenizer's vocabulary belong to no token.
-    unused = list(range(tokenizer.vocab_size, model.config.vocab_size))
-    return settings | ({"suppress_tokens": unused} if unused else {})
-
-
-def _tokenizer_settings(model: GPT, tokenizer: Tokenizer, meta: dict[str, Any]) -> dict[str, Any]:
-    return {
+    unused = list(range(tokenizer.vocab_size, shape.vocab_size))  # rows of the head that belong to no token
+    generation = ids | ({"suppress_tokens": unused} if unused else {})
+    tokens = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.config.sequence_len,
+        "model_max_length": shape.sequence_len,
         "bos_token": BOS,
-        "eos_token": END_OF_ANSWER if _is_tuned(meta) else BOS,
+        "eos_token": END_OF_ANSWER if is_tuned else BOS,
         "pad_token": BOS,
         "additional_special_tokens": list(tokenizer.special),
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-
-
-def _is_tuned(meta: dict[str, Any]) -> bool:
-    """Whether the run was tuned on conversations, so that its answers end with END_OF_ANSWER."""
-    return "chat" in meta["config"]
+    return {"config.json": config, "generation_config.json": generation, "tokenizer_config.json": tokens}

@@ -237,6 +237,7 @@ class GkachatForCausalLM(PreTrainedModel, GenerationMixin):
     """Language model for trained weights. To train from scratch, use gkachat, which initialises weights differently."""
 
     config_class = GkachatConfig
+    _input_embed_layer = "wte"
     _keep_in_fp32_modules_strict = ["log_sigma", "residual_scale", "x0_mix"]  # noqa: RUF012 (transformers wants a list)
 
     def __init__(self, config: GkachatConfig):
@@ -247,12 +248,6 @@ class GkachatForCausalLM(PreTrainedModel, GenerationMixin):
         self.residual_scale = nn.Parameter(torch.ones(config.num_hidden_layers))
         self.x0_mix = nn.Parameter(torch.zeros(config.num_hidden_layers))
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.wte = value
 
     @can_return_tuple
     def forward(

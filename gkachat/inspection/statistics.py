@@ -8,6 +8,8 @@ Axes: T query time, S key time, H heads.
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gkachat.attention import Attention
 from gkachat.attention.kernels.reference import visible
 from gkachat.checkpoint import checkpoint_steps, load_model, load_weights, step_dir, tokens_dir
 from gkachat.data.shards import Split
 from gkachat.eval.compare import by_layer
+from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
 from gkachat.train.metrics import read_metrics
 
@@ -85,64 +89,57 @@ def inspect_run(
     if documents < 1 or tokens < 2:
         raise ValueError(f"given {documents} documents and maps of {tokens} tokens, expected at least 1 and 2")
     model, tokenizer, meta = load_model(run_dir, device, step)
-    config = model.config
+    config, layers = model.config, [block.attn for block in model.blocks]
     mapped = _mapped_heads(heads, config.depth, config.n_head)
     texts, source = _read_texts(text, tokenizer, meta, documents, config.sequence_len)
-    generator = torch.Generator().manual_seed(0)
-    layers = [_LayerStatistics(tokens, max(1, MAX_PAIRS // len(texts)), generator) for _ in model.blocks]
-    for layer, block in zip(layers, model.blocks, strict=True):
-        block.attn.register_forward_pre_hook(layer.observe)
-    for ids in texts:
-        model(torch.tensor([ids], device=device))
-    sigma = [block.attn.sigma.tolist() for block in model.blocks if hasattr(block.attn, "sigma")]
+    observed = _observe(model, layers, texts, tokens, device)
+    sigma = [layer.sigma.tolist() for layer in layers if hasattr(layer, "sigma")]
     return Inspection(
         run=run_dir.resolve().name,
         attention=config.attention,
         step=meta["step"],
         source=source,
-        statistics={name: [layer.mean(name) for layer in layers] for name in STATISTICS},
-        visible=[layer.n_visible / layer.n_tokens for layer in layers],
+        statistics={
+            name: [torch.cat(found[name], dim=1).nanmean(dim=1).tolist() for found in observed] for name in STATISTICS
+        },
+        visible=[torch.cat(found["visible"]).mean().item() for found in observed],
         sigma=sigma,
-        distances=[torch.cat(layer.distances, dim=1) for layer in layers if layer.distances],
+        distances=[torch.cat(found["distances"], dim=1) for found in observed if found["distances"]],
         sigma_history=sigma_history(run_dir) if sigma else {},
         tokens=[tokenizer.decode_bytes([id]).decode(errors="backslashreplace") for id in texts[0][:tokens]],
-        maps={name: layers[layer].map[head] for name, (layer, head) in mapped.items()},
+        maps={name: observed[layer]["map"][0][head] for name, (layer, head) in mapped.items()},
     )
 
 
-class _LayerStatistics:
-    """Sums of one layer's statistics over texts. `observe` is a forward pre-hook of the layer's attention."""
+def _observe(
+    model: GPT, layers: list[Attention], texts: list[list[int]], map_tokens: int, device: str | torch.device
+) -> list[dict[str, list[Tensor]]]:
+    """Return for each layer, by name, what was observed on each text: STATISTICS, visible, map and distances."""
+    inputs: list[tuple] = []  # block input, tokens and rotations of each layer
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[:3]))
+    generator = torch.Generator().manual_seed(0)
+    observed: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in layers]
+    for ids in texts:
+        inputs.clear()
+        model(torch.tensor([ids], device=device))
+        for layer, args, found in zip(layers, inputs, observed, strict=True):
+            weights, _, distances = layer.attention_weights(*args)
+            for name, values_HT in head_statistics(weights[0].cpu()).items():
+                found[name].append(values_HT.double())
+            found["visible"].append(visible(len(ids), layer.window).sum(dim=-1).double())
+            found["map"].append(weights[0, :, :map_tokens, :map_tokens].cpu())
+            if distances is not None:
+                earlier = distances[0].cpu()[:, visible(len(ids), layer.window, include_self=False)]
+                found["distances"].append(_sample(earlier, max(1, MAX_PAIRS // len(texts)), generator))
+    return observed
 
-    def __init__(self, map_tokens: int, pairs_per_text: int, generator: torch.Generator):
-        self.map_tokens, self.pairs_per_text, self.generator = map_tokens, pairs_per_text, generator
-        self.map: Tensor | None = None
-        self.sums: dict[str, Tensor | float] = dict.fromkeys(STATISTICS, 0.0)
-        self.counts: dict[str, Tensor | int] = dict.fromkeys(STATISTICS, 0)
-        self.n_visible = self.n_tokens = 0
-        self.distances: list[Tensor] = []
 
-    def observe(self, attention: Any, inputs: tuple) -> None:
-        x_BTC, idx_BT, rope = inputs[:3]
-        found = attention.attention_weights(x_BTC, idx_BT, rope)
-        weights_HTS = found.weights[0].cpu()
-        for name, values_HT in head_statistics(weights_HTS).items():
-            self.sums[name] = self.sums[name] + values_HT.double().nansum(dim=-1)
-            self.counts[name] = self.counts[name] + values_HT.isfinite().sum(dim=-1)
-        T = weights_HTS.size(-1)
-        self.n_visible += int(visible(T, attention.window).sum())
-        self.n_tokens += T
-        if self.map is None:
-            self.map = weights_HTS[:, : self.map_tokens, : self.map_tokens].clone()
-        if found.distances is not None:
-            earlier = found.distances[0].cpu()[:, visible(T, attention.window, include_self=False)]
-            if earlier.size(1) > self.pairs_per_text:
-                sample = torch.randint(earlier.size(1), (self.pairs_per_text,), generator=self.generator)
-                earlier = earlier[:, sample]
-            self.distances.append(earlier)
-
-    def mean(self, name: str) -> list[float]:
-        """Mean over the positions where the statistic is defined, for each head."""
-        return (self.sums[name] / self.counts[name].clamp(min=1)).tolist()
+def _sample(pairs: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Return n random columns of `pairs`, or all of them where there are no more."""
+    if pairs.size(1) <= n:
+        return pairs
+    return pairs[:, torch.randint(pairs.size(1), (n,), generator=generator)]
 
 
 def head_statistics(weights_HTS: Tensor) -> dict[str, Tensor]:
@@ -191,7 +188,7 @@ def _read_texts(
     return texts, f"{source}, {total:,} tokens read with BOS, at most {sequence_len:,} of each"
 
 
-def _val_documents(tokenizer: Tokenizer, meta: dict[str, Any], max_tokens: int):
+def _val_documents(tokenizer: Tokenizer, meta: dict[str, Any], max_tokens: int) -> Iterator[list[int]]:
     """Yield the first tokens of each val document of the run's dataset."""
     for shard in Split(tokens_dir(meta), "val", tokenizer):
         for start, length in zip(shard.start, shard.length, strict=True):
