@@ -18,7 +18,7 @@ import torch
 
 from gkachat.checkpoint import load_model, remove
 from gkachat.config import GPTConfig
-from gkachat.eval.compare import EVAL_FILE
+from gkachat.eval.results import read_results
 from gkachat.files import flush, read_json, write_text
 from gkachat.model.gpt import GPT
 from gkachat.model.stats import model_stats
@@ -181,14 +181,7 @@ def _card(run_dir: Path, shape: GPTConfig, meta: dict[str, Any], config: dict[st
 def _scores(run_dir: Path, step: int) -> dict[str, str]:
     """What evaluations of this very checkpoint left in the run's directory."""
     found = {}
-    for path in (run_dir / EVAL_FILE, *sorted((run_dir / "evals").glob("*.json"))):
-        try:
-            report = read_json(path, step=int)
-        except ValueError:
-            continue
-        if report["step"] != step:
-            continue
-        kind = report.get("kind", "measured")
+    for kind, report in read_results(run_dir, step).items():
         found |= {f"{kind}: {name}": f"{value:.4f}" for name, value in report.items() if isinstance(value, float)}
         for task, score in (report.get("scores") or {}).items():
             if isinstance(score, dict) and isinstance(score.get("accuracy"), int | float):
