@@ -45,15 +45,11 @@ def main(
             "python -m scripts.chat_sft RUN --chat.source generated; other runs: python -m scripts.lm_eval"
         )
     for_inference(model, pick_dtype("auto", chosen))
-    scores = evaluate_chat(
-        model, tokenizer, tasks, val_fraction=chat["val_fraction"], limit=limit, rows=batch_size
-    )  # fmt: skip
+    scores = evaluate_chat(model, tokenizer, tasks, val_fraction=chat["val_fraction"], limit=limit, rows=batch_size)
     print(f"{run_dir.name}, step {meta['step']}")
     for task, score in scores.items():
-        print(
-            f"  {task:14s} {score['accuracy']:.4f} +- {score['standard_error']:.4f} (guessing: {score['baseline']:.4f}); "
-            f"{score['examples']:,} questions in {score['seconds']:.1f} s"
-        )
+        accuracy = f"{score['accuracy']:.4f} +- {score['standard_error']:.4f} (guessing: {score['baseline']:.4f})"
+        print(f"  {task:14s} {accuracy}; {score['examples']:,} questions in {score['seconds']:.1f} s")
     print(write_result(run_dir, "chat", meta, chosen, scores, limit=limit).with_suffix(".md"))
 
 

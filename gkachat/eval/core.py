@@ -3,10 +3,10 @@
     result = evaluate_core(model, tokenizer, "eval_bundle.zip")     # or a directory; nanochat's bundle
     result["arc_easy"]["accuracy"], result["mean_centered"], result["name"]
 
-Prompts are long, and what is scored of them is short. Tokens that an example's choices share are therefore prefilled
-once into a KV cache, for many examples at a time; the choices continue from it one after the other, and only they get
-logits. Up to rounding, this equals scoring each text alone. In float32, an example whose decision depends on rounding is
-scored again alone.
+Prompts are long, and what is scored of them is short. Tokens that an example's choices share are therefore read once
+into a KV cache, for many examples at a time. The choices continue from it one after the other, and only they get
+logits. Up to rounding, this equals scoring each text alone; in float32, an example whose decision depends on rounding
+is scored again alone.
 """
 
 import json

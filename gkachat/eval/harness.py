@@ -149,7 +149,7 @@ class HarnessModel(TemplateLM):
         return totals.tolist()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the text generated for each (prompt, options) request; at least half of sequence_len is the prompt's."""
+        """Return the text generated for each (prompt, options) request. A prompt may take half of sequence_len."""
         stop_tokens = (self.tokenizer.special["<|assistant_end|>"],) if self.chat else ()
         queue = []
         for number, request in enumerate(requests):

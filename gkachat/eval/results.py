@@ -36,8 +36,8 @@ def task_score(accuracy: float, examples: int, seconds: float, baseline: float |
 
     Args:
         accuracy: share of right answers, 0 to 1.
-        baseline: accuracy of guessing, 0 to 1. With it, `centered` is (accuracy - baseline) / (1 - baseline), which is 0
-            for guessing and 1 for all right.
+        baseline: accuracy of guessing, 0 to 1. With it, `centered` is (accuracy - baseline) / (1 - baseline): 0 for
+            guessing, 1 for all right.
 
     `standard_error` is that of a share of independent answers, sqrt(p (1 - p) / n).
     """
