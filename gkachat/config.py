@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 HEAD_DIM = 128
-ATTENTIONS = ["softmax", "gka", "gka_plus"]  # and what attention.register adds
+Protocol = Literal["equal-tokens", "equal-ratio", "paper", "equal-flops"]
+ATTENTIONS = {
+    "softmax": "gkachat.attention.softmax:SoftmaxAttention",
+    "gka": "gkachat.attention.gka:GaussianKernelAttention",
+    "gka_plus": "gkachat.attention.gka_plus:GKAPlus",
+}
+"""Name of each attention -> "module:Class" of its layer. `gkachat.attention.register` adds to it."""
 
 
 class ConfigError(ValueError):
@@ -159,39 +165,6 @@ class GKAConfig:
 
 
 @dataclass(frozen=True)
-class PlusConfig:
-    """What gka_plus adds to Gaussian Kernel Attention; each can be taken away. Nothing here is a C x C matrix."""
-
-    conv_query: bool = True
-    """Let each channel of the queries mix the last `taps` tokens ..."""
-    conv_key: bool = True
-    """... of the keys ..."""
-    conv_value: bool = True
-    """... and of the values."""
-    taps: int = 4
-    """Tokens that are mixed."""
-    key_delays: bool = True
-    """Start the keys' mixing as a delay, by 1 token, 2 .. taps - 1, 1 .. from head to head, so that what is found is
-    what followed a token like itself."""
-    normalize: bool = True
-    """RMS-normalise what is compared, head by head."""
-    rope: bool = True
-    """Rotate what is compared by position."""
-    neighbour: bool = False
-    """Compare by the next head's channels, while values are a head's own."""
-    token_bandwidth: bool = False
-    """Let each query have a bandwidth of its own, by exp(w.x)."""
-    key_weight: bool = False
-    """Add to the scores of each key a weight of its own, w.x."""
-    value_embeddings: bool = False
-    """Add a learned vector per token to the values of every other layer, as softmax attention does: half as many
-    parameters again at a laptop's size, and no FLOP."""
-
-    def __post_init__(self) -> None:
-        require(self, **at_least(1 + self.key_delays, self, "taps"))
-
-
-@dataclass(frozen=True)
 class GPTConfig:
     """A model's shape. Raises ConfigError for a shape that cannot be built."""
 
@@ -209,12 +182,12 @@ class GPTConfig:
     """Channels; by default 64 * depth."""
     head_dim: int | None = None
     """Channels a head; by default 128, or n_embd where that does not divide by 128."""
-    value_embeddings: bool = True
-    """softmax: on every other layer, a learned vector per token is added to the values."""
+    value_embeddings: bool | None = None
+    """Add a learned vector per token to the values of every other layer and of the last. None: the attention's
+    default, true for softmax."""
     short_conv: bool = False
     """softmax: let each channel of queries, keys and values mix the last 4 tokens, as gka_plus does."""
     gka: GKAConfig = field(default_factory=GKAConfig)
-    plus: PlusConfig = field(default_factory=PlusConfig)
 
     def __post_init__(self) -> None:
         if self.n_embd is None:
@@ -223,8 +196,13 @@ class GPTConfig:
             object.__setattr__(self, "head_dim", HEAD_DIM if self.n_embd % HEAD_DIM == 0 else 64)
         # Other fields' problems are told where they are, not here too.
         divides = self.head_dim > 0 and self.n_embd % self.head_dim == 0
+        no_values = self.attention == "gka" and self.value_embeddings
         require(
             self,
+            value_embeddings=(
+                not no_values,
+                "false with attention 'gka', whose values are its inputs (or use gka_plus)",
+            ),
             attention=(self.attention in ATTENTIONS, " or ".join(map(repr, ATTENTIONS))),
             window_pattern=(bool(self.window_pattern) and set(self.window_pattern) <= set("SL"), "letters S and L"),
             head_dim=(self.head_dim >= 2 and self.head_dim % 2 == 0, "an even number, 2 or more"),
@@ -242,6 +220,11 @@ class GPTConfig:
         return self.n_embd // self.head_dim
 
     @property
+    def uses_value_embeddings(self) -> bool:
+        """`value_embeddings`, or the attention's default where it is None."""
+        return self.attention == "softmax" if self.value_embeddings is None else self.value_embeddings
+
+    @property
     def causal(self) -> bool:
         """Whether a token sees the past alone."""
         return True
@@ -251,9 +234,6 @@ class GPTConfig:
         letter = self.window_pattern[layer % len(self.window_pattern)]
         short = math.ceil(self.sequence_len / 4 / 128) * 128
         return None if letter == "L" or layer == self.depth - 1 or short >= self.sequence_len else short
-
-
-Protocol = Literal["equal-tokens", "equal-ratio", "paper", "equal-flops"]
 
 
 @dataclass(frozen=True)
@@ -336,8 +316,6 @@ class OptimConfig:
     """Log bandwidths of gka and gka_plus."""
     conv_lr: float = 0.02
     """Taps of short convolutions."""
-    head_vector_lr: float = 0.01
-    """What a token's bandwidth and a key's weight are read with."""
     position_lr: float = 0.01
     """Positions and class token of image models."""
     lr_scale: float | None = None
@@ -412,111 +390,6 @@ class ChatConfig:
 @dataclass(frozen=True)
 class TuningConfig(Config):
     chat: ChatConfig = field(default_factory=ChatConfig)
-
-
-@dataclass(frozen=True)
-class ViTConfig:
-    """An image model's shape; by default DeiT-Tiny's. Raises ConfigError for a shape that cannot be built."""
-
-    depth: int = 12
-    """Layers."""
-    attention: Literal["softmax", "gka"] = "softmax"
-    """What mixes patches; it sees all of the image."""
-    n_embd: int = 192
-    """Channels."""
-    head_dim: int = 64
-    """Channels a head."""
-    image_size: int = 224
-    """Pixels a side."""
-    patch_size: int = 16
-    """Pixels a side of a patch; each is a token, and the class token stands before them."""
-    colours: int = 3
-    """Numbers a pixel."""
-    classes: int = 1000
-    """What the head tells apart."""
-    drop_path: float = 0.0
-    """How often the last block is left out of an image's training step; earlier ones less often, the first never."""
-    gka: GKAConfig = field(default_factory=GKAConfig)
-
-    def __post_init__(self) -> None:
-        divides = self.head_dim > 0 and self.n_embd % self.head_dim == 0
-        fits = self.patch_size > 0 and self.image_size % self.patch_size == 0
-        require(
-            self,
-            n_embd=(self.n_embd >= 1 and divides, f"a multiple of head_dim {self.head_dim}"),
-            head_dim=(self.head_dim >= 2 and self.head_dim % 2 == 0, "an even number, 2 or more"),
-            image_size=(self.image_size >= 1 and fits, f"a multiple of patch_size {self.patch_size}"),
-            colours=(self.colours in (1, 3), "1 (grey) or 3"),
-            drop_path=(0 <= self.drop_path < 1, "0 or more and below 1"),
-            **at_least(1, self, "depth", "patch_size"),
-            **at_least(2, self, "classes"),
-        )
-        if self.gka.rope:
-            raise ConfigError(["gka.rope: given True, expected false: positions in an image are learned"])
-
-    # What else attention layers ask: positions are the tokens' own, nothing is looked up by token, all is seen.
-    causal = value_embeddings = short_conv = property(lambda self: False)
-    n_head = property(lambda self: self.n_embd // self.head_dim)
-    sequence_len = property(lambda self: (self.image_size // self.patch_size) ** 2 + 1)
-
-    def window(self, layer: int) -> None:
-        return None
-
-
-@dataclass(frozen=True)
-class ImageConfig:
-    source: Literal["digits", "huggingface"] = "digits"
-    """digits: 1,797 images of 8 x 8 pixels that scikit-learn brings along. huggingface: a dataset by name."""
-    dataset: str = "ILSVRC/imagenet-1k"
-    """huggingface: the dataset's name, or a folder with a folder of images for each class of each split."""
-    train_split: str = "train"
-    """huggingface: what is trained on ..."""
-    val_split: str = "validation"
-    """... and what is evaluated."""
-    shift: int = 0
-    """digits: move training images by up to so many pixels."""
-    workers: int = 0
-    """Processes that read images."""
-
-    def __post_init__(self) -> None:
-        require(self, **at_least(0, self, "shift", "workers"))
-
-    @property
-    def name(self) -> str:
-        return "digits" if self.source == "digits" else Path(self.dataset).name
-
-
-@dataclass(frozen=True)
-class VisionTrainConfig(LoopConfig):
-    epochs: float = 300.0
-    """How often each image is trained on."""
-    batch_images: int = 1024
-    """Images a step, over all devices and accumulation."""
-    label_smoothing: float = 0.1
-    """Share of each target that is spread over all classes."""
-    ema_decay: float = 0.0
-    """Evaluate and save an average of the weights that moves by 1 - ema_decay a step; 0: the weights themselves."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__(
-            epochs=(self.epochs > 0, "above 0"),
-            label_smoothing=(0 <= self.label_smoothing < 1, "0 or more and below 1"),
-            ema_decay=(0 <= self.ema_decay < 1, "0 or more and below 1"),
-            **at_least(1, self, "batch_images"),
-        )
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    run: RunConfig = field(default_factory=RunConfig)
-    data: ImageConfig = field(default_factory=ImageConfig)
-    model: ViTConfig = field(default_factory=ViTConfig)
-    train: VisionTrainConfig = field(default_factory=VisionTrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-
-    @property
-    def run_name(self) -> str:
-        return self.run.name or f"{self.data.name}_{self.model.attention}"
 
 
 def home() -> Path:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from gkachat.config import Config, ConfigError, VisionConfig
+from gkachat.config import Config, ConfigError
+from gkachat.vision_config import VisionConfig
 
 C = TypeVar("C", Config, VisionConfig)
 

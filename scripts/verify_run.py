@@ -11,9 +11,10 @@ import torch
 import tyro
 
 from gkachat import checkpoint
-from gkachat.config import Config, VisionConfig
+from gkachat.config import Config
 from gkachat.config_file import load_config, read_toml
 from gkachat.model.vit import load_vit
+from gkachat.vision_config import VisionConfig
 from scripts.cli import run
 
 

@@ -36,9 +36,9 @@ def main() -> None:
 
     from gkachat.benchmark import publish, table
     from gkachat.checkpoint import find_run, model_config, open_checkpoint
-    from gkachat.config import ViTConfig
     from gkachat.model.vit import model_stats
     from gkachat.train.metrics import read_metrics
+    from gkachat.vision_config import ViTConfig
 
     found: dict[ViTConfig, list[dict]] = defaultdict(list)
     for name in options.runs:

@@ -6,7 +6,7 @@ torchrun --standalone --nproc_per_node=8 -m scripts.vision_train configs/vision_
 
 import sys
 
-from gkachat.config import VisionConfig
+from gkachat.vision_config import VisionConfig
 from scripts.cli import RUN_FLAGS, check_flags, config_from_args, run
 
 

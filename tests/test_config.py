@@ -17,11 +17,11 @@ from gkachat.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
-    VisionConfig,
     home,
 )
 from gkachat.config_file import build, load_config, to_toml
 from gkachat.sweep import load_sweep
+from gkachat.vision_config import VisionConfig
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.toml"))
 SHIPPED = [path for path in FILES if not path.stem.startswith("sweep_")]

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gkachat.config import ImageConfig, VisionConfig, ViTConfig
 from gkachat.train.distributed import World
+from gkachat.vision_config import ImageConfig, VisionConfig, ViTConfig
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 RAND_AUGMENT, ERASING, MIXUP, CUTMIX = (2, 9), 0.25, 0.8, 1.0  # operations and their strength; share; alphas

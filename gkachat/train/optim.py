@@ -152,7 +152,6 @@ class Optimizers:
             "residual_scale": config.residual_lr,
             "log_sigma": config.sigma_lr,
             "convolutions": config.conv_lr,
-            "head_vectors": config.head_vector_lr,
             "positions": config.position_lr,
         }
         if unknown := groups.keys() - adam_lr.keys():

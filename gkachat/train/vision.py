@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from gkachat.config import ConfigError, VisionConfig
+from gkachat.config import ConfigError
 from gkachat.data.images import Batches, Images
 from gkachat.model.stats import ModelStats
 from gkachat.model.vit import ViT, model_stats
 from gkachat.train.trainer import Trainer
+from gkachat.vision_config import VisionConfig
 
 WEIGHT_DECAY = 0.05  # DeiT's
 

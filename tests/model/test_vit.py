@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gkachat.checkpoint import load_model, load_optimizer, open_checkpoint, step_dir
-from gkachat.config import ConfigError, GKAConfig, ViTConfig
-from gkachat.config import VisionConfig as Config
+from gkachat.config import ConfigError, GKAConfig
 from gkachat.config_file import load_config
 from gkachat.data.images import Batches, Images, load_images
 from gkachat.model.vit import ViT, load_vit, model_stats
@@ -19,6 +18,8 @@ from gkachat.train.distributed import World
 from gkachat.train.metrics import read_metrics
 from gkachat.train.schedule import lr_multiplier
 from gkachat.train.vision import VisionTrainer, resolve
+from gkachat.vision_config import VisionConfig as Config
+from gkachat.vision_config import ViTConfig
 
 ATTENTIONS = pytest.mark.parametrize("attention", ["softmax", "gka"])
 SHAPE = {"depth": 2, "n_embd": 32, "head_dim": 16, "image_size": 8, "patch_size": 2, "colours": 1, "classes": 10}
