@@ -163,7 +163,7 @@ def score_groups(model: GPT, batch: list[Group]) -> dict[tuple[int, tuple[int, .
     cache = model.make_cache(len(batch), length, block=length)  # one block holds all, so that no window's slots wrap
     if prefix:
         idx = _pad([group.prefix for group in batch], prefix).to(device)
-        model(idx, cache=cache.step(slice(0, len(batch)), prefix), logits_to_keep=1)
+        model(idx, cache=cache.step(slice(0, len(batch)), prefix, prefill=True), logits_to_keep=1)
     texts, token_scores = [], []
     for k in range(len(batch[0].continuations)):
         groups = [group for group in batch if len(group.continuations) > k]  # the first rows of the cache
