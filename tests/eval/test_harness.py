@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, the real package, on local tasks: against one forward pass a text."""
+"""lm-evaluation-harness, the real package, on local tasks: its figures equal those of one forward pass per text."""
 
 import functools
 import json
@@ -8,21 +8,24 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import call, untrained_run
+from conftest import untrained_run
 
 pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
+from gkachat.data.conversations import prompt
 from gkachat.data.loader import val_batches
 from gkachat.data.shards import Documents
-from gkachat.eval import lm_eval
+from gkachat.eval import harness
 from gkachat.eval.bpb import evaluate_bpb
 from gkachat.eval.core import evaluate_core
-from gkachat.eval.lm_eval import HarnessModel, evaluate
+from gkachat.eval.harness import HarnessModel, evaluate
+from gkachat.eval.results import read_results
 from gkachat.inference.engine import Engine
 from gkachat.model.gpt import GPT, GPTConfig
 from gkachat.tokenizer import train_tokenizer
+from scripts import lm_eval
 
 T = 48
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. One two three four five six seven. "
@@ -35,7 +38,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module", params=["softmax", "gka"])
 def model(request, tokenizer):
-    """Knows TEXT by heart."""
+    """A model that knows TEXT by heart."""
     torch.manual_seed(0)
     config = GPTConfig(depth=2, attention=request.param, vocab_size=320, sequence_len=T, n_embd=32, head_dim=16)
     model, ids = GPT(config), torch.tensor(tokenizer.encode(TEXT * 4))
@@ -49,60 +52,55 @@ def model(request, tokenizer):
     return model.eval()
 
 
-def logprobs(model, tokens):
-    """(T - 1, V) of what follows each of the tokens, one forward pass."""
-    with torch.no_grad():
-        return model(torch.tensor([tokens[:-1]])).log_softmax(-1)[0]
+@torch.no_grad()
+def score_last(model, ids, n):
+    """Log-likelihood of the last n ids, and whether each is the likeliest, from one forward pass."""
+    scores, target = model(torch.tensor([ids[:-1]])).log_softmax(-1)[0, -n:], torch.tensor(ids[-n:])
+    return scores.gather(1, target[:, None]).sum().item(), bool((scores.argmax(-1) == target).all())
 
 
 def reference(model, tokenizer, context, continuation):
-    """Log-likelihood and whether the continuation is the likeliest at each token."""
-    # The harness's way: spaces at its end belong to the continuation, whose tokens are those beyond as many as it has.
-    prompt = tokenizer.encode(context.rstrip())
-    rest = tokenizer.encode(context + continuation)[len(prompt) :]
-    whole, n = [tokenizer.bos, *prompt, *rest], len(rest)
-    scores, target = logprobs(model, whole)[-n:], torch.tensor(whole[-n:])
-    return scores.gather(1, target[:, None]).sum().item(), bool((scores.argmax(-1) == target).all())
+    # The harness moves spaces at the context's end to the continuation, and takes the tokens beyond the context's.
+    prefix = tokenizer.encode(context.rstrip())
+    rest = tokenizer.encode(context + continuation)[len(prefix) :]
+    return score_last(model, [tokenizer.bos, *prefix, *rest], len(rest))
 
 
 @pytest.fixture(autouse=True)
 def _own_tasks_only(monkeypatch):
-    """The package's fourteen thousand take seconds to list."""
-    monkeypatch.setattr(lm_eval, "TaskManager", functools.partial(lm_eval.TaskManager, include_defaults=False))
+    """The package's fourteen thousand tasks take seconds to list."""
+    monkeypatch.setattr(harness, "TaskManager", functools.partial(harness.TaskManager, include_defaults=False))
 
 
-# Like LAMBADA's: a text whose last word is asked for, of every second a wrong one.
+# As in LAMBADA, the last word is asked for; in every second row it is a wrong one.
 ROWS = [
-    {"text": " ".join(TEXT.split()[n % 5 : n % 5 + n] + ["wrong"] * (n % 2)), "page": TEXT[: n * 7]}
+    {"text": " ".join(TEXT.split()[n % 5 : n % 5 + n] + ["wrong"] * (n % 2)), "page": TEXT[: n * 7], "gold": n % 2}
     for n in range(4, 15)
 ]
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A directory with the three kinds of task."""
+    """A directory with a task of each kind."""
     directory = tmp_path_factory.mktemp("tasks")
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    common = {
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(directory / "rows.jsonl")},
-            "cache_dir": str(directory / "cache"),
-        },
-        "test_split": "test",
-        "fewshot_split": "test",
-    }
+    files = {"data_files": {"test": str(directory / "rows.jsonl")}, "cache_dir": str(directory / "cache")}
+    common = {"dataset_path": "json", "dataset_kwargs": files, "test_split": "test", "fewshot_split": "test"}
     last_word = {"doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}", "doc_to_target": "{{' '+text.split(' ')[-1]}}"}
+    mean = {"aggregation": "mean", "higher_is_better": True}
     kinds = {
         "last_word": {"output_type": "loglikelihood", **last_word, "metric_list": [
             {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True}]},
+            {"metric": "acc", **mean}]},
         "pages": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{page}}",
             "metric_list": [{"metric": "bits_per_byte"}]},
-        "say": {"output_type": "generate_until", **last_word,
-            "generation_kwargs": {"until": ["e"], "max_gen_toks": 6, "do_sample": False, "num_beams": 1},
-            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]},
+        "say": {"output_type": "generate_until", **last_word, "metric_list": [{"metric": "exact_match", **mean}],
+            "generation_kwargs": {"until": ["e"], "max_gen_toks": 6, "do_sample": False, "num_beams": 1}},
+        "choose": {"output_type": "multiple_choice", "description": "Be brief.", "doc_to_text": "{{page[:30]}}",
+            "doc_to_choice": ["One", "two"], "doc_to_target": "{{gold}}", "metric_list": [{"metric": "acc", **mean}]},
     }  # fmt: skip
+    kinds["prefilled"] = {**kinds["choose"], "gen_prefix": "The word is"}
+    kinds["unsafe"] = {**kinds["say"], "unsafe_code": True}
     for name, kind in kinds.items():
         (directory / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **kind}))
     both = {"group": "both", "task": ["last_word", "say"], "aggregate_metric_list": [{"metric": "acc"}]}
@@ -110,27 +108,24 @@ def tasks(tmp_path_factory):
     return directory
 
 
-def asked(*args):
+def request(*args):
     return Instance("loglikelihood", {}, args, 0)
 
 
-def test_a_last_word_task_counts_where_every_token_is_the_likeliest(model, tokenizer, tasks):
+def test_a_last_word_task_counts_rows_where_every_token_is_the_likeliest(model, tokenizer, tasks):
     scores, metrics = evaluate(HarnessModel(model, tokenizer, batch_size=5), ["last_word"], include_path=tasks)
     split = [row["text"].rpartition(" ") for row in ROWS]
-    found = [reference(model, tokenizer, context, " " + word) for context, _, word in split]
-    accuracy = sum(hit for _, hit in found) / len(found)
+    expected = [reference(model, tokenizer, context, " " + word) for context, _, word in split]
+    accuracy = sum(hit for _, hit in expected) / len(expected)
     assert 0 < accuracy < 1, "the rows tell nothing apart"
-    score = scores["last_word"]
-    assert score.accuracy == metrics["last_word"]["acc"] == pytest.approx(accuracy)
-    assert (score.examples, score.centered) == (len(ROWS), None) and score.seconds > 0
-    assert score.standard_error == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / (len(ROWS) - 1)))
+    assert scores["last_word"]["accuracy"] == metrics["last_word"]["acc"] == pytest.approx(accuracy)
+    assert scores["last_word"]["examples"] == len(ROWS) and scores["last_word"]["centered"] is None
     # Batched with padding against one by one, float32.
-    expected = math.exp(-sum(nats for nats, _ in found) / len(found))
-    assert metrics["last_word"]["perplexity"] == pytest.approx(expected, rel=1e-4)
+    perplexity = math.exp(-sum(nats for nats, _ in expected) / len(expected))
+    assert metrics["last_word"]["perplexity"] == pytest.approx(perplexity, rel=1e-4)
 
 
-def test_it_is_the_accuracy_that_core_finds(model, tokenizer, tasks, tmp_path):
-    """A language-modelling task of the same rows, zero-shot."""
+def test_its_accuracy_equals_cores_on_the_same_rows(model, tokenizer, tasks, tmp_path):
     rows = [dict(zip(("context", "_", "continuation"), row["text"].rpartition(" "), strict=True)) for row in ROWS]
     (tmp_path / "eval_data").mkdir()
     (tmp_path / "eval_data" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -139,21 +134,17 @@ def test_it_is_the_accuracy_that_core_finds(model, tokenizer, tasks, tmp_path):
     (tmp_path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nlast_word,0\n")
     core = evaluate_core(model, tokenizer, tmp_path)["last_word"]
     scores, _ = evaluate(HarnessModel(model, tokenizer), ["last_word"], include_path=tasks)
-    assert 0 < core["accuracy"] == scores["last_word"].accuracy < 1 and core["examples"] == len(ROWS)
+    assert 0 < core["accuracy"] == scores["last_word"]["accuracy"] < 1
 
 
-def test_limit_takes_the_first_rows(model, tokenizer, tasks):
-    scores, _ = evaluate(HarnessModel(model, tokenizer), ["last_word"], include_path=tasks, limit=3)
-    assert scores["last_word"].examples == 3
-
-
-def test_a_group_gives_the_scores_of_its_tasks_and_shots_are_put_in_front(model, tokenizer, tasks):
+def test_a_group_gives_the_scores_of_its_tasks_and_shots_come_first(model, tokenizer, tasks):
     lm = HarnessModel(model, tokenizer)
     scores, metrics = evaluate(lm, ["both"], include_path=tasks)
     alone, plain = evaluate(lm, ["last_word"], include_path=tasks)
     assert scores.keys() == {"last_word", "say"} and "both" in metrics
-    assert scores["last_word"].accuracy == alone["last_word"].accuracy
-    _, shots = evaluate(lm, ["last_word"], include_path=tasks, num_fewshot=1)
+    assert scores["last_word"]["accuracy"] == alone["last_word"]["accuracy"]
+    few, shots = evaluate(lm, ["last_word"], include_path=tasks, num_fewshot=1, limit=3)
+    assert few["last_word"]["examples"] == 3
     assert shots["last_word"]["perplexity"] != plain["last_word"]["perplexity"]
 
 
@@ -168,115 +159,169 @@ def bits_per_byte(model, tokenizer, text):
 def test_rolling_likelihood_is_bits_per_byte_for_texts_that_fit_a_row(model, tokenizer, tasks):
     scores, metrics = evaluate(HarnessModel(model, tokenizer), ["pages"], include_path=tasks)
     pages = [row["page"] for row in ROWS]
-    assert max(len(tokenizer.encode(page)) for page in pages) <= T
     n_bytes = [len(page.encode()) for page in pages]
     bits = sum(bits_per_byte(model, tokenizer, page) * n for page, n in zip(pages, n_bytes, strict=True))
-    assert metrics["pages"]["bits_per_byte"] == pytest.approx(bits / sum(n_bytes), abs=1e-4)
-    assert not scores
+    assert metrics["pages"]["bits_per_byte"] == pytest.approx(bits / sum(n_bytes), abs=1e-4) and not scores
 
 
 @pytest.mark.parametrize("n", [T, T + 1, 2 * T, 2 * T + 7])
-def test_a_longer_text_is_predicted_once_each_window_with_all_the_context_it_can_have(model, tokenizer, n):
+def test_a_longer_text_is_predicted_in_windows_with_all_the_context_that_fits(model, tokenizer, n):
     text = tokenizer.decode(tokenizer.encode(TEXT * 20)[:n])
     tokens = [tokenizer.bos, *tokenizer.encode(text)]
-    ends = [*range(T, len(tokens) - 1, T), len(tokens) - 1]
     expected, done = 0.0, 0
-    for end in ends:  # predicts tokens[done + 1 .. end] from at most T tokens before
-        piece = tokens[max(0, end - T) : end + 1]
-        new = end - done
-        scores, target = logprobs(model, piece)[-new:], torch.tensor(piece[-new:])
-        expected += scores.gather(1, target[:, None]).sum().item()
+    for end in [*range(T, len(tokens) - 1, T), len(tokens) - 1]:  # predicts tokens[done + 1 .. end]
+        expected += score_last(model, tokens[max(0, end - T) : end + 1], end - done)[0]
         done = end
-    (found,) = HarnessModel(model, tokenizer).loglikelihood_rolling([asked(text)])
-    assert found == pytest.approx(expected, rel=1e-5)
-    # Bits per byte start a piece with BOS where the harness goes on: the same for one row only.
-    bpb = bits_per_byte(model, tokenizer, text) * math.log(2) * len(text.encode())
-    assert (-found == pytest.approx(bpb, rel=1e-5)) == (len(tokens) <= T + 1)
+    (nats,) = HarnessModel(model, tokenizer).loglikelihood_rolling([request(text)])
+    assert nats == pytest.approx(expected, rel=1e-5)
 
 
-def test_answers_are_those_of_one_text_at_a_time_and_come_in_order(model, tokenizer):
-    """Choices after one context, long and short texts, and nothing in front."""
-    asked_for = [(TEXT[:n], TEXT[n : n + m]) for n, m in ((60, 9), (3, 40), (30, 1), (21, 21), (60, 20))]
-    asked_for += [(TEXT[:30], word) for word in (" one", " two", " the lazy dog")] + [("", TEXT[:9])]
-    found = HarnessModel(model, tokenizer).loglikelihood([asked(*pair) for pair in asked_for], disable_tqdm=True)
-    for (nats, hit), pair in zip(found, asked_for, strict=True):
+def test_likelihoods_equal_those_of_one_text_at_a_time_and_come_in_order(model, tokenizer):
+    pairs = [(TEXT[:n], TEXT[n : n + m]) for n, m in ((60, 9), (3, 40), (30, 1), (21, 21), (60, 20))]
+    pairs += [(TEXT[:30], word) for word in (" one", " two", " the lazy dog")] + [("", TEXT[:9])]
+    answers = HarnessModel(model, tokenizer).loglikelihood([request(*pair) for pair in pairs], disable_tqdm=True)
+    for (nats, hit), pair in zip(answers, pairs, strict=True):
         expected, expected_hit = reference(model, tokenizer, *pair)
         assert nats == pytest.approx(expected, rel=1e-4, abs=1e-4) and hit == expected_hit
-    empty = HarnessModel(model, tokenizer).loglikelihood([asked("The quick", "")], disable_tqdm=True)
+    empty = HarnessModel(model, tokenizer).loglikelihood([request("The quick", "")], disable_tqdm=True)
     assert empty == [(0.0, True)]
 
 
-def test_a_text_too_long_loses_its_beginning_and_is_counted(model, tokenizer):
+def test_a_text_too_long_loses_its_beginning_but_not_bos_and_is_counted(model, tokenizer):
     lm, context = HarnessModel(model, tokenizer), TEXT * 2 + "The"
-    ((found, _),) = lm.loglikelihood([asked(context, " quick end")], disable_tqdm=True)
-    assert lm.truncated == 1
+    ((nats, _),) = lm.loglikelihood([request(context, " quick end")], disable_tqdm=True)
     ids = tokenizer.encode(context + " quick end")
-    n = len(ids) - len(tokenizer.encode(context))
-    kept = [tokenizer.bos, *ids[-T:]]
-    scores, target = logprobs(model, kept)[-n:], torch.tensor(kept[-n:])
-    assert found == pytest.approx(scores.gather(1, target[:, None]).sum().item(), rel=1e-5)
-    lm.loglikelihood([asked("short", " text")], disable_tqdm=True)
+    expected, _ = score_last(model, [tokenizer.bos, *ids[-T:]], len(ids) - len(tokenizer.encode(context)))
+    assert nats == pytest.approx(expected, rel=1e-5) and lm.truncated == 1
+    lm.loglikelihood([request("short", " text")], disable_tqdm=True)
     assert lm.truncated == 1
     with pytest.raises(ValueError, match="expected at most sequence_len 48"):
-        lm.loglikelihood([asked("a", TEXT * 5)], disable_tqdm=True)
+        lm.loglikelihood([request("a", TEXT * 5)], disable_tqdm=True)
 
 
-def test_generation_stops_where_it_is_told(model, tokenizer, tasks):
-    lm = HarnessModel(model, tokenizer, batch_size=3)
-    requests = [asked(row["text"], {"until": ["o"], "max_gen_toks": 8}) for row in ROWS]
-    found = lm.generate_until(requests, disable_tqdm=True)
-    for row, text in zip(ROWS, found, strict=True):
-        prompt = tokenizer.encode(row["text"])
-        whole = tokenizer.decode(list(Engine(model, tokenizer).generate(prompt, max_tokens=8, temperature=0)))
-        assert text == whole.split("o")[0]
-    assert any(found) and not lm.truncated
+def test_generation_is_greedy_and_ends_at_stop_texts(model, tokenizer, tasks):
+    lm, engine = HarnessModel(model, tokenizer, batch_size=3), Engine(model, tokenizer)
+    requests = [request(row["text"], {"until": ["o"], "max_gen_toks": 8}) for row in ROWS]
+    answers = lm.generate_until(requests, disable_tqdm=True)
+    for row, answer in zip(ROWS, answers, strict=True):
+        ids = engine.generate(tokenizer.encode(row["text"]), max_tokens=8, temperature=0)
+        assert answer == tokenizer.decode(list(ids)).split("o")[0]
+    assert any(answers) and not lm.truncated
     scores, _ = evaluate(lm, ["say"], include_path=tasks)
-    assert scores["say"].examples == len(ROWS) and lm.ignored == {"num_beams"}
+    assert scores["say"]["examples"] == len(ROWS) and lm.ignored_options == {"num_beams"}
 
 
 def test_sampling_follows_the_tasks_options_and_the_seed(model, tokenizer):
     options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.5, "top_k": 40}
-    requests = [asked("The quick", options)] * 2
 
-    def say(seed):
-        return HarnessModel(model, tokenizer, seed=seed).generate_until(requests)
+    def generate(seed):
+        return HarnessModel(model, tokenizer, seed=seed).generate_until([request("The quick", options)] * 2)
 
-    first, second = say(1)
-    assert first != second and say(1) == [first, second] != say(5)
-    engine = Engine(model, tokenizer)
-    drawn = engine.generate(tokenizer.encode("The quick"), max_tokens=12, temperature=1.5, top_k=40, seed=1)
+    first, second = generate(1)
+    assert first != second and generate(1) == [first, second] != generate(5)
+    ids = tokenizer.encode("The quick")
+    drawn = Engine(model, tokenizer).generate(ids, max_tokens=12, temperature=1.5, top_k=40, seed=1)
     assert first == tokenizer.decode(list(drawn))
 
 
 def test_a_prompt_too_long_leaves_room_for_the_answer(model, tokenizer):
     lm = HarnessModel(model, tokenizer)
-    (found,) = lm.generate_until([asked(TEXT * 4, {"until": [], "max_gen_toks": 10})])
+    (answer,) = lm.generate_until([request(TEXT * 4, {"until": [], "max_gen_toks": 10})])
     kept = tokenizer.encode(TEXT * 4)[-(T - 1 - 10) :]
     drawn = Engine(model, tokenizer).generate(kept, max_tokens=10, temperature=0)
-    assert lm.truncated == 1 and found == tokenizer.decode(list(drawn))
+    assert lm.truncated == 1 and answer == tokenizer.decode(list(drawn))
 
 
-def test_unknown_tasks_and_missing_data_are_named(model, tokenizer, tasks, tmp_path):
+@pytest.fixture
+def chat_lm(tokenizer):
+    """A model with room for conversations, and the token rows that it is given."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(depth=1, vocab_size=320, sequence_len=256, n_embd=32, head_dim=16)).eval()
+    seen = []
+    model.wte.register_forward_pre_hook(lambda module, args: seen.extend(args[0].tolist()))
+    return HarnessModel(model, tokenizer, chat=True), seen
+
+
+def test_a_tuned_model_generates_from_the_very_prompt_it_was_tuned_on(chat_lm, tokenizer, tasks):
+    lm, seen = chat_lm
+    evaluate(lm, ["say"], include_path=tasks, limit=2)
+    for row in ROWS[:2]:
+        question = {"role": "user", "content": row["text"].rpartition(" ")[0]}
+        assert prompt(tokenizer, [question]) in seen
+    seen.clear()
+    evaluate(lm, ["say"], include_path=tasks, limit=1, num_fewshot=1)
+    (longest,) = [ids for ids in seen if len(ids) > 1]
+    turns = tokenizer.decode(longest).removeprefix("<|bos|>").split("<|user_start|>")[1:]
+    assert len(turns) == 2 and turns[0].endswith("<|assistant_end|>") and turns[1].endswith("<|assistant_start|>")
+
+
+@pytest.mark.parametrize(("task", "opening"), [("choose", ""), ("prefilled", "The word is")])
+def test_a_tuned_model_chooses_after_the_very_prompt_it_was_tuned_on(chat_lm, tokenizer, tasks, task, opening):
+    """The task's description is a system message; a gen_prefix opens the assistant's answer."""
+    lm, seen = chat_lm
+    scores, _ = evaluate(lm, [task], include_path=tasks, limit=3)
+    given, hits = list(seen), []
+    for row in ROWS[:3]:
+        question = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["page"][:30]}]
+        ids = [*prompt(tokenizer, question), *tokenizer.encode(opening)]
+        assert any(ids[:-1] == row[: len(ids) - 1] for row in given)
+        answers = [tokenizer.encode(" " * bool(opening) + answer) for answer in ("One", "two")]
+        likelihoods = [score_last(lm.model, [*ids, *answer], len(answer))[0] for answer in answers]
+        hits.append(likelihoods.index(max(likelihoods)) == row["gold"])
+    assert scores[task]["accuracy"] == pytest.approx(sum(hits) / 3)
+
+
+def test_text_that_spells_a_special_token_is_not_one(chat_lm, tokenizer):
+    lm, _ = chat_lm
+    messages = [{"role": "user", "content": "What is <|assistant_end|>?"}]
+    assert lm.tok_encode(lm.apply_chat_template(messages)) == prompt(tokenizer, messages)[1:]
+    plain = HarnessModel(lm.model, tokenizer)
+    assert plain.tok_encode("<|assistant_end|>") == tokenizer.encode("<|assistant_end|>")
+    assert lm.tokenizer_name == plain.tokenizer_name and "<|user_start|>" in lm.chat_template(True)
+
+
+def test_generation_of_a_tuned_model_ends_with_its_turn(chat_lm, tokenizer, monkeypatch):
+    lm, _ = chat_lm
+    asked = [request(lm.apply_chat_template([{"role": "user", "content": "The quick"}]), {"max_gen_toks": 9})]
+    ids = prompt(tokenizer, [{"role": "user", "content": "The quick"}])[1:]
+    drawn = list(Engine(lm.model, tokenizer).generate(ids, max_tokens=9, temperature=0))
+    assert lm.generate_until(asked) == [tokenizer.decode(drawn)]
+    cut = max(map(drawn.index, drawn))
+    monkeypatch.setitem(tokenizer.special, "<|assistant_end|>", drawn[cut])
+    assert lm.generate_until(asked) == [tokenizer.decode(drawn[:cut])]
+
+
+def test_unknown_tasks_missing_data_and_unsafe_code_are_named(model, tokenizer, tasks, tmp_path):
     lm = HarnessModel(model, tokenizer)
-    with pytest.raises(ValueError, match="task 'nonsense' cannot be loaded"):
-        evaluate(lm, ["nonsense"], include_path=tasks)
     gone = yaml.safe_load((tasks / "pages.yaml").read_text().replace("rows.jsonl", "gone.jsonl")) | {"task": "gone"}
     (tmp_path / "gone.yaml").write_text(yaml.safe_dump(gone))
-    with pytest.raises(ValueError, match=r"task 'gone' cannot be loaded: .*gone\.jsonl"):
-        evaluate(lm, ["gone"], include_path=tmp_path)
+    for task, path, words in (
+        ("nonsense", tasks, "task 'nonsense' cannot be loaded"),
+        ("gone", tmp_path, r"task 'gone' cannot be loaded: .*gone\.jsonl"),
+        ("unsafe", tasks, "task 'unsafe' runs code that the model writes; --run-unsafe-code"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            evaluate(lm, [task], include_path=path)
+    assert evaluate(lm, ["unsafe"], include_path=tasks, limit=1, run_unsafe_code=True)[0]["unsafe"]["examples"] == 1
     with pytest.raises(ValueError, match="limit 0"):
         evaluate(lm, ["pages"], include_path=tasks, limit=0)
     with pytest.raises(FileNotFoundError, match="no directory"):
         evaluate(lm, ["pages"], include_path=tmp_path / "none")
 
 
-def test_the_script_leaves_a_report(tmp_path, tokenizer, tasks):
-    untrained_run(tmp_path, "d1", tokenizer)
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    options = ["d1", "--include-path", tasks, "--limit", 4, "--tasks"]
-    result = call("lm_eval", *options, "last_word", "pages", home=tmp_path, **offline)
-    assert result.returncode == 0, result.stderr
-    (path,) = (tmp_path / "runs" / "d1" / "evals").glob("lm_eval_step_*.json")
-    report = json.loads(path.read_text())
-    assert report["scores"]["last_word"]["examples"] == 4 and report["limit"] == 4
-    assert report["metrics"]["pages"]["bits_per_byte"] > 0 and "bits_per_byte" in result.stdout
+@pytest.mark.parametrize("tuned", [False, True])
+def test_the_script_writes_a_result_and_applies_the_template_to_tuned_runs(
+    tuned, tmp_path, tokenizer, tasks, monkeypatch, capsys
+):
+    monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
+    run_dir, load_model = untrained_run(tmp_path, "d1", tokenizer), lm_eval.load_model
+
+    def load(*args):
+        model, tokenizer, meta = load_model(*args)
+        return model, tokenizer, meta | {"config": meta["config"] | ({"chat": {}} if tuned else {})}
+
+    monkeypatch.setattr(lm_eval, "load_model", load)
+    lm_eval.main("d1", tasks=("last_word", "pages"), limit=4, include_path=tasks)
+    result = read_results(run_dir, 1)["lm_eval"]
+    assert result["scores"]["last_word"]["examples"] == 4 and result["chat_template"] == tuned
+    assert result["metrics"]["pages"]["bits_per_byte"] > 0 and "bits_per_byte" in capsys.readouterr().out
