@@ -6,7 +6,6 @@ import random
 import core_reference as reference
 import pytest
 import torch
-from check_core import own_answer
 from conftest import ROOT, launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,7 +96,9 @@ def expected(model, tokenizer, bundle, max_per_task=None):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f"no {SHARED}")
-@pytest.mark.parametrize(("name", "sequence_len"), [*((name, 1024) for name in MODELS), *((a, 300) for a in ATTENTIONS)])
+@pytest.mark.parametrize(
+    ("name", "sequence_len"), [*((name, 1024) for name in MODELS), *((a, 300) for a in ATTENTIONS)]
+)
 def test_decisions_equal_those_of_the_plain_scorer(name, sequence_len, tokenizer):
     """At 300 tokens of context most prompts are truncated."""
     model = random_model(sequence_len=sequence_len, **MODELS[name])
@@ -110,7 +111,7 @@ def test_continuations_that_the_model_would_write_are_right(tokenizer, tmp_path)
     model, rows = random_model(attention="gka"), []
     for i in range(120):
         context = f"{'abcdefghijkl'[i % 12]} = {i}" + "(-:[.x"[i % 6]
-        if answer := own_answer(model, tokenizer, context, 2):
+        if answer := reference.greedy_continuation(model, tokenizer, context, 2):
             rows.append({"context": context, "continuation": answer if len(rows) % 2 else "?!"})
     assert len(rows) > 5
     bundle = write_bundle(tmp_path / "own", {"own": ("language_modeling", 0, rows)}, baseline=0, delimiter="")
@@ -273,7 +274,9 @@ def test_processes_share_the_rows_and_write_one_result(saved, small, tiny_home, 
 def test_the_script_prints_each_task_and_the_mean(saved, small, capsys):
     base_eval.main("random", eval="core", bundle=small, max_per_task=8)
     printed = capsys.readouterr().out
-    assert [line.split()[0] for line in printed.splitlines() if "centered +" in line or "centered -" in line] == [*SMALL]
+    assert [line.split()[0] for line in printed.splitlines() if "centered +" in line or "centered -" in line] == [
+        *SMALL
+    ]
     assert "mean centered over 0 of 22 tasks and 3 others, at most 8 rows of each: " in printed
     with pytest.raises(ValueError, match="given 3 rows, expected more than its 3 shots"):
         base_eval.main("random", eval="core", bundle=small, max_per_task=3)
