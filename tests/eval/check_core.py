@@ -1,4 +1,4 @@
-"""Compare all decisions of gkachat.eval.core with those of the plain scorer, and their speeds. Takes an hour on two cores.
+"""Compare decisions and speed of gkachat.eval.core with those of the plain scorer. Takes an hour on two cores.
 
 python tests/eval/check_core.py BUNDLE TOKENIZER [--attention gka] [--dtype bfloat16] [--vocab-size 32768] [--out OUT]
 

@@ -1,4 +1,4 @@
-"""CORE: decisions equal those of a plain scorer, texts score as they do alone, and results are named for what they are."""
+"""CORE: decisions equal those of a plain scorer, texts score as they do alone, partial results are not called CORE."""
 
 import json
 import random
