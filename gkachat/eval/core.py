@@ -3,38 +3,38 @@
     result = evaluate_core(model, tokenizer, "eval_bundle.zip")     # or a directory; nanochat's bundle
     result["arc_easy"]["accuracy"], result["mean_centered"], result["name"]
 
-Prompts are long, and what is scored of them is short. Tokens that an example's choices share are therefore read once
-into a KV cache, for many examples at a time. The choices continue from it one after the other, and only they get
-logits. Up to rounding, this equals scoring each text alone; in float32, an example whose decision depends on rounding
-is scored again alone.
+The tokens that an example's choices share are read once (gkachat.eval.scoring). In float32, an example whose decision
+depends on rounding is scored again, each of its texts alone.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from gkachat.eval.bundle import TASKS, Task, make_prompts, read_bundle
 from gkachat.eval.results import task_score
+from gkachat.eval.scoring import (
+    Continuation,
+    Group,
+    TextScore,
+    batch_groups,
+    max_batch_tokens,
+    score_alone,
+    score_groups,
+)
 from gkachat.files import read_json, write_text
 from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
 from gkachat.train.distributed import World, all_reduce_sum, barrier
 
-MAX_BATCH_TOKENS = {"cpu": 2**12, "cuda": 2**16}  # with padding; a cache of 2^16 takes 6.6 GB at depth 20 in bfloat16
-MAX_SCORES = 2**26  # logits, or attention scores of one layer, in one forward pass
 ROWS_PER_CHUNK = 512  # rows tokenized at a time and sorted by length: some 50 MB of Python integers
 MIN_MARGIN = 1e-4  # nats or logits; float32 rounding moves a mean loss or a logit by some 1e-5
-
-
-def max_batch_tokens(device: torch.device) -> int:
-    return MAX_BATCH_TOKENS.get(device.type, MAX_BATCH_TOKENS["cpu"])
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
@@ -72,28 +72,6 @@ def tokenize_example(task: Task, index: int, tokenizer: Tokenizer, max_tokens: i
     return Example([text[-max_tokens:] for text in texts], starts, task.rows[index].get("gold"), truncated)
 
 
-class Continuation(NamedTuple):
-    """Tokens of one text after its group's prefix."""
-
-    example: int
-    tokens: tuple[int, ...]
-    start: int
-    """Tokens from here on are scored; 1 or more."""
-
-
-@dataclass
-class Group:
-    """Texts that share a prefix, which is read once for all of them."""
-
-    prefix: tuple[int, ...]
-    continuations: list[Continuation]
-    """The longest first."""
-
-    @classmethod
-    def of(cls, prefix: tuple[int, ...], continuations: list[Continuation]) -> "Group":
-        return cls(prefix, sorted(continuations, key=lambda continuation: -len(continuation.tokens)))
-
-
 def group_texts(number: int, example: Example) -> list[Group]:
     """Group an example's texts: one group if they share at least half of the longest, otherwise one group per text.
 
@@ -108,92 +86,6 @@ def group_texts(number: int, example: Example) -> list[Group]:
         tails = [Continuation(number, text[shared:], start - shared) for text, start in starts.items()]
         return [Group.of(next(iter(starts))[:shared], tails)]
     return [Group(text[: start - 1], [Continuation(number, text[start - 1 :], 1)]) for text, start in starts.items()]
-
-
-def batch_groups(groups: list[Group], max_tokens: int) -> Iterator[list[Group]]:
-    """Yield batches of groups of similar length, the longest first, of at most `max_tokens` tokens with padding.
-
-    A group that is longer is a batch of its own.
-    """
-    batch: list[Group] = []
-    longest_prefix = longest_tail = 0
-    for group in sorted(groups, key=lambda group: -len(group.prefix)):
-        tail = len(group.continuations[0].tokens)
-        longest_tail = max(longest_tail, tail)
-        if batch and (len(batch) + 1) * (longest_prefix + longest_tail) > max_tokens:
-            yield batch
-            batch, longest_tail = [], tail
-        if not batch:
-            longest_prefix = len(group.prefix)
-        batch.append(group)
-    if batch:
-        yield batch
-
-
-@dataclass(frozen=True)
-class TextScore:
-    """Scores of a text's tokens from its start on."""
-
-    mean_loss: float
-    """Nats per token."""
-    greedy: bool
-    """Whether every token is the likeliest."""
-    margin: float
-    """By how many logits `greedy` is decided."""
-
-    @classmethod
-    def of(cls, losses: Sequence[float], hits: Sequence[float], leads: Sequence[float]) -> "TextScore":
-        return cls(sum(losses) / len(losses), all(hits), abs(min(leads)))
-
-
-def score_tokens(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Return (3, N): each target's loss, whether it is the likeliest token, and its lead over the best other one."""
-    own_N = logits_NV.gather(1, targets_N[:, None])[:, 0]
-    highest = logits_NV.topk(2, dim=-1).values
-    lead_N = own_N - torch.where(own_N == highest[:, 0], highest[:, 1], highest[:, 0])
-    return torch.stack([logits_NV.logsumexp(dim=-1) - own_N, (logits_NV.argmax(dim=-1) == targets_N).float(), lead_N])
-
-
-def score_groups(model: GPT, batch: list[Group]) -> dict[tuple[int, tuple[int, ...]], TextScore]:
-    """Score every text of a batch; keys are (example, the whole text's tokens)."""
-    device = model.wte.weight.device
-    batch = sorted(batch, key=lambda group: -len(group.continuations))
-    prefix = max(len(group.prefix) for group in batch)
-    length = prefix + max(len(group.continuations[0].tokens) for group in batch)
-    cache = model.make_cache(len(batch), length, block=length)  # one block holds all, so that no window's slots wrap
-    if prefix:
-        idx = _pad([group.prefix for group in batch], prefix).to(device)
-        model(idx, cache=cache.step(slice(0, len(batch)), prefix, prefill=True), logits_to_keep=1)
-    texts, token_scores = [], []
-    for k in range(len(batch[0].continuations)):
-        groups = [group for group in batch if len(group.continuations) > k]  # the first rows of the cache
-        for row, group in enumerate(groups):
-            cache.lengths[row] = len(group.prefix)  # without padding and without the continuation before
-        T = max(len(group.continuations[k].tokens) for group in groups) - 1
-        n_rows = max(1, MAX_SCORES // (T * max(model.config.vocab_size, model.config.n_head * length)))
-        for first in range(0, len(groups), n_rows):
-            part = groups[first : first + n_rows]
-            tokens = _pad([group.continuations[k].tokens for group in part], T + 1)
-            scored = torch.zeros_like(tokens, dtype=torch.bool)
-            for row, group in enumerate(part):
-                example, tail, start = group.continuations[k]
-                scored[row, start : len(tail)] = True
-                texts.append(((example, group.prefix + tail), len(tail) - start))
-            tokens, scored = tokens.to(device), scored.to(device)
-            logits = model(tokens[:, :-1], cache=cache.step(slice(first, first + len(part)), T))
-            token_scores.append(score_tokens(logits[scored[:, 1:]], tokens[scored]))
-    numbers = iter(zip(*torch.cat(token_scores, dim=1).tolist(), strict=True))
-    return {text: TextScore.of(*zip(*(next(numbers) for _ in range(n)), strict=True)) for text, n in texts}
-
-
-def _pad(sequences: Sequence[Sequence[int]], length: int) -> Tensor:
-    return torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in sequences])
-
-
-def score_alone(model: GPT, text: tuple[int, ...], start: int) -> TextScore:
-    """Score one text the plain way: alone, without a cache, with all its logits."""
-    idx = torch.tensor([text], device=model.wte.weight.device)
-    return TextScore.of(*score_tokens(model(idx)[0, start - 1 : -1], idx[0, start:]).tolist())
 
 
 def decide(example: Example, scores: dict[tuple[int, ...], TextScore]) -> tuple[bool, float]:
@@ -230,7 +122,7 @@ def evaluate_core(
         bundle_dir: a directory, or a zip.
         max_per_task: rows a task is cut to, after they were shuffled.
         world: processes, each with the same model, that share the rows.
-        tokens: tokens in a batch, padding included; by default MAX_BATCH_TOKENS. Memory follows it: the cache takes
+        tokens: tokens in a batch, with padding; by default max_batch_tokens. Memory follows it: the cache takes
             `scripts.cost`'s cache_bytes_per_token for each, activations some 20 n_embd numbers.
         partial: file that keeps finished tasks. An interrupted evaluation continues from it if it has the same
             `partial_key` (any JSON value, which should identify the model); tasks whose rows or rules differ are

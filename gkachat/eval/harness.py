@@ -26,8 +26,8 @@ from lm_eval.utils import get_rolling_token_windows
 from gkachat.data.conversations import prompt, render
 from gkachat.data.loader import IGNORE
 from gkachat.eval.bpb import MAX_LOGITS
-from gkachat.eval.core import Continuation, Group, batch_groups, max_batch_tokens, score_groups
 from gkachat.eval.results import task_score
+from gkachat.eval.scoring import Continuation, Group, batch_groups, max_batch_tokens, score_groups
 from gkachat.inference.engine import Engine, Request
 from gkachat.inference.sampling import Sampling
 from gkachat.model.gpt import GPT

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gkachat.checkpoint import Saver, start_run
 from gkachat.config import ATTENTIONS, Config, GKAConfig, GPTConfig
 from gkachat.eval import bundle as bundles
-from gkachat.eval import core
+from gkachat.eval import core, scoring
 from gkachat.eval.core import evaluate_core
 from gkachat.eval.results import read_results
 from gkachat.model.gpt import GPT
@@ -157,15 +157,15 @@ def test_a_text_scores_as_it_does_alone(examples, max_tokens):
         groups += core.group_texts(number, core.Example(texts, [start] * len(texts), 0, False))
     scores = {}
     with torch.inference_mode():
-        for batch in core.batch_groups(groups, max_tokens):
+        for batch in scoring.batch_groups(groups, max_tokens):
             length = max(len(g.prefix) for g in batch) + max(len(g.continuations[0].tokens) for g in batch)
             assert len(batch) == 1 or len(batch) * length <= max_tokens
-            new = core.score_groups(PROPERTY_MODEL, batch)
+            new = scoring.score_groups(PROPERTY_MODEL, batch)
             assert not scores.keys() & new.keys()
             scores |= new
         assert scores.keys() == starts.keys()
         for (number, text), start in starts.items():
-            alone, together = core.score_alone(PROPERTY_MODEL, text, start), scores[number, text]
+            alone, together = scoring.score_alone(PROPERTY_MODEL, text, start), scores[number, text]
             assert together.mean_loss == pytest.approx(alone.mean_loss, abs=1e-4)  # float32, losses of up to 20
             assert together.margin == pytest.approx(alone.margin, abs=1e-4)
             assert together.greedy == alone.greedy or alone.margin < 1e-4

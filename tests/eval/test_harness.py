@@ -19,7 +19,6 @@ from gkachat.data.loader import val_batches
 from gkachat.data.shards import Documents
 from gkachat.eval import harness
 from gkachat.eval.bpb import evaluate_bpb
-from gkachat.eval.core import evaluate_core
 from gkachat.eval.harness import HarnessModel, evaluate
 from gkachat.eval.results import read_results
 from gkachat.inference.engine import Engine
@@ -123,18 +122,6 @@ def test_a_last_word_task_counts_rows_where_every_token_is_the_likeliest(model, 
     # Batched with padding against one by one, float32.
     perplexity = math.exp(-sum(nats for nats, _ in expected) / len(expected))
     assert metrics["last_word"]["perplexity"] == pytest.approx(perplexity, rel=1e-4)
-
-
-def test_its_accuracy_equals_cores_on_the_same_rows(model, tokenizer, tasks, tmp_path):
-    rows = [dict(zip(("context", "_", "continuation"), row["text"].rpartition(" "), strict=True)) for row in ROWS]
-    (tmp_path / "eval_data").mkdir()
-    (tmp_path / "eval_data" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {"label": "last_word", "icl_task_type": "language_modeling", "dataset_uri": "rows.jsonl", "num_fewshot": [0]}
-    (tmp_path / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": [task]}))
-    (tmp_path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nlast_word,0\n")
-    core = evaluate_core(model, tokenizer, tmp_path)["last_word"]
-    scores, _ = evaluate(HarnessModel(model, tokenizer), ["last_word"], include_path=tasks)
-    assert 0 < core["accuracy"] == scores["last_word"]["accuracy"] < 1
 
 
 def test_a_group_gives_the_scores_of_its_tasks_and_shots_come_first(model, tokenizer, tasks):
