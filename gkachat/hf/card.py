@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from gkachat.config import GPTConfig
-from gkachat.eval.compare import EVAL_FILE
-from gkachat.files import read_json
+from gkachat.eval.results import read_results
 from gkachat.model.stats import model_stats
 
 CARD = """---
@@ -71,18 +70,11 @@ def model_card(run_dir: Path, shape: GPTConfig, meta: dict[str, Any]) -> str:
 
 
 def _scores(run_dir: Path, step: int) -> dict[str, str]:
-    """Return the scores in the run directory that are of this step. Unreadable files are skipped."""
+    """Return the figures of this very checkpoint's evaluations, by name."""
     scores = {}
-    for path in (run_dir / EVAL_FILE, *sorted((run_dir / "evals").glob("*.json"))):
-        try:
-            report = read_json(path, step=int)
-        except ValueError:
-            continue
-        if report["step"] != step:
-            continue
-        kind = report.get("kind", "measured")
-        scores |= {f"{kind}: {name}": f"{value:.4f}" for name, value in report.items() if isinstance(value, float)}
-        for task, score in (report.get("scores") or {}).items():
+    for kind, result in read_results(run_dir, step).items():
+        scores |= {f"{kind}: {name}": f"{value:.4f}" for name, value in result.items() if isinstance(value, float)}
+        for task, score in (result.get("scores") or {}).items():
             if isinstance(score, dict) and isinstance(score.get("accuracy"), int | float):
                 scores[f"{kind}: {task}, accuracy"] = f"{score['accuracy']:.4f}"
     return scores
