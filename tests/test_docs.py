@@ -100,6 +100,14 @@ def wrong_names(text):
             yield f"{match[0]}: no such name"
 
 
+def missing_definitions(text):
+    """Yield what is written as "`file.py`: `Class.method`" and is not defined in that file."""
+    for path, definition in re.findall(r"`([\w/]+\.py)`: `([\w.]+)`", text):
+        source = (ROOT / path).read_text()
+        if not all(re.search(rf"^ *(def|class) {part}\b", source, re.MULTILINE) for part in definition.split(".")):
+            yield f"{path}: {definition} is not defined there"
+
+
 def wrong_imports(text):
     for block in blocks(text, "python"):
         for node in ast.walk(ast.parse(block)):
@@ -118,7 +126,7 @@ def test_links_and_files_of_a_page_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_names_on_a_page_exist(page, cauchy):
     text = page.read_text()
-    problems = [*wrong_names(text), *wrong_imports(text)]
+    problems = [*wrong_names(text), *missing_definitions(text), *wrong_imports(text)]
     assert not problems, "\n".join(problems)
 
 
