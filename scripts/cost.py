@@ -2,7 +2,7 @@
 
 python -m scripts.cost --depth 20
 python -m scripts.cost --depth 20 --json
-python -m scripts.cost --config configs/d20_softmax.toml --plan 12 16 20 24
+python -m scripts.cost --config configs/d20.toml --plan 12 16 20 24
 """
 
 import itertools

@@ -14,7 +14,7 @@ from gkachat.config import home
 from gkachat.data.shards import MANIFEST, SPLITS, Shard, write_shards
 from gkachat.data.sources import Corpus
 from gkachat.tokenizer import Tokenizer
-from scripts.cli import config_from_args, run, with_progress
+from scripts.cli import parse_config, run, with_progress
 
 SAMPLE = 200  # documents that the need for disk is estimated from
 
@@ -40,7 +40,7 @@ def announce_disk(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None
 
 
 def main() -> None:
-    config, flags = config_from_args(sys.argv[1:], __doc__, {"reread": "read the source again though all is there"})
+    config, flags = parse_config(sys.argv[1:], __doc__, {"reread": "read the source again though all is there"})
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
     directory = home() / "tokens" / config.data_name
     corpus, start = Corpus(config.data), time.perf_counter()

@@ -13,7 +13,7 @@ import tiktoken
 from gkachat.config import Config, home
 from gkachat.data.sources import Corpus
 from gkachat.tokenizer import Tokenizer
-from scripts.cli import config_from_args, run
+from scripts.cli import parse_config, run
 
 SAMPLE_CHARS = 200_000
 ENGLISH = (
@@ -47,7 +47,7 @@ def kinds(config: Config) -> dict[str, str]:
 
 
 def main() -> None:
-    config, _ = config_from_args(sys.argv[1:], __doc__)
+    config, _ = parse_config(sys.argv[1:], __doc__)
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
     encoders = {"ours": tokenizer.encode}
     for name in ("gpt2", "cl100k_base"):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from gkachat.config import Config, home
 from gkachat.data.sources import Corpus
 from gkachat.tokenizer import FILE_NAME, train_tokenizer
-from scripts.cli import config_from_args, run, with_progress
+from scripts.cli import parse_config, run, with_progress
 
 
 def training_texts(config: Config) -> Iterator[str]:
@@ -26,7 +26,7 @@ def training_texts(config: Config) -> Iterator[str]:
 
 
 def main() -> None:
-    config, flags = config_from_args(sys.argv[1:], __doc__, {"overwrite": "train anew where there is one already"})
+    config, flags = parse_config(sys.argv[1:], __doc__, {"overwrite": "train anew where there is one already"})
     directory = home() / "tokenizer" / config.data_name
     if (directory / FILE_NAME).exists() and "overwrite" not in flags:
         print(f"tokenizer {directory} is there already; --overwrite trains it anew")

@@ -24,7 +24,7 @@ from gkachat.model.gpt import GPT
 from gkachat.model.stats import model_stats
 from gkachat.train.optim import Optimizers
 from gkachat.train.schedule import resolve
-from scripts.cli import config_from_args
+from scripts.cli import parse_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "configs" / "README.md"]
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -104,8 +104,8 @@ def read_command_line(script, args, run_dir):
         patch.setattr(sys, "argv", [script, *args])
         if hasattr(module, "tyro"):
             tyro.cli(functools.wraps(module.main)(stop), args=args)
-        if hasattr(module, "config_from_args"):
-            patch.setattr(module, "config_from_args", lambda *given: stop(config_from_args(*given)))
+        if hasattr(module, "parse_config"):
+            patch.setattr(module, "parse_config", lambda *given: stop(parse_config(*given)))
         if hasattr(module, "parse_benchmark"):
             patch.setattr(module, "parse_benchmark", lambda parser: stop(parser.parse_args()))
         for name in ("Jobs", "estimate"):  # what scripts.sweep and scripts.estimate do next
