@@ -396,7 +396,7 @@ class Trainer:
             f"{self.n_steps:,} steps of {config.train.total_batch_size:,} tokens, {self._horizon()}; "
             f"{counted.flops_per_token * config.train.total_tokens:.3g} FLOPs",
             self._data_line(),
-            *(f"layers {', '.join(map(str, layers))}: {why}" for why, layers in self.model.backends().items()),
+            *(f"layers {', '.join(map(str, layers))}: {why}" for why, layers in self.model.kernels().items()),
         ):
             self.report(line)
 
