@@ -19,12 +19,12 @@ from typing import Any, Literal
 
 HEAD_DIM = 128
 Protocol = Literal["equal-tokens", "equal-ratio", "paper", "equal-flops"]
-ATTENTIONS = {
+ATTENTIONS: dict[str, str | type] = {
     "softmax": "gkachat.attention.softmax:SoftmaxAttention",
     "gka": "gkachat.attention.gka:GaussianKernelAttention",
     "gka_plus": "gkachat.attention.gka_plus:GKAPlus",
 }
-"""Name of each attention -> "module:Class" of its layer. `gkachat.attention.register` adds to it."""
+"""Maps each attention to "module:Class" of its layer, or to the class if `gkachat.attention.register` added it."""
 
 
 class ConfigError(ValueError):

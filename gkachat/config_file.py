@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from gkachat.config import Config, ConfigError
 
 C = TypeVar("C")
+T = TypeVar("T")
 
 
 def load_config(
@@ -92,20 +93,28 @@ def unchecked(cls: type[C], tree: dict[str, Any]) -> C:
     return _construct(cls, tree, [], of=_without_post_init)
 
 
-def parse_overrides(defaults: C, overrides: Sequence[str], prog: str | None = None, description: str = "") -> C:
-    """Return `defaults`, made by `unchecked`, with `--section.field value` overrides; `--help` prints help and exits.
+def parse_overrides(defaults: C, overrides: Sequence[str], **options: Any) -> C:
+    """Return `defaults`, made by `unchecked`, with `--section.field value` overrides. `options` are those of tyro.cli.
+
+    Raises ConfigError like `parse_args`.
+    """
+    import tyro  # takes a quarter of a second, and most configs come without overrides
+
+    flags = (tyro.conf.FlagConversionOff,)  # --field true, not --field and --no-field
+    return parse_args(type(defaults), overrides, default=defaults, config=flags, use_underscores=True, **options)
+
+
+def parse_args(target: Callable[..., T], args: Sequence[str], **options: Any) -> T:
+    """Return what `tyro.cli` makes of the arguments. `--help` prints the help and exits.
 
     Raises ConfigError, of one line, for the first option that is unknown or ill-typed.
     """
-    import tyro  # takes a quarter of a second, and most configs come without overrides
+    import tyro
 
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(
-                type(defaults), args=overrides, default=defaults, prog=prog, description=description,
-                config=(tyro.conf.FlagConversionOff,), use_underscores=True, registry=_toml_words(),
-            )  # fmt: skip
+            return tyro.cli(target, args=args, registry=_toml_words(), **options)
     except SystemExit as exit:
         if not exit.code:  # --help
             raise

@@ -1,15 +1,15 @@
 """Shared by the scripts: a config from the command line, its help, and errors as one line."""
 
-import argparse
+import functools
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from gkachat.config import Config, ConfigError
-from gkachat.config_file import C, load_config, parse_overrides, read_toml, unchecked
+from gkachat.config_file import C, load_config, parse_args, parse_overrides, read_toml, unchecked
 
 T = TypeVar("T")
 
@@ -19,9 +19,18 @@ RUN_FLAGS = {
 }
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Call `main` and exit with its code. An error that the user can act on becomes one line on stderr and code 1."""
+def run(main: Callable[..., int | None], description: str | None = None) -> None:
+    """Call `main` and exit with its code. An error that the user can act on becomes one line on stderr and code 1.
+
+    With a description, tyro makes the arguments of `main` from the command line.
+    """
     try:
+        if description is not None:
+            options = {
+                "prog": f"python -m scripts.{Path(sys.argv[0]).stem}",
+                "description": _one_example_a_line(description),
+            }
+            main = parse_args(_bound_later(main), sys.argv[1:], **options)
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError):
@@ -32,6 +41,16 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _bound_later(main: Callable[..., T]) -> Callable[..., Callable[[], T]]:
+    """Return a function with the signature of `main` that binds its arguments and does not call it yet."""
+    return functools.wraps(main)(lambda *args, **kwargs: functools.partial(main, *args, **kwargs))
+
+
+def _one_example_a_line(description: str) -> str:
+    """Indent example commands. tyro joins the lines of a paragraph, except those that do not start with a letter."""
+    return re.sub(r"\n+(?=(?:python|torchrun|bash) )", "\n  ", description.strip())
 
 
 def parse_config(
@@ -72,11 +91,9 @@ def check_flags(given: set[str]) -> None:
 def print_help(first: str, path: str | None, description: str, flags: dict[str, str], cls: type = Config) -> None:
     """Print usage, description, flags and every field with its value in the TOML file at `path`, and exit."""
     usage = ["python -m", f"scripts.{Path(sys.argv[0]).stem}", first, *(f"[--{flag}]" for flag in flags)]
-    # tyro joins the lines of a paragraph, except those that do not start with a letter.
-    examples = re.sub(r"\n+(?=(?:python|torchrun|bash) )", "\n  ", description.strip())
     options = "".join(f"\n--{flag:11}{text}" for flag, text in flags.items())
     defaults = unchecked(cls, read_toml(path) if path else {})
-    parse_overrides(defaults, ["--help"], prog=" ".join(usage), description=examples + options)
+    parse_overrides(defaults, ["--help"], prog=" ".join(usage), description=_one_example_a_line(description) + options)
 
 
 def with_progress(items: Iterable[T], what: str, characters: Callable[[T], int], total: int | None) -> Iterator[T]:
@@ -89,34 +106,3 @@ def with_progress(items: Iterable[T], what: str, characters: Callable[[T], int],
         for item in items:
             yield item
             progress.advance(task, characters(item))
-
-
-def benchmark_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser of the options that all benchmarks share. It is argparse's, because they need only torch."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
-    parser.add_argument("--rounds", type=positive, default=10, help="measurements of each contestant, in turns")
-    parser.add_argument("--threads", type=positive, help="CPU threads; all by default")
-    parser.add_argument("--out", help="write OUT.json and OUT.md")
-    return parser
-
-
-def positive(text: str) -> int:
-    """Return the integer above 0 that `text` spells, for argparse."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"given {text!r}, expected a number above 0")
-    return int(text)
-
-
-def parse_benchmark(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Any, Any]:
-    """Parse the command line. Return the options, the torch device and the torch dtype."""
-    import torch  # takes seconds
-
-    from gkachat.machine import pick_device, pick_dtype
-
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
-    return options, device, pick_dtype(options.dtype, device)
