@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gkachat.data.conversations import is_val, prompt
+from gkachat.data.conversations import is_val, render_prompt
 from gkachat.data.tasks import answer_of, ask
 from gkachat.eval.results import task_score
 from gkachat.inference.engine import Engine, Request
@@ -95,7 +95,9 @@ def generate_replies(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], row
     """Return the model's reply to each user message, the likeliest token each time."""
     stop = (tokenizer.special["<|assistant_end|>"],)
     sampling = Sampling(max_tokens=MAX_ANSWER_TOKENS, temperature=0.0, stop_tokens=stop)
-    prompts = [prompt(tokenizer, [{"role": "user", "content": text}])[1:] for text in texts]  # the engine adds BOS
+    prompts = [
+        render_prompt(tokenizer, [{"role": "user", "content": text}])[1:] for text in texts
+    ]  # the engine adds BOS
     replies = [""] * len(texts)
     for output in Engine(model, tokenizer).run([Request(ids, sampling) for ids in prompts], rows=rows):
         replies[output.request] += output.text

@@ -23,7 +23,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 
-from gkachat.data.conversations import prompt, render
+from gkachat.data.conversations import render, render_prompt
 from gkachat.data.loader import IGNORE
 from gkachat.eval.bpb import MAX_LOGITS
 from gkachat.eval.results import task_score
@@ -77,7 +77,10 @@ class HarnessModel(TemplateLM):
         Without `add_generation_prompt` the last message is the beginning of an answer, and stays open.
         """
         messages = [{**m, "content": m["content"].replace(SPELLING, ESCAPED)} for m in chat_history]
-        ids = prompt(self.tokenizer, messages) if add_generation_prompt else render(self.tokenizer, messages)[0][:-1]
+        if add_generation_prompt:
+            ids = render_prompt(self.tokenizer, messages)
+        else:
+            ids = render(self.tokenizer, messages)[0][:-1]  # without the last end token
         return self.tokenizer.decode(ids[1:])
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import untrained_run
 
-from gkachat.data.conversations import is_val, prompt
+from gkachat.data.conversations import is_val, render_prompt
 from gkachat.data.tasks import answer_of
 from gkachat.eval import chat
 from gkachat.eval.chat import TASKS, evaluate_chat, generate_replies, held_out_questions
@@ -60,7 +60,7 @@ def test_replies_are_greedy_end_where_the_assistant_ends_and_come_in_order(model
     monkeypatch.setattr(chat, "MAX_ANSWER_TOKENS", 12)
     texts, end, expected = ("What is it?", "Which?", "thing " * 9, "A"), tokenizer.special["<|assistant_end|>"], []
     for text in texts:
-        ids, reply = prompt(tokenizer, [{"role": "user", "content": text}]), []
+        ids, reply = render_prompt(tokenizer, [{"role": "user", "content": text}]), []
         while len(reply) < 12:
             with torch.no_grad():
                 token = int(model(torch.tensor([ids + reply]))[0, -1].argmax())

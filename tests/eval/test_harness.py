@@ -14,7 +14,7 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
-from gkachat.data.conversations import prompt
+from gkachat.data.conversations import render_prompt
 from gkachat.data.loader import val_batches
 from gkachat.data.shards import Documents
 from gkachat.eval import harness
@@ -234,7 +234,7 @@ def test_a_tuned_model_generates_from_the_very_prompt_it_was_tuned_on(chat_lm, t
     evaluate(lm, ["say"], include_path=tasks, limit=2)
     for row in ROWS[:2]:
         question = {"role": "user", "content": row["text"].rpartition(" ")[0]}
-        assert prompt(tokenizer, [question]) in seen
+        assert render_prompt(tokenizer, [question]) in seen
     seen.clear()
     evaluate(lm, ["say"], include_path=tasks, limit=1, num_fewshot=1)
     (longest,) = [ids for ids in seen if len(ids) > 1]
@@ -250,7 +250,7 @@ def test_a_tuned_model_chooses_after_the_very_prompt_it_was_tuned_on(chat_lm, to
     given, hits = list(seen), []
     for row in ROWS[:3]:
         question = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["page"][:30]}]
-        ids = [*prompt(tokenizer, question), *tokenizer.encode(opening)]
+        ids = [*render_prompt(tokenizer, question), *tokenizer.encode(opening)]
         assert any(ids[:-1] == row[: len(ids) - 1] for row in given)
         answers = [tokenizer.encode(" " * bool(opening) + answer) for answer in ("One", "two")]
         likelihoods = [score_last(lm.model, [*ids, *answer], len(answer))[0] for answer in answers]
@@ -261,7 +261,7 @@ def test_a_tuned_model_chooses_after_the_very_prompt_it_was_tuned_on(chat_lm, to
 def test_text_that_spells_a_special_token_is_not_one(chat_lm, tokenizer):
     lm, _ = chat_lm
     messages = [{"role": "user", "content": "What is <|assistant_end|>?"}]
-    assert lm.tok_encode(lm.apply_chat_template(messages)) == prompt(tokenizer, messages)[1:]
+    assert lm.tok_encode(lm.apply_chat_template(messages)) == render_prompt(tokenizer, messages)[1:]
     plain = HarnessModel(lm.model, tokenizer)
     assert plain.tok_encode("<|assistant_end|>") == tokenizer.encode("<|assistant_end|>")
     assert lm.tokenizer_name == plain.tokenizer_name and "<|user_start|>" in lm.chat_template(True)
@@ -270,7 +270,7 @@ def test_text_that_spells_a_special_token_is_not_one(chat_lm, tokenizer):
 def test_generation_of_a_tuned_model_ends_with_its_turn(chat_lm, tokenizer, monkeypatch):
     lm, _ = chat_lm
     asked = [request(lm.apply_chat_template([{"role": "user", "content": "The quick"}]), {"max_gen_toks": 9})]
-    ids = prompt(tokenizer, [{"role": "user", "content": "The quick"}])[1:]
+    ids = render_prompt(tokenizer, [{"role": "user", "content": "The quick"}])[1:]
     drawn = list(Engine(lm.model, tokenizer).generate(ids, max_tokens=9, temperature=0))
     assert lm.generate_until(asked) == [tokenizer.decode(drawn)]
     cut = max(map(drawn.index, drawn))
