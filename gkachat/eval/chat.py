@@ -98,7 +98,7 @@ def generate_replies(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], row
     prompts = [
         render_prompt(tokenizer, [{"role": "user", "content": text}])[1:] for text in texts
     ]  # the engine adds BOS
-    replies = [""] * len(texts)
-    for output in Engine(model, tokenizer).run([Request(ids, sampling) for ids in prompts], rows=rows):
+    replies = [""] * len(texts)  # the engine adds BOS itself
+    for output in Engine(model, tokenizer).run([Request(ids[1:], sampling) for ids in prompts], rows=rows):
         replies[output.request] += output.text
     return replies
