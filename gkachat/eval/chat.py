@@ -95,10 +95,8 @@ def generate_replies(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], row
     """Return the model's reply to each user message, the likeliest token each time."""
     stop = (tokenizer.special["<|assistant_end|>"],)
     sampling = Sampling(max_tokens=MAX_ANSWER_TOKENS, temperature=0.0, stop_tokens=stop)
-    prompts = [
-        render_prompt(tokenizer, [{"role": "user", "content": text}])[1:] for text in texts
-    ]  # the engine adds BOS
-    replies = [""] * len(texts)  # the engine adds BOS itself
-    for output in Engine(model, tokenizer).run([Request(ids[1:], sampling) for ids in prompts], rows=rows):
+    prompts = [render_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    replies = [""] * len(texts)
+    for output in Engine(model, tokenizer).run([Request(ids[1:], sampling) for ids in prompts], rows=rows):  # adds BOS
         replies[output.request] += output.text
     return replies
