@@ -42,7 +42,9 @@ def main(
     if "chat" not in meta["config"]:
         raise ValueError(f"{run_dir.name}: given a run that was not tuned, expected one that scripts.chat_sft made")
     for_inference(model, pick_dtype("auto", chosen))
-    scores = evaluate_chat(model, tokenizer, tasks, val_fraction=meta["config"]["chat"]["val_fraction"], limit=limit, rows=batch_size)
+    scores = evaluate_chat(
+        model, tokenizer, tasks, val_fraction=meta["config"]["chat"]["val_fraction"], limit=limit, rows=batch_size
+    )
     print(f"{run_dir.name}, step {meta['step']}")
     for task, score in scores.items():
         accuracy = f"{score['accuracy']:.4f} +- {score['standard_error']:.4f} (guessing: {score['baseline']:.4f})"
@@ -51,4 +53,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(main, description=__doc__))
+    run(main, __doc__)

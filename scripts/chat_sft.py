@@ -15,13 +15,11 @@ from functools import partial
 
 from gkachat.config import ConfigError, TuningConfig
 from gkachat.config_file import load_config
-from scripts.cli import RUN_FLAGS, check_flags, print_help, run, split_args
+from scripts.cli import RUN_FLAGS, check_flags, run, split_args
 
 
 def main() -> None:
-    base, args, flags = split_args(sys.argv[1:], RUN_FLAGS)
-    if {"-h", "--help"} & set(args):
-        print_help("RUN", TuningConfig(), __doc__, RUN_FLAGS)
+    base, args, flags = split_args(sys.argv[1:], "RUN", __doc__, RUN_FLAGS, TuningConfig)
     if base is None:
         raise ValueError("given no run, expected the name or directory of the one to tune")
     check_flags(flags)

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY, call
 
-from scripts.cli import RUN_FLAGS, config_from_args
+from scripts.cli import RUN_FLAGS, parse_config
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if p.stem not in ("__init__", "cli"))
@@ -75,7 +75,7 @@ def test_wrong_input_gets_one_line_and_a_failing_exit(script, args, named, tmp_p
 
 
 def test_a_value_that_spells_a_flag_is_a_value():
-    config, flags = config_from_args(["configs/laptop.toml", "--run.name", "resume", "--overwrite"], "", RUN_FLAGS)
+    config, flags = parse_config(["configs/laptop.toml", "--run.name", "resume", "--overwrite"], "", RUN_FLAGS)
     assert config.run.name == "resume" and flags == {"overwrite"}
 
 

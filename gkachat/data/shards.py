@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gkachat.config_file import build
+from gkachat.config_file import from_dict
 from gkachat.files import atomic_write, read_json, write_text
 from gkachat.tokenizer import Tokenizer
 
@@ -155,7 +155,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise FileNotFoundError(f"no tokenized corpus at {directory}; make one with python -m scripts.data_prep CONFIG")
     try:
         tree = read_json(path)
-        return Manifest(**tree | {"shards": [build(Shard, shard) for shard in tree["shards"]]})
+        return Manifest(**tree | {"shards": [from_dict(Shard, shard) for shard in tree["shards"]]})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run scripts.data_prep again") from None
 

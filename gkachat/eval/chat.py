@@ -97,6 +97,7 @@ def generate_replies(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], row
     sampling = Sampling(max_tokens=MAX_ANSWER_TOKENS, temperature=0.0, stop_tokens=stop)
     prompts = [render_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     replies = [""] * len(texts)
-    for output in Engine(model, tokenizer).run([Request(ids[1:], sampling) for ids in prompts], rows=rows):  # adds BOS
+    # The engine adds BOS itself.
+    for output in Engine(model, tokenizer).run([Request(ids[1:], sampling) for ids in prompts], rows=rows):
         replies[output.request] += output.text
     return replies
