@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from gkachat.config import Config, ConfigError, DataConfig, GPTConfig, TokenizerConfig, home
-from gkachat.config_file import build, to_toml
+from gkachat.config_file import from_dict, to_toml
 from gkachat.files import flush, read_json, sha256, write_text
 from gkachat.machine import commit
 from gkachat.model.gpt import GPT
@@ -292,7 +292,7 @@ def load_tokenizer(run_dir: str | Path, meta: dict[str, Any]) -> Tokenizer:
 def model_config(meta: dict[str, Any], Config: type = GPTConfig) -> Any:
     """The shape in a checkpoint's meta. Raises ValueError where there is none."""
     try:
-        config = build(Config, meta["config"].get("model"))
+        config = from_dict(Config, meta["config"].get("model"))
     except ConfigError as error:
         raise ValueError(f"{META}: config.model: {error}") from None
     # What computed the operator in training may not run here, and is no part of the model.
@@ -302,7 +302,10 @@ def model_config(meta: dict[str, Any], Config: type = GPTConfig) -> Any:
 def tokens_dir(meta: dict[str, Any]) -> Path:
     """Where the corpus is that a checkpoint was trained on."""
     stored = meta["config"]
-    sections = {"data": build(DataConfig, stored["data"]), "tokenizer": build(TokenizerConfig, stored["tokenizer"])}
+    sections = {
+        "data": from_dict(DataConfig, stored["data"]),
+        "tokenizer": from_dict(TokenizerConfig, stored["tokenizer"]),
+    }
     return home() / "tokens" / Config(**sections).data_name
 
 

@@ -87,14 +87,14 @@ def live_model(attention="softmax", *, dtype=torch.float32, seed=0, **shape):
     return model
 
 
-def untrained_run(home, name, tokenizer, **shape):
-    """A run whose only checkpoint is of a model as it starts."""
+def untrained_run(home, name, tokenizer, *, tuned=False, **shape):
+    """Make a run whose only checkpoint is of a model as it starts; `tuned`: as if tuned on conversations."""
     from gkachat.checkpoint import Saver, start_run
-    from gkachat.config import Config, GPTConfig
+    from gkachat.config import Config, GPTConfig, TuningConfig
     from gkachat.model.gpt import GPT
 
     shape = {"depth": 1, "sequence_len": 64, "n_embd": 32, "head_dim": 16, **shape}
-    config = Config(model=GPTConfig(vocab_size=tokenizer.vocab_size, **shape))
+    config = (TuningConfig if tuned else Config)(model=GPTConfig(vocab_size=tokenizer.vocab_size, **shape))
     start_run(home / "runs" / name, config, tokenizer)
     saver = Saver(home / "runs" / name, config, tokenizer, report=lambda line: None)
     saver.save(1, GPT(config.model).state_dict(), {}, {})

@@ -1,20 +1,15 @@
 """The scripts as users call them, with right and with wrong input; and what the README says."""
 
-import json
 import os
 import re
-import select
 import shlex
-import signal
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, TINY, call
 
-from gkachat.data.conversations import prompt
-from scripts.chat_cli import Conversation, Speaker
-from scripts.cli import RUN_FLAGS, config_from_args
+from scripts.cli import RUN_FLAGS, parse_config
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if p.stem not in ("__init__", "cli"))
@@ -56,7 +51,7 @@ def test_importing_a_script_does_nothing(script):
         ("chat_sft", ["d9", "--resume", "--overwrite"], "expected one of them"),
         ("compare", ["d9", "d8"], "no run 'd9'"),
         ("export_hf", ["d9", "out"], "no run 'd9'"),
-        ("inspect", ["d9"], "no run 'd9'"),
+        ("attention_maps", ["d9"], "no run 'd9'"),
         (
             "vision_train",
             ["configs/vision_digits.toml", "--model.patch_size=3"],
@@ -80,7 +75,7 @@ def test_wrong_input_gets_one_line_and_a_failing_exit(script, args, named, tmp_p
 
 
 def test_a_value_that_spells_a_flag_is_a_value():
-    config, flags = config_from_args(["configs/laptop.toml", "--run.name", "resume", "--overwrite"], "", RUN_FLAGS)
+    config, flags = parse_config(["configs/laptop.toml", "--run.name", "resume", "--overwrite"], "", RUN_FLAGS)
     assert config.run.name == "resume" and flags == {"overwrite"}
 
 
@@ -99,57 +94,6 @@ def test_training_again_under_the_same_name_is_refused(trained):
     assert result.returncode == 1 and "exists" in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_chat_completes_a_prompt_and_the_seed_decides(trained):
-    args = ["d2_gka", "-p", "def f(", "--max-tokens", 12, "--seed"]
-    a, b, c = (call("chat_cli", *args, seed, home=trained).stdout for seed in (1, 1, 2))
-    assert a == b != c
-    assert a.startswith("def f(") and len(a) > len("def f(\n")
-
-
-def test_chat_keeps_its_history(trained):
-    def answers(n, stdin):
-        words = ["d2_gka", "--json", "--temperature=0", "--max-tokens", n]
-        result = call("chat_cli", *words, home=trained, stdin=stdin)
-        return [json.loads(line)["answer"] for line in result.stdout.splitlines()]
-
-    two, one = answers(4, "import\n\n/quit\n"), answers(8, "import")
-    # Two turns of four tokens write what one of eight does; a character that was cut between them shows as none.
-    assert len(two) == 2 and "".join(two).replace("\ufffd", "") == one[0].replace("\ufffd", "")
-
-
-def test_chat_takes_the_newest_run_and_keeps_turns_that_fit(trained, tmp_path):
-    saved = tmp_path / "talk.json"
-    lines = [
-        "import",
-        "/stats",
-        f"/save {saved}",
-        "/reset",
-        f"/load {saved}",
-        "/help",
-        "x = 1 " * 40,
-        "/stats",
-        "/quit",
-    ]
-    talk = call("chat_cli", "--max-tokens=4", home=trained, stdin="\n".join(lines) + "\n")
-    assert talk.returncode == 0, talk.stderr
-    assert "finished max_tokens" in talk.stdout and "Ctrl-C stops an answer" in talk.stdout
-    assert json.loads(saved.read_text())["histories"][0][0] == {"role": "user", "content": "import"}
-    assert "tokens_read 28," in talk.stdout  # of a turn that is too long, BOS and its end: 32 less 4 to come
-    nothing = call("chat_cli", home=tmp_path)
-    assert nothing.returncode == 1 and "no run with a checkpoint" in nothing.stderr
-
-
-def test_what_chat_cannot_do_is_one_line_and_a_failing_exit(trained, tmp_path):
-    (tmp_path / "talk.json").write_text('{"histories": [[{"role": "assistant", "content": "I begin"}]]}')
-    for line, told in (
-        ("/load /no/such/file", "No such file"),
-        (f"/load {tmp_path / 'talk.json'}", "given role 'assistant', expected 'user'"),
-        ("/system be kind", "not tuned on conversations"),
-    ):
-        result = call("chat_cli", "d2_gka", home=trained, stdin=line + "\n")
-        assert result.returncode == 1 and told in result.stderr and result.stderr.count("\n") == 1, result.stderr
-
-
 @pytest.fixture(scope="module")
 def tuned(trained):
     result = call("chat_sft", "d2_gka", "--chat.conversations=200", "--chat.epochs=0.2", home=trained)
@@ -166,92 +110,6 @@ def test_tuning_refuses_what_is_there_and_goes_on_when_asked(tuned):
     assert resumed.returncode == 0, resumed.stderr
     other = call("chat_sft", "d2_gka", "--chat.conversations=300", "--resume", home=tuned)
     assert other.returncode == 1 and "conversations: given 300, the run has 200" in other.stderr
-
-
-def test_chat_answers_scripts_in_json(tuned):
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
-    lines = ["What is 3 + 4?", json.dumps({"messages": messages}), "/reset", "Again"]
-    result = call(
-        "chat_cli", "d2_gka_chat", "--compare", "d2_gka", "--json", "--max-tokens=5", home=tuned, stdin="\n".join(lines)
-    )
-    assert result.returncode == 0, result.stderr
-    said = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [(s["run"], s["prompt"]) for s in said] == [
-        (run, prompt) for prompt in ("What is 3 + 4?", "Hello!", "Again") for run in ("d2_gka_chat", "d2_gka")
-    ]
-    assert all(s["tokens_written"] <= 5 and s["finished"] for s in said)
-    bad = call("chat_cli", "d2_gka_chat", "--json", home=tuned, stdin='{"messages": []}')
-    assert bad.returncode == 1 and "expected a list of messages" in bad.stderr and bad.stderr.count("\n") == 1
-
-
-def test_chat_leaves_out_the_oldest_turns_whole(tuned, monkeypatch):
-    monkeypatch.setenv("GKACHAT_HOME", str(tuned))
-    speaker = Speaker("d2_gka_chat", None, "cpu", int8=False)
-    turns = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(7)]
-    system = [{"role": "system", "content": "keep"}]
-    shown = speaker.tokenizer.decode(speaker.ids(system + turns, room=4))
-    assert len(speaker.ids(turns, room=4)) <= 28
-    first = int(re.search(r"keep\n\nturn (\d)", shown)[1])
-    assert first % 2 == 0 and 0 < first <= 6
-    assert shown == speaker.tokenizer.decode(prompt(speaker.tokenizer, system + turns[first:]))
-    long = speaker.ids([{"role": "user", "content": "x = 1 " * 40}], room=4)
-    assert len(long) == 28 and long[:2] == prompt(speaker.tokenizer, turns[:1])[:2]
-
-
-class Interrupted:
-    """A speaker whose second answer Ctrl-C cuts short."""
-
-    run_dir, said, stats = ROOT, 0, {}
-
-    def answer(self, messages, **settings):
-        self.said += 1
-        yield f"answer {self.said}"
-        if self.said == 2:
-            raise KeyboardInterrupt
-        yield "."
-
-
-def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(capsys):
-    conversation = Conversation([Interrupted()], as_json=False, seed=0, max_tokens=5)
-    for question in "abc":
-        conversation.say(question)
-    assert [m["content"] for m in conversation.histories[0]] == ["a", "answer 1.", "b", "answer 2", "c", "answer 3."]
-    assert capsys.readouterr().out == "answer 1.\nanswer 2\nanswer 3.\n"
-
-
-def test_ctrl_c_at_a_terminal_does_not_end_the_program(tuned):
-    """A terminal of its own, as over ssh."""
-    import pty
-
-    main, terminal = pty.openpty()
-    env = {**os.environ, "GKACHAT_HOME": str(tuned), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
-    words = [sys.executable, "-m", "scripts.chat_cli", "d2_gka_chat"]
-    process = subprocess.Popen(
-        words, cwd=ROOT, env=env, stdin=terminal, stdout=terminal, stderr=terminal,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who runs tests in the background ignores it
-    )  # fmt: skip
-    os.close(terminal)
-
-    def read_until(text):
-        seen = b""
-        while text not in seen:
-            assert select.select([main], [], [], 60)[0], f"{text} did not come after {seen}"
-            seen += os.read(main, 4096)
-
-    def press_ctrl_c():
-        """Until something is printed: Python's prompt does not see a signal between its last check and its wait."""
-        for _ in range(60):
-            process.send_signal(signal.SIGINT)
-            if select.select([main], [], [], 1)[0]:
-                return
-
-    read_until(b"/quit\r\n> ")
-    press_ctrl_c()
-    read_until(b"Ctrl-D ends.\r\n> ")
-    os.write(main, b"/stats\n")
-    read_until(b"nothing said yet")
-    os.write(main, b"/quit\n")
-    assert process.wait(timeout=60) == 0
 
 
 def bash_lines():

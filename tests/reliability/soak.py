@@ -81,7 +81,7 @@ def soak(home: Path, *, kills: int, steps: int, longest: float, seed: int, atten
 def saving(home: Path, depth: int) -> dict:
     """Seconds that a save holds training, and those it takes in all, for a softmax model of that depth."""
     torch.manual_seed(0)
-    config = load_config("configs/d20_softmax.toml", [f"--model.depth={depth}", "--model.sequence_len=256"])
+    config = load_config("configs/d20.toml", [f"--model.depth={depth}", "--model.sequence_len=256"])
     config = resolve(config)
     model = GPT(config.model)
     optimizers = Optimizers(model, config.optim)
