@@ -51,7 +51,7 @@ def test_importing_a_script_does_nothing(script):
         ("chat_sft", ["d9", "--resume", "--overwrite"], "expected one of them"),
         ("compare", ["d9", "d8"], "no run 'd9'"),
         ("export_hf", ["d9", "out"], "no run 'd9'"),
-        ("inspect", ["d9"], "no run 'd9'"),
+        ("attention_maps", ["d9"], "no run 'd9'"),
         (
             "vision_train",
             ["configs/vision_digits.toml", "--model.patch_size=3"],
