@@ -128,4 +128,4 @@ def core(
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(main, description=__doc__))
+    run(main, __doc__)

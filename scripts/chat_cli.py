@@ -3,7 +3,7 @@
 python -m scripts.chat_cli d4_gka_chat
 python -m scripts.chat_cli d4_softmax_chat --compare d4_gka_chat
 python -m scripts.chat_cli d4_gka -p "def fibonacci("
-echo "What is 34 + 57?" | python -m scripts.chat_cli d4_gka_chat --json
+python -m scripts.chat_cli d4_gka_chat --json < messages.txt
 
 Without a terminal, each line of stdin is a message. With --json, each answer is a line with a JSON object. A line of
 stdin may then be {"messages": [...]}, which is answered by itself, apart from the conversation.
@@ -59,7 +59,7 @@ def main(
     run_name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None,
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None,
     compare: str | None = None,
-    json: bool = False,
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
     system: str = "",
     temperature: float = 0.8,
     top_k: int | None = 50,
@@ -68,7 +68,7 @@ def main(
     seed: int = 42,
     step: int | None = None,
     device: str = "auto",
-    int8: bool = False,
+    int8: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Stream the model's answers.
 
@@ -76,7 +76,7 @@ def main(
         run_name: Name of a run, or path of its directory; by default the run with the newest checkpoint.
         prompt: Answer this message and exit. By default, messages are read from the terminal or from stdin.
         compare: Another run, which gets the same messages.
-        json: Print each answer as a line with a JSON object.
+        as_json: Print each answer as a line with a JSON object.
         system: System message of a tuned run.
         temperature: Sampling temperature; 0 always takes the likeliest token.
         top_k: Sample among this many likeliest tokens.
@@ -90,13 +90,13 @@ def main(
     names = [run_name or newest_run(), *([compare] if compare else [])]
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     sessions = [ChatSession.from_run(name, step=step, device=device, int8=int8) for name in names]
-    chat = Chat(sessions, sampling, as_json=json)
+    chat = Chat(sessions, sampling, as_json)
     if system:
         set_system(chat, system)
     if prompt is None:
         chat_loop(chat, at_terminal=sys.stdin.isatty())
         return
-    if not sessions[0].is_tuned and not json and not compare:
+    if not sessions[0].is_tuned and not as_json and not compare:
         print(prompt, end="")  # the answer continues it
     chat.ask(prompt)
 
@@ -249,4 +249,4 @@ def newest_run() -> str:
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(main, description=__doc__))
+    run(main, __doc__)

@@ -29,7 +29,8 @@ def main(
     """Print the share of right answers, and write it to the run's evals/.
 
     Args:
-        run_name: Name or directory of a run that scripts.chat_sft tuned with chat.source generated.
+        run_name: Name or directory of a run that scripts.chat_sft made. Answers count when they say "The answer is ...",
+            which only tuning with chat.source generated teaches.
         tasks: addition, counting, or both.
         limit: Largest number of questions of each task.
         batch_size: Number of answers generated at a time.
@@ -38,14 +39,12 @@ def main(
     """
     run_dir, chosen = find_run(run_name), pick_device(device)
     model, tokenizer, meta = load_model(run_dir, chosen, step)
-    chat = meta["config"].get("chat") or {}
-    if chat.get("source") != "generated":
-        raise ValueError(
-            f"{run_dir.name}: given a run that was not tuned on generated conversations, expected one made by "
-            "python -m scripts.chat_sft RUN --chat.source generated; other runs: python -m scripts.lm_eval"
-        )
+    if "chat" not in meta["config"]:
+        raise ValueError(f"{run_dir.name}: given a run that was not tuned, expected one that scripts.chat_sft made")
     for_inference(model, pick_dtype("auto", chosen))
-    scores = evaluate_chat(model, tokenizer, tasks, val_fraction=chat["val_fraction"], limit=limit, rows=batch_size)
+    scores = evaluate_chat(
+        model, tokenizer, tasks, val_fraction=meta["config"]["chat"]["val_fraction"], limit=limit, rows=batch_size
+    )
     print(f"{run_dir.name}, step {meta['step']}")
     for task, score in scores.items():
         accuracy = f"{score['accuracy']:.4f} +- {score['standard_error']:.4f} (guessing: {score['baseline']:.4f})"
@@ -54,4 +53,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(main, description=__doc__))
+    run(main, __doc__)

@@ -127,11 +127,6 @@ def is_val(key: str, val_fraction: float) -> bool:
     return in_val(hash_64(key.encode(errors="replace")), val_fraction)
 
 
-def multiple_choice(question: str, choices: Sequence[str]) -> str:
-    """Return the text of a question whose answer is a letter."""
-    return "\n".join([question, *(f"{letter}. {text}" for letter, text in zip("ABCDEFGHIJ", choices, strict=False))])
-
-
 def _generated(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator[Conversation]:
     return islice(generated(seed, facts), 40_000)
 
@@ -152,7 +147,8 @@ def _smoltalk(row: dict[str, Any]) -> Messages:
 
 def _mmlu(row: dict[str, Any]) -> Messages:
     row = row.get("train", row)
-    return _turn(multiple_choice(row["question"], row["choices"]), "ABCD"[row["answer"]])
+    choices = (f"{letter}. {text}" for letter, text in zip("ABCD", row["choices"], strict=True))
+    return _turn("\n".join([row["question"], *choices]), "ABCD"[row["answer"]])
 
 
 def _gsm8k(row: dict[str, Any]) -> Messages:

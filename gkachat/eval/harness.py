@@ -77,11 +77,10 @@ class HarnessModel(TemplateLM):
         Without `add_generation_prompt` the last message is the beginning of an answer, and stays open.
         """
         messages = [{**m, "content": m["content"].replace(SPELLING, ESCAPED)} for m in chat_history]
-        ids = (
-            render_prompt(self.tokenizer, messages)
-            if add_generation_prompt
-            else render(self.tokenizer, messages)[0][:-1]
-        )
+        if add_generation_prompt:
+            ids = render_prompt(self.tokenizer, messages)
+        else:
+            ids = render(self.tokenizer, messages)[0][:-1]  # without the last end token
         return self.tokenizer.decode(ids[1:])
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:

@@ -70,9 +70,10 @@ def model_card(run_dir: Path, shape: GPTConfig, meta: dict[str, Any]) -> str:
 
 
 def _scores(run_dir: Path, step: int) -> dict[str, str]:
-    """Return the figures of this checkpoint's evaluations, by name."""
+    """Return the figures that evaluations of this step's checkpoint left in the run directory."""
     scores = {}
     for kind, result in read_results(run_dir, step).items():
         scores |= {f"{kind}: {name}": f"{value:.4f}" for name, value in result.items() if isinstance(value, float)}
-        scores |= {f"{kind}: {task}, accuracy": f"{score['accuracy']:.4f}" for task, score in result["scores"].items()}
+        for task, score in result["scores"].items():
+            scores[f"{kind}: {task}, accuracy"] = f"{score['accuracy']:.4f}"
     return scores

@@ -98,13 +98,13 @@ def test_the_script_asks_tuned_runs_only_and_writes_a_result(tmp_path, tokenizer
     monkeypatch.setattr(chat, "MAX_ANSWER_TOKENS", 8)
     monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
     run_dir = untrained_run(tmp_path, "d1", tokenizer, sequence_len=128)
-    with pytest.raises(ValueError, match="d1: given a run that was not tuned on generated conversations"):
+    with pytest.raises(ValueError, match="d1: given a run that was not tuned"):
         chat_eval.main("d1")
     load_model = chat_eval.load_model
 
     def load_tuned(*args):
         model, tokenizer, meta = load_model(*args)
-        meta["config"]["chat"] = {"source": "generated", "val_fraction": 0.05}
+        meta["config"]["chat"] = {"val_fraction": 0.05}
         return model, tokenizer, meta
 
     monkeypatch.setattr(chat_eval, "load_model", load_tuned)

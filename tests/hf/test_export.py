@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from gkachat.checkpoint import Saver, load_model, start_run
 from gkachat.config import ChatConfig, Config, GKAConfig, GPTConfig, TuningConfig
 from gkachat.data.conversations import render, render_prompt
+from gkachat.eval.results import task_score, write_result
 from gkachat.hf.export import export
 from gkachat.inference.engine import Engine
 from gkachat.model.gpt import GPT
@@ -307,17 +308,14 @@ def test_ids_beyond_the_vocabulary_are_never_generated(tuned, tokenizer):
 
 def test_the_card_has_the_counts_and_the_scores_of_this_checkpoint(root, tokenizer):
     run = make_run(root / "runs" / "scored", tokenizer, attention="gka")
-    (run / "evals").mkdir()
-    for result in (
-        {"kind": "bpb", "step": 7, "val_bpb": 1.2345, "scores": {}},
-        {"kind": "core", "step": 7, "mean_centered": 0.125, "scores": {"arc": {"accuracy": 0.25}}},
-        {"kind": "core", "step": 6, "scores": {"old": {"accuracy": 0.5}}},
-    ):
-        (run / "evals" / f"{result['kind']}_step_{result['step']:06d}.json").write_text(json.dumps(result))
+    meta, cpu = {"step": 7, "sha256": {"model.safetensors": "ab"}}, torch.device("cpu")
+    write_result(run, "bpb", meta, cpu, val_bpb=1.2345)
+    write_result(run, "core", meta, cpu, {"arc": task_score(0.25, 4, 1.0)}, mean_centered=0.125)
+    write_result(run, "core", meta | {"step": 6}, cpu, {"old": task_score(0.5, 4, 1.0)})
     export(run, root / "scored")
     card = (root / "scored" / "README.md").read_text()
     for row in (
-        "bpb: val_bpb | 1.2345", "core: arc, accuracy | 0.2500", "core: mean_centered | 0.1250", "step | 7",
+        "val_bpb | 1.2345", "core: arc, accuracy | 0.2500", "core: mean_centered | 0.1250", "step | 7",
         "tokens | 1234",
         f"parameters: total | {model_stats(load_model(run)[0].config).params['total']:,}", "license: mit",
     ):  # fmt: skip
