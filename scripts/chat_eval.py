@@ -29,7 +29,7 @@ def main(
     """Print the share of right answers, and write it to the run's evals/.
 
     Args:
-        run_name: Name or directory of a run that scripts.chat_sft made. Answers count when they say "The answer is ...",
+        run_name: Name or directory of a run of scripts.chat_sft. Answers count when they say "The answer is ...",
             which only tuning with chat.source generated teaches.
         tasks: addition, counting, or both.
         limit: Largest number of questions of each task.

@@ -172,6 +172,20 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(capsys):
     assert capsys.readouterr().out == "answer 1.\nanswer 2\nanswer 3.\n"
 
 
+def test_answers_side_by_side_take_turns_and_ctrl_c_ends_both(capsys):
+    closed = []
+
+    def answer(name):
+        try:
+            yield from (f"{name}{i} " for i in range(2))
+            raise KeyboardInterrupt
+        finally:
+            closed.append(name)
+
+    chat_cli.print_side_by_side(["one", "two"], [answer("x"), answer("y")])
+    assert re.search(r"x0 x1 .* y0 y1", capsys.readouterr().out) and closed == ["x", "y"]
+
+
 def test_ctrl_c_at_a_terminal_does_not_end_the_program(home):
     import pty
 
