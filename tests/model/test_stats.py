@@ -10,7 +10,7 @@ from conftest import ROOT, run_script
 from gkachat.config import ATTENTIONS, GPTConfig
 from gkachat.config_file import load_config
 from gkachat.model.gpt import GPT
-from gkachat.model.stats import PROTOCOLS, activation_bytes, compare_stats, model_stats, state_bytes, token_budget
+from gkachat.model.stats import PROTOCOLS, activation_bytes, compare_stats, state_bytes, token_budget
 from gkachat.train.optim import make_optimizers, named_state
 from gkachat.train.schedule import resolve
 
