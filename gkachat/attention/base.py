@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gkachat.attention.cache import LayerCache
+from gkachat.attention.cache import LayerCache, LayerCacheSpec
 from gkachat.attention.features import Rope
 from gkachat.attention.kernels import reference
 from gkachat.attention.kernels.choose import KernelSpec, choose_decode_kernel, choose_kernel, plain_kernels
@@ -124,6 +124,11 @@ class Attention(nn.Module):
         else:
             self.kernel = choose_kernel(spec, device, dtype)
             self.decode_kernel = choose_decode_kernel(config.head_dim, device, dtype)
+
+    @property
+    def cache_spec(self) -> LayerCacheSpec:
+        """What the cache keeps of each token. Scores of features with one common norm need no norms."""
+        return LayerCacheSpec(self.window, self.shares_kv, self.gaussian and not self.unit_norm, self.lookback)
 
     @property
     def cache_tensors(self) -> int:
