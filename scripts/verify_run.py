@@ -13,7 +13,6 @@ import tyro
 from gkachat import checkpoint
 from gkachat.config import Config
 from gkachat.config_file import load_config, read_toml
-from gkachat.model.vit import load_vit
 from gkachat.vision_config import VisionConfig
 from scripts.cli import run
 
@@ -35,7 +34,7 @@ def problems(run_dir: Path) -> Iterator[str]:
             meta = checkpoint.verify(directory)
             if meta["step"] != step:
                 raise ValueError(f"meta.json says step {meta['step']}")
-            model = (load_vit if of_images else checkpoint.load_model)(run_dir, step=step)[0]
+            model = (checkpoint.load_vision_model if of_images else checkpoint.load_model)(run_dir, step=step)[0]
             names = {name for name, _ in model.named_parameters()}
             for name, tensor in checkpoint.load_optimizer(directory, meta["world_size"]):
                 if name.split("/")[0] not in names or not torch.isfinite(tensor).all():
