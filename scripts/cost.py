@@ -21,7 +21,7 @@ from gkachat.model.stats import (
     PUBLISHED_FLOPS_RATIO,
     PUBLISHED_PARAMS_RATIO,
     activation_bytes,
-    compare_accounts,
+    compare_stats,
     model_stats,
     state_bytes,
 )
@@ -57,7 +57,7 @@ def main(
         print(training_plan(config, overrides, plan))
         return
     shape: GPTConfig = load_config(config, overrides).model
-    counted = compare_accounts(shape)
+    counted = compare_stats(shape)
     if as_json:
         print(json.dumps(counted, indent=1))
         return

@@ -1,6 +1,40 @@
-"""Attention, complete in itself: features, the Gaussian kernel operator, and the layers a model is built from."""
+"""Attention, complete in itself: features, kernels, the key/value cache, and the layers that a model chooses from."""
 
-from gkachat.attention.layers import ATTENTION, GaussianKernelAttention, SoftmaxAttention, register
-from gkachat.attention.operator import gaussian_kernel_attention
+import importlib
 
-__all__ = ["ATTENTION", "GaussianKernelAttention", "SoftmaxAttention", "gaussian_kernel_attention", "register"]
+from gkachat.attention.base import Attention, AttentionWeights
+from gkachat.attention.gka import GaussianKernelAttention, gaussian_kernel_attention
+from gkachat.attention.gka_plus import GKAPlus
+from gkachat.attention.qkv import QKV
+from gkachat.attention.softmax import SoftmaxAttention
+from gkachat.config import ATTENTIONS
+
+__all__ = [
+    "QKV",
+    "Attention",
+    "AttentionWeights",
+    "GKAPlus",
+    "GaussianKernelAttention",
+    "SoftmaxAttention",
+    "attention_class",
+    "gaussian_kernel_attention",
+    "register",
+]
+
+
+def attention_class(name: str) -> type[Attention]:
+    """Return the attention layer of that name. Raises ValueError for a name that does not exist."""
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention: given {name!r}, expected one of {', '.join(ATTENTIONS)}")
+    entry = ATTENTIONS[name]
+    if isinstance(entry, str):
+        module, _, attribute = entry.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    return entry
+
+
+def register(name: str, layer: type[Attention]) -> None:
+    """Let configs name one more attention (docs/attention.md). Raises ValueError for a name that is taken."""
+    if name in ATTENTIONS:
+        raise ValueError(f"attention {name!r} exists already; choose another name than {', '.join(ATTENTIONS)}")
+    ATTENTIONS[name] = layer

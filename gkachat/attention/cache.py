@@ -1,215 +1,205 @@
-"""What decoding keeps of the tokens so far, and attention to it.
+"""Key/value cache: what decoding keeps of the tokens so far.
 
-A cache has rows, each a text with a length of its own. A layer keeps a buffer (rows, H, slots, width) for each of its
-`cache_widths`: D, or 1 for numbers in float32; and, of as many tensors as `cache_recent` says, the last few tokens.
-Position p lies in slot p % slots: a layer with a window keeps no more than that window and a block of new tokens. A
-cache can go on from a prefix, a cache of one row that all rows share without a copy.
-Axes: B rows, T new tokens, K cached ones, H heads, D head_dim.
+    cache = model.make_cache(rows=8, length=2048, block=256)
+    logits = model(idx, cache=cache.step(slice(0, 8), idx.size(1)), logits_to_keep=1)
+
+A cache has rows, each a text with a length of its own. Position p lies in slot p % slots: a layer with a window keeps
+that window and one block of new tokens, and no more. A cache can continue a prefix, a cache of one row that all rows
+share without a copy.
+Axes: B rows of a step, T new tokens, S cache slots, H heads, D head_dim, C channels.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gkachat.attention.features import Rope, rope_at, rotate
-from gkachat.config import GPTConfig
+from gkachat.attention.features import Rope, rope_at
+from gkachat.attention.qkv import QKV, KVSlice
 
-
-@dataclass
-class Span:
-    """Cached tokens that the new ones may look at."""
-
-    tensors: list[Tensor]
-    """Each (B, H, K, width), or (1, H, K, width) where all rows share them."""
-    positions: Tensor
-    """(B or 1, K)"""
-    mask: Tensor
-    """(B, 1, T, K): what is added to scores, 0 or minus infinity."""
-    key: tuple
-    """Spans of the same one have the same positions and mask."""
-
-
-@dataclass
-class Keys:
-    """What `attend` makes of a span."""
-
-    keys: Tensor
-    """(B or 1, H, K, D)"""
-    values: Tensor
-    """The same shape; where keys and values are one, the same object."""
-    mask: Tensor
-    """(B, 1, T, K)"""
-    norms: Tensor | None = None
-    """(B or 1, H, K, 1), float32: squared lengths of the keys, half of which is taken from their products."""
-    rope: Rope | None = None
-    """Tables (B or 1, 1, K, D/2) that the keys are yet to be rotated with."""
+if TYPE_CHECKING:
+    from gkachat.attention.base import Attention
 
 
 class Cache:
-    """Of all layers of a model."""
+    """Key/value cache of every layer, for a batch of rows with their own lengths."""
 
     def __init__(
         self,
-        config: GPTConfig,
-        widths: Sequence[int],
-        recent: tuple[int, int],
+        layers: "list[Attention]",
         rows: int,
         length: int,
         *,
         block: int,
-        slide: bool = False,
         prefix: "Cache | None" = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        """Room for `rows` texts of `length` tokens each, the prefix not counted, of which `block` are added at a time.
+        """Allocate room for `rows` texts.
 
-        `recent`: how many tensors are kept of how many last tokens. `slide`: what sees all of the past sees the last
-        sequence_len tokens instead, and there is no end.
+        Args:
+            layers: the model's attention layers.
+            length: tokens of each row, those of the prefix not counted.
+            block: largest number of tokens that a step adds to a row.
+            prefix: a cache of one row that every row continues.
         """
-        self.prefix, self.block, self.device = prefix, block, device
-        self.first = 0 if prefix is None else prefix.lengths[0]  # position of a row's first token here
+        config = layers[0].config
+        self.prefix, self.block, self.device, self.head_dim = prefix, block, device, config.head_dim
+        self.first = 0 if prefix is None else prefix.lengths[0]  # position of a row's first token in this cache
         self.lengths = [self.first] * rows
-        self.windows = [config.window(layer) for layer in range(config.depth)]
-        if slide:
-            self.windows = [window or config.sequence_len for window in self.windows]
-        self.recent, self.taps = recent
-
-        def buffer(width: int, slots: int) -> Tensor:
-            kind = torch.float32 if width == 1 else dtype
-            return torch.zeros(rows, config.n_head, slots, width, dtype=kind, device=device)
-
-        few = length if block >= length else min(length, self.taps)  # all that is read at once: texts may end anywhere
-        self.layers = [
-            [
-                *(buffer(width, min(length, window + block - 1) if window else length) for width in widths),
-                *(buffer(config.head_dim, few) for _ in range(self.recent)),
-            ]
-            for window in self.windows
-        ]
+        self.windows = [layer.window for layer in layers]
+        self.lookbacks = [layer.lookback for layer in layers]
+        self.layers: list[dict[str, Tensor]] = []
+        for layer, window in zip(layers, self.windows, strict=True):
+            slots = min(length, window + block - 1) if window else length
+            shape = (rows, config.n_head, slots)
+            buffers = {"k": torch.zeros(*shape, config.head_dim, dtype=dtype, device=device)}
+            if not layer.shares_kv:
+                buffers["v"] = torch.zeros_like(buffers["k"])
+            if layer.gaussian and not layer.unit_norm:
+                buffers["key_norms"] = torch.zeros(*shape, 1, dtype=torch.float32, device=device)
+            if layer.lookback:
+                # A whole text that is read at once may be cut afterwards, at any token.
+                recent = length if block >= length else min(length, layer.lookback + 1)
+                buffers["x"] = torch.zeros(rows, recent, config.n_embd, dtype=dtype, device=device)
+            self.layers.append(buffers)
 
     @property
     def n_bytes(self) -> int:
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+        """Bytes of all buffers, those of the prefix not counted."""
+        return sum(buffer.nbytes for buffers in self.layers for buffer in buffers.values())
 
-    def step(self, rows: slice, n_new: int) -> "Step":
-        """Make place for `n_new` tokens in each of the rows; they count from now on."""
-        if n_new > self.block:
-            raise ValueError(f"given {n_new} tokens at once, expected at most {self.block}")
-        before = self.lengths[rows]
+    def step(self, rows: slice, T: int, prefill: bool = False) -> "CacheStep":
+        """Make room for T new tokens in each of the rows; their lengths grow at once.
+
+        `prefill` promises that the rows are empty, so that the training kernel can be used. Raises ValueError for more
+        than `block` tokens, or a prefill of rows that are not empty.
+        """
+        if self.block < T:
+            raise ValueError(f"cache: given {T} tokens at once, expected at most {self.block}")
+        lengths = self.lengths[rows]
+        if prefill and any(lengths):
+            raise ValueError(f"cache: prefill of rows that hold {lengths} tokens, expected empty rows")
         for row in range(*rows.indices(len(self.lengths))):
-            self.lengths[row] += n_new
-        longest = max(before) + n_new - self.first
-        return Step(self, rows, torch.tensor(before, device=self.device), n_new, longest)
+            self.lengths[row] += T
+        longest = max(lengths) + T - self.first
+        return CacheStep(self, rows, torch.tensor(lengths, device=self.device), T, longest, prefill)
 
     def move(self, source: int, target: int) -> None:
-        """Put one row in the place of another."""
-        for layer in self.layers:
-            for tensor in layer:
-                tensor[target] = tensor[source]
+        """Copy one row over another."""
+        for buffers in self.layers:
+            for buffer in buffers.values():
+                buffer[target] = buffer[source]
         self.lengths[target] = self.lengths[source]
 
 
-class Step:
-    """New tokens of some rows on their way through the layers."""
+class CacheStep:
+    """T new tokens of some rows, on their way through the layers.
 
-    def __init__(self, cache: Cache, rows: slice, before: Tensor, n_new: int, longest: int):
-        """`before` (B,): how long the rows were; `longest`: so many slots at most are in use, these tokens included.
+    Shapes depend on `rows`, T and `longest` alone and never on the numbers in `lengths`, so that a step can be
+    recorded as a CUDA graph.
+    """
 
-        Nothing here depends on the numbers in `before` but other numbers: shapes, and with them a recorded graph, stay.
-        """
-        self.cache, self.rows, self.longest, self.index = cache, rows, longest, 0
-        self.positions = before[:, None] + torch.arange(n_new, device=cache.device)  # (B, T)
-        self._rows = torch.arange(len(cache.lengths), device=cache.device)[rows, None]
-        self._seen: dict[tuple, tuple[Tensor, Tensor]] = {}
+    def __init__(self, cache: Cache, rows: slice, lengths: Tensor, T: int, longest: int, prefill: bool = False):
+        """`lengths` (B,): tokens of each row before this step. `longest`: upper bound of the slots in use after it."""
+        self.cache, self.rows, self.longest, self.is_prefill = cache, rows, longest, prefill
+        self.positions = lengths[:, None] + torch.arange(T, device=cache.device)  # (B, T)
+        self.row_index = torch.arange(len(cache.lengths), device=cache.device)[rows, None]  # (B, 1)
+        self._masks: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._ropes: dict[tuple, Rope] = {}
 
-    def rope(self, span: Span, head_dim: int) -> Rope:
-        """Tables (B or 1, 1, K, D/2) for a span's positions, made once for all layers that share them."""
-        if span.key not in self._ropes:
-            self._ropes[span.key] = rope_at(span.positions[:, None], head_dim)
-        return self._ropes[span.key]
+    def layer(self, index: int) -> "LayerCache":
+        """Return the part of this step that one layer reads and writes."""
+        return LayerCache(self, index)
 
-    def look_back(self, *new: Tensor) -> list[Tensor]:
-        """Keep the next layer's recent tensors, each (B, T, H, D), and give each with the taps - 1 tokens before it,
-        (B, taps - 1 + T, H, D), 0 before the text. Comes before `extend`."""
-        cache, found = self.cache, []
-        before = self.positions[:, :1] + torch.arange(1 - cache.taps, 0, device=cache.device)
-        for number, tensor in enumerate(new, -len(new)):
-            buffer = cache.layers[self.index][number]
-            slots = buffer.size(2)
-            past = buffer[self._rows, :, (before - cache.first) % slots]
-            if (prefix := cache.prefix) is not None:
-                shared = prefix.layers[self.index][number]
-                shared = shared[0].transpose(0, 1)[(before - prefix.first) % shared.size(2)]
-                past = torch.where((before >= cache.first)[..., None, None], past, shared)
-            found.append(torch.cat((past * (before >= 0)[..., None, None], tensor), dim=1))
-            at = (self.positions[:, -slots:] - cache.first) % slots
-            buffer[self._rows, :, at] = tensor[:, -slots:]
-        return found
+    def positions_and_mask(self, window: int | None, slots: int, of_prefix: bool) -> tuple[Tensor, Tensor]:
+        """Return the positions (B or 1, S) in the slots in use of a buffer, and the mask (B, 1, T, S) over them.
 
-    def extend(self, *new: Tensor) -> list[Span]:
-        """Keep the next layer's new tensors, each (B, T, H, width), and give all that they may look at."""
-        cache, layer = self.cache, self.index
-        self.index += 1
-        buffers, window = cache.layers[layer][: len(new)], cache.windows[layer]
-        spans, slots = [], buffers[0].size(2)
-        for buffer, tensor in zip(buffers, new, strict=True):
-            buffer[self._rows, :, (self.positions - cache.first) % slots] = tensor
-        if (prefix := cache.prefix) is not None:
-            kept = min(prefix.layers[layer][0].size(2), prefix.lengths[0])
-            shared = [tensor[:, :, :kept] for tensor in prefix.layers[layer][: len(new)]]
-            spans.append(self._span(shared, window, kept, prefix))
-        kept = [tensor[self.rows, :, : self.longest] for tensor in buffers]
-        return [*spans, self._span(kept, window, slots, cache)]
-
-    def _span(self, tensors: list[Tensor], window: int | None, slots: int, cache: Cache) -> Span:
-        """Positions in the first of a buffer's slots, and the mask that hides what a new token does not see."""
-        key = (window, slots, cache is self.cache)
-        if key not in self._seen:  # the same for all layers of a window
-            first, slot = cache.first, torch.arange(tensors[0].size(2), device=self.cache.device)
-            if cache is self.cache:
-                newest = self.positions[:, -1:] - first
-            else:  # a prefix, which stands still
-                newest = torch.full((1, 1), cache.lengths[0] - first - 1, device=self.cache.device)
-            positions = newest - (newest - slot) % slots + first  # the latest that fell into a slot
+        Computed once for all layers that share a window. The mask is 0 where a new token sees the key, else -inf.
+        """
+        key = (window, slots, of_prefix)
+        if key not in self._masks:
+            cache = self.cache.prefix if of_prefix else self.cache
+            first, device = cache.first, self.cache.device
+            if of_prefix:
+                n, newest = slots, torch.full((1, 1), cache.lengths[0] - first - 1, device=device)
+            else:
+                n, newest = min(slots, self.longest), self.positions[:, -1:] - first
+            # The latest position that fell into a slot.
+            positions = newest - (newest - torch.arange(n, device=device)) % slots + first
             distance = self.positions[:, :, None] - positions[:, None, :]
-            visible = (distance >= 0) & (positions >= first)[:, None, :]
+            seen = (distance >= 0) & (positions >= first)[:, None, :]
             if window is not None:
-                visible &= distance < window
-            mask = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
-            self._seen[key] = positions, mask[:, None]
-        return Span(tensors, *self._seen[key], key)
+                seen &= distance < window
+            mask = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
+            self._masks[key] = positions, mask[:, None]
+        return self._masks[key]
+
+    def rope(self, window: int | None, slots: int, of_prefix: bool) -> Rope:
+        """Return tables (B or 1, 1, S, D/2) for the positions of `positions_and_mask`, computed once for all layers."""
+        key = (window, slots, of_prefix)
+        if key not in self._ropes:
+            positions, _ = self.positions_and_mask(*key)
+            self._ropes[key] = rope_at(positions[:, None], self.cache.head_dim)
+        return self._ropes[key]
 
 
-def attend(q: Tensor, seen: Sequence[Keys], scale: float | Tensor) -> Tensor:
-    """Softmax attention of new tokens, q (B, T, H, D): scores are scale (q.k - |k|^2 / 2), the latter with norms only.
+class LayerCache:
+    """Cache of one layer during a step: `append` writes the new tokens, `slices` gives all that they may attend to."""
 
-    `scale` is one number or (H,). Returns (B, T, H, D); 0 for a token that sees nothing.
-    """
-    B, T, H, D = q.shape
-    q = q.transpose(1, 2)
-    scale = scale[:, None, None] if isinstance(scale, Tensor) else scale
-    scores = []
-    for span in seen:
-        k = span.keys if span.rope is None else rotate(span.keys, *span.rope)
-        if k.size(0) < B:  # one product for all rows
-            shared = q.transpose(0, 1).reshape(H, B * T, D) @ k[0].mT
-            products = shared.view(H, B, T, -1).transpose(0, 1)
-        else:
-            products = q @ k.mT
-        add = span.mask if span.norms is None else span.mask - (0.5 * scale * span.norms).mT
-        scores.append(products.float() * scale + add)
-    together = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
-    highest = together.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weights = (together - highest).exp()
-    weights = (weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).to(q.dtype)
-    y = 0
-    for part, span in zip(weights.split([score.size(-1) for score in scores], dim=-1), seen, strict=True):
-        if (v := span.values).size(0) < B:
-            y = y + (part.transpose(0, 1).reshape(H, B * T, -1) @ v[0]).view(H, B, T, D).transpose(0, 1)
-        else:
-            y = y + part @ v
-    return y.transpose(1, 2)
+    def __init__(self, step: CacheStep, index: int):
+        self.step, self.cache, self.index = step, step.cache, index
+        self.buffers, self.window = step.cache.layers[index], step.cache.windows[index]
+        self.is_prefill, self.rotates_keys = step.is_prefill, False
+
+    def with_lookback(self, x_BTC: Tensor) -> Tensor:
+        """Return the block inputs with the `lookback` earlier ones in front, (B, lookback + T, C), and keep the new.
+
+        Before the text there are zeros. Layers without lookback get x_BTC as it is.
+        """
+        lookback = self.cache.lookbacks[self.index]
+        if not lookback:
+            return x_BTC
+        cache, buffer, positions = self.cache, self.buffers["x"], self.step.positions
+        slots = buffer.size(1)
+        before = positions[:, :1] + torch.arange(-lookback, 0, device=cache.device)  # (B, lookback)
+        past = buffer[self.step.row_index, (before - cache.first) % slots]
+        if (prefix := cache.prefix) is not None:
+            shared = prefix.layers[self.index]["x"][0]
+            past = torch.where((before >= cache.first)[..., None], past, shared[(before - prefix.first) % len(shared)])
+        new = positions[:, -slots:]
+        buffer[self.step.row_index, (new - cache.first) % slots] = x_BTC[:, -slots:]
+        return torch.cat((past * (before >= 0)[..., None], x_BTC), dim=1)
+
+    def append(self, qkv: QKV) -> None:
+        """Write the new tokens' keys and values."""
+        k, self.rotates_keys = qkv.cached_k, qkv.unrotated_k is not None
+        new = {"k": k, "v": qkv.v}
+        if "key_norms" in self.buffers:
+            new["key_norms"] = k.float().square().sum(dim=-1, keepdim=True)  # a rotation keeps the norm
+        for name, buffer in self.buffers.items():
+            if name in new:
+                slots = (self.step.positions - self.cache.first) % buffer.size(2)
+                buffer[self.step.row_index, :, slots] = new[name]
+
+    def slices(self, include_self: bool) -> list[KVSlice]:
+        """Return cached keys and values that the new tokens may attend to: those of the prefix, then the rows' own."""
+        slices, step = [], self.step
+        if (prefix := self.cache.prefix) is not None:
+            buffers = prefix.layers[self.index]
+            slots = min(buffers["k"].size(2), prefix.lengths[0])
+            shared = {name: buffer[:, :, :slots] for name, buffer in buffers.items() if name != "x"}
+            slices.append(self._slice(shared, slots, of_prefix=True))
+        own = {name: buffer[step.rows, :, : step.longest] for name, buffer in self.buffers.items() if name != "x"}
+        part = self._slice(own, self.buffers["k"].size(2), of_prefix=False)
+        if not include_self:
+            positions, _ = step.positions_and_mask(self.window, self.buffers["k"].size(2), False)
+            is_self = positions[:, None, None, :] == step.positions[:, None, :, None]
+            part = part._replace(mask=part.mask.masked_fill(is_self, -torch.inf))
+        return [*slices, part]
+
+    def _slice(self, tensors: dict[str, Tensor], slots: int, of_prefix: bool) -> KVSlice:
+        _, mask = self.step.positions_and_mask(self.window, slots, of_prefix)
+        rope = self.step.rope(self.window, slots, of_prefix) if self.rotates_keys else None
+        k = tensors["k"]
+        return KVSlice(k, tensors.get("v", k), mask, tensors.get("key_norms"), rope)

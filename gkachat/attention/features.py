@@ -1,4 +1,4 @@
-"""What is done to a head's channels before tokens are compared: norm, rotation, short convolution over time.
+"""Features that attention compares: RMS norm, rotary positions, short convolutions over time.
 
 Axes: B batch, T time, H heads, D head_dim.
 """
@@ -11,12 +11,15 @@ from torch import Tensor, nn
 ROPE_BASE = 100_000.0
 
 Rope = tuple[Tensor, Tensor]
-"""(cos, sin), each (T, D/2), or (B, T, D/2) where rows are at positions of their own."""
+"""(cos, sin), each (T, D/2), or (B, T, D/2) where each row has positions of its own."""
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, but for the case where it does nothing: what a compiled autograd.Function then returns has lost
-    its gradient in torch 2.11."""
+    """Return x in a dtype, and x itself where it has that dtype already.
+
+    A `.to()` that does nothing makes a compiled autograd.Function lose its gradient in torch 2.11, which the GPU
+    benchmarks support.
+    """
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -26,9 +29,9 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps its output, which whatever comes next keeps too, and one number a row.
+    """RMS norm that saves its output, which the next operation saves anyway, and one number per row.
 
-    torch's own keeps its input, in float32 on a CPU, and takes 2 to 3 times as long there.
+    torch's own saves its input, in float32 on a CPU, and takes 2 to 3 times as long there.
     """
 
     @staticmethod
@@ -48,91 +51,83 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rope_table(seq_len: int, head_dim: int, device: torch.device | str | None = None) -> Rope:
-    """Angles of positions 0 .. seq_len-1, float32: position times base^(-2i/D) (RoFormer, arXiv 2104.09864)."""
+    """Return (cos, sin) of positions 0 to seq_len - 1, each (T, D/2) float32."""
     return rope_at(torch.arange(seq_len, device=device), head_dim)
 
 
 def rope_at(positions: Tensor, head_dim: int) -> Rope:
-    """The same for any positions (..., T): (cos, sin), each (..., T, D/2)."""
+    """Return (cos, sin) of any positions (..., T), each (..., T, D/2) float32.
+
+    Angles are position times base^(-2i/D) (RoFormer, arXiv 2104.09864).
+    """
     channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angles = positions.float()[..., None] * ROPE_BASE ** (-channels / head_dim)
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x_BTHD: Tensor, rope: Rope | None) -> Tensor:
-    """Rotate channel i against channel i + D/2 by the position's angle; norms and dot products at a distance stay.
-    None: positions are told otherwise."""
+    """Rotate each head's channels by their position; None leaves them as they are.
+
+    Channel i turns against channel i + D/2, in nanochat's direction: (a, b) -> (a cos + b sin, b cos - a sin).
+    """
     return x_BTHD if rope is None else rotate(x_BTHD, *(table.unsqueeze(-2) for table in rope))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same with tables that broadcast against half of x."""
+    """Rotate x (..., D) by tables that broadcast against half of it."""
     return _Rotation.apply(x, cos, sin)
 
 
 class _Rotation(torch.autograd.Function):
-    """One product over all of x and one over each half, where autograd makes four and joins halves, both ways."""
+    """Rotation in three products. Autograd would make four, and concatenate halves, in both directions."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
+        return _rotated(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-        return _turn(dy, *ctx.saved_tensors, -1), None, None
+        return _rotated(dy, *ctx.saved_tensors, -1), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
-    """By the angles (way 1) or back (-1)."""
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """Rotate by the angles (direction 1) or back (-1)."""
     y = x * torch.cat((cos, cos), dim=-1)
     (a, b), (y_a, y_b) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
-    y_a.addcmul_(b, sin, value=way)
-    y_b.addcmul_(a, sin, value=-way)
+    y_a.addcmul_(b, sin, value=direction)
+    y_b.addcmul_(a, sin, value=-direction)
     return cast(y, x.dtype)
 
 
-class ShortConv(nn.Module):
-    """Each channel mixes its last `taps` tokens: y_t = sum_n w_n x_(t-n), 0 before the text. Starts as delays."""
+def last_tokens(t: Tensor, T: int) -> Tensor:
+    """Return the last T tokens of t (B, at least T, ...), without a copy; t itself when it has T."""
+    return t[:, t.size(1) - T :]
 
-    def __init__(self, n_head: int, head_dim: int, taps: int = 4):
+
+class ShortConv(nn.Module):
+    """Each channel mixes its last four tokens: y_t = sum_n w_n x_(t-n), with 0 before the text. Starts as delays."""
+
+    TAPS = 4
+    KEY_DELAYS = (1, 2, 3)  # how keys start, from head to head
+
+    def __init__(self, n_head: int, head_dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(taps, n_head, head_dim))
+        self.weight = nn.Parameter(torch.empty(self.TAPS, n_head, head_dim))
 
     def init_weights(self, delays: Sequence[int] = (0,)) -> None:
-        """y_t = x_(t - delay), heads taking one of the delays after another."""
+        """Start as y_t = x_(t - delay); heads take the delays in turns."""
         nn.init.zeros_(self.weight)
         for head in range(self.weight.size(1)):
             nn.init.ones_(self.weight[delays[head % len(delays)], head])
 
-    def forward(self, x_BTHD: Tensor) -> Tensor:
-        return _ShortConv.apply(x_BTHD, self.weight.to(x_BTHD.dtype))
-
-    def of(self, x_BTHD: Tensor) -> Tensor:
-        """The same of all but the first taps - 1 tokens, which come before."""
-        weight, last = self.weight.to(x_BTHD.dtype), len(self.weight) - 1
-        y = x_BTHD[:, last:] * weight[0]
-        for n in range(1, last + 1):
-            y = y.addcmul(x_BTHD[:, last - n : -n], weight[n])
-        return y
-
-
-class NoConv(nn.Module):
-    """In place of one."""
-
-    def __init__(self, taps: int):
-        super().__init__()
-        self.taps = taps
-
-    def forward(self, x_BTHD: Tensor) -> Tensor:
-        return x_BTHD
-
-    def of(self, x_BTHD: Tensor) -> Tensor:
-        return x_BTHD[:, self.taps - 1 :]
+    def forward(self, x_BTHD: Tensor, T: int) -> Tensor:
+        """Convolve, and return the last T tokens (B, T, H, D). Tokens before these only serve as their past."""
+        return last_tokens(_ShortConv.apply(x_BTHD, self.weight.to(x_BTHD.dtype)), T)
 
 
 class _ShortConv(torch.autograd.Function):
-    """Tap by tap in place, on a CPU several times as fast as torch's own convolutions of one channel."""
+    """Convolution tap by tap, in place. On a CPU it is several times as fast as torch's depthwise convolution."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:

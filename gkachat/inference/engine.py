@@ -1,8 +1,8 @@
-"""Decoding: from prompts to what follows them, row by row of a batch, with a cache.
+"""Engine: generate text for many requests at a time, row by row of one batch, with a key/value cache.
 
 engine = Engine(model, tokenizer)
 for token in engine.generate(tokenizer.encode("def add("), max_tokens=64, temperature=0.8, seed=1): ...
-for piece in engine.run([Request(tokens, Sampling(seed=seed)) for seed in range(64)], rows=16): ...
+for output in engine.run([Request(ids, Sampling(seed=seed)) for seed in range(64)], rows=16): ...
 """
 
 import codecs
@@ -10,7 +10,6 @@ import dataclasses
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ BLOCK = 256  # tokens of a prompt that are read at a time
 
 @dataclass(frozen=True)
 class Request:
-    """A text's ids, BOS not among them, and how to go on."""
+    """A prompt as ids, without BOS, and how to continue it."""
 
     tokens: Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
@@ -34,181 +33,179 @@ class Request:
 
 @dataclass(frozen=True)
 class Prefix:
-    """BOS and tokens that were read once, for any number of texts that begin with them."""
+    """BOS and tokens that were read once, for any number of requests that begin with them."""
 
     tokens: Sequence[int]
     cache: Cache
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenOutput:
     """The next token of a request, or its end."""
 
     request: int
-    """Its number."""
+    """Index of the request."""
     token: int | None
+    """Its id; None where the request ends without one."""
     text: str
-    """What is certain by now: bytes of an unfinished character, or what may yet become a stop text, are held back."""
+    """Text that is certain by now. Bytes of an unfinished character, and what may become a stop text, are held back."""
     logprob: float | None = None
+    """Log-probability of the token, where the request asked for it."""
     finished: str = ""
-    """Why it ended, in the last piece: bos, stop, max_tokens, or sequence_len."""
+    """Why the request ended, in its last output: bos, stop, max_tokens or sequence_len. Empty before."""
 
 
 class Engine:
-    """Generates with a model, in eval mode; `compile` fuses the step that is repeated, which takes a minute first."""
+    """Generates with a model in eval mode. `compile` fuses the decode step, which takes a minute once."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, compile: bool = False):
         self.model, self.tokenizer, self.compile = model, tokenizer, compile
         self.device = model.wte.weight.device
 
-    def generate(self, tokens: Sequence[int], *, slide: bool = False, **sampling) -> Iterator[int]:
-        """Yield the ids that follow BOS and `tokens`; the options are those of Sampling, and `slide` that of `run`."""
-        for piece in self.run([Request(tokens, Sampling(**sampling))], rows=1, slide=slide):
-            if piece.token is not None:
-                yield piece.token
+    def generate(self, tokens: Sequence[int], **sampling) -> Iterator[int]:
+        """Yield the ids that follow BOS and `tokens`; the options are the fields of Sampling."""
+        for output in self.run([Request(tokens, Sampling(**sampling))], rows=1):
+            if output.token is not None:
+                yield output.token
 
     def samples(self, tokens: Sequence[int], n: int, *, rows: int = 64, **sampling) -> list[list[int]]:
-        """`n` continuations of one prompt, which is read and kept once; their seeds are `seed`, `seed` + 1 ..."""
+        """Return n continuations of one prompt, which is read and cached once; seeds are seed, seed + 1, ..."""
         tokens, first = list(tokens), Sampling(**sampling)
         prefix = self.read(tokens[:-1]) if tokens else None
         settings = [dataclasses.replace(first, seed=first.seed + i) for i in range(n)]
-        found: list[list[int]] = [[] for _ in settings]
-        for piece in self.run([Request(tokens[-1:], s) for s in settings], rows=min(n, rows), prefix=prefix):
-            if piece.token is not None:
-                found[piece.request].append(piece.token)
-        return found
+        continuations: list[list[int]] = [[] for _ in settings]
+        for output in self.run([Request(tokens[-1:], s) for s in settings], rows=min(n, rows), prefix=prefix):
+            if output.token is not None:
+                continuations[output.request].append(output.token)
+        return continuations
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int]) -> Prefix:
-        """What texts have in common, read once; all rows share it without a copy."""
+        """Read BOS and `tokens` once; all rows of `run` share the result without a copy."""
         cache = self.model.make_cache(1, len(tokens) + 1, block=BLOCK)
-        self._prefill(cache, 0, [self.tokenizer.bos, *tokens])
+        self._read_prompt(cache, 0, [self.tokenizer.bos, *tokens])
         return Prefix(tokens, cache)
 
-    def run(
-        self, requests: Iterable[Request], *, rows: int = 8, prefix: Prefix | None = None, slide: bool = False
-    ) -> Iterator[Piece]:
-        """Answer requests, `rows` of them at a time; when one has ended, the next takes its row.
+    def run(self, requests: Iterable[Request], *, rows: int = 8, prefix: Prefix | None = None) -> Iterator[TokenOutput]:
+        """Answer requests, up to `rows` at a time. When one ends, the next request takes its row.
 
-        What a request is answered depends neither on the others nor on `rows`, rounding aside.
+        The answer to a request depends neither on the others nor on `rows`, except for rounding.
 
         Args:
-            prefix: from `read`: what all requests go on from.
-            slide: go on beyond sequence_len, each token seeing the last sequence_len ones; otherwise that is the end.
+            prefix: tokens that all requests continue, from `read`.
 
-        Raises ValueError for a prompt that leaves no place for a token.
+        Raises:
+            ValueError: a prompt leaves no room for a token.
         """
-        waiting, rows = enumerate(requests), max(1, rows)
-        pool = _Rows(self, rows, prefix, slide)
+        waiting, batch = enumerate(requests), _Batch(self, max(1, rows), prefix)
         while True:
-            while len(pool.texts) < rows and (request := next(waiting, None)) is not None:
-                yield pool.join(*request)
-            if not pool.texts:
+            while len(batch.texts) < batch.n_rows and (numbered := next(waiting, None)) is not None:
+                yield batch.add(*numbered)
+            if not batch.texts:
                 return
-            yield from pool.step()
+            yield from batch.step()
 
-    def _prefill(self, cache: Cache, row: int, tokens: Sequence[int]) -> Tensor | None:
-        """Logits (1, V) after the last of the tokens."""
-        logits = None
-        for at in range(0, len(tokens), cache.block):
-            idx = torch.tensor([tokens[at : at + cache.block]], device=self.device)
-            logits = self.model.decode(idx, cache, slice(row, row + 1))
-        return logits
+    def _read_prompt(self, cache: Cache, row: int, tokens: Sequence[int]) -> Tensor:
+        """Return the logits (1, V) after the last of the tokens."""
+        for start in range(0, len(tokens), cache.block):
+            idx = torch.tensor([tokens[start : start + cache.block]], device=self.device)
+            logits = self.model(idx, cache=cache.step(slice(row, row + 1), idx.size(1)), logits_to_keep=1)
+        return logits[:, -1]
 
 
 class _Text:
-    """A request that is being answered."""
+    """State of one request that is being answered."""
 
-    def __init__(self, number: int, sampling: Sampling, tokenizer: Tokenizer):
-        self.number, self.sampling = number, sampling
+    def __init__(self, request: int, sampling: Sampling, tokenizer: Tokenizer):
+        self.request, self.sampling, self.tokenizer = request, sampling, tokenizer
         self.random = random.Random(sampling.seed)
-        self.stops = {tokenizer.bos, *sampling.stop_tokens}
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.token, self.n_tokens, self.held = None, 0, ""
+        self.stop_tokens = {tokenizer.bos, *sampling.stop_tokens}
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.token, self.n_tokens, self.held_back = None, 0, ""
 
-    def say(self, text: str, last: bool) -> tuple[str, bool]:
-        """What of the text so far can be given out, and whether a stop text has come."""
-        self.held += text
-        found = [at for stop in self.sampling.stop if (at := self.held.find(stop)) >= 0]
-        if found:
-            return self.held[: min(found)], True
-        keep = 0 if last else max(
-            (n for stop in self.sampling.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0
-        )  # fmt: skip
-        said, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return said, False
+    def output(self, token: int, logprob: float, is_full: bool) -> TokenOutput:
+        """Take the next token in; `is_full`: the context has no room for another one."""
+        logprob = logprob if self.sampling.logprobs else None
+        if token in self.stop_tokens:
+            text, _ = self._emit(self.utf8.decode(b"", final=True), is_last=True)
+            finished = "bos" if token == self.tokenizer.bos else "stop"
+            return TokenOutput(self.request, None, text, logprob, finished)
+        self.token, self.n_tokens = token, self.n_tokens + 1
+        finished = ""
+        if self.n_tokens >= self.sampling.max_tokens:
+            finished = "max_tokens"
+        elif is_full:
+            finished = "sequence_len"
+        decoded = self.utf8.decode(self.tokenizer.decode_bytes([token]), final=bool(finished))
+        text, stopped = self._emit(decoded, is_last=bool(finished))
+        return TokenOutput(self.request, token, text, logprob, "stop" if stopped else finished)
+
+    def _emit(self, text: str, is_last: bool) -> tuple[str, bool]:
+        """Return the text that can be emitted now, and whether a stop text has come."""
+        text = self.held_back + text
+        positions = [at for stop in self.sampling.stop if (at := text.find(stop)) >= 0]
+        if positions:
+            return text[: min(positions)], True
+        prefixes = (stop[:n] for stop in self.sampling.stop for n in range(1, len(stop)))
+        hold = 0 if is_last else max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
+        text, self.held_back = text[: len(text) - hold], text[len(text) - hold :]
+        return text, False
 
 
-class _Rows:
-    """The texts that are being answered, one a row of the cache."""
+class _Batch:
+    """The requests that are being answered, one in each row of the cache."""
 
-    def __init__(self, engine: Engine, rows: int, prefix: Prefix | None, slide: bool):
-        self.engine, self.prefix, self.slide, self.n_rows = engine, prefix, slide, rows
-        self.limit = engine.model.config.sequence_len
+    def __init__(self, engine: Engine, n_rows: int, prefix: Prefix | None):
+        self.engine, self.n_rows, self.prefix = engine, n_rows, prefix
+        self.sequence_len = engine.model.config.sequence_len
         self.texts: list[_Text] = []
+        self.decoder: Decoder | None = None  # made with the first prompt that fits
 
-    @cached_property
-    def decoder(self) -> Decoder:
-        first = 0 if self.prefix is None else self.prefix.cache.lengths[0]
-        cache = self.engine.model.make_cache(
-            self.n_rows,
-            self.limit + BLOCK if self.slide else self.limit - first,
-            block=BLOCK,
-            slide=self.slide,
-            prefix=None if self.prefix is None else self.prefix.cache,
-        )
-        return Decoder(self.engine.model, cache, self.engine.tokenizer.vocab_size, self.engine.compile)
+    def _make_decoder(self) -> Decoder:
+        model, shared = self.engine.model, None if self.prefix is None else self.prefix.cache
+        length = self.sequence_len - (0 if shared is None else shared.lengths[0])
+        cache = model.make_cache(self.n_rows, length, block=BLOCK, prefix=shared)
+        return Decoder(model, cache, self.engine.tokenizer.vocab_size, self.engine.compile)
 
     @torch.inference_mode()
-    def join(self, number: int, request: Request) -> Piece:
-        """Read a prompt into a free row, and draw what follows it."""
-        tokens, first, seen = list(request.tokens), 0, set(request.tokens)
+    def add(self, number: int, request: Request) -> TokenOutput:
+        """Read a prompt into a free row, and draw its first token."""
+        tokens, n_shared, seen = list(request.tokens), 0, set(request.tokens)
         if self.prefix is None:
             tokens = [self.engine.tokenizer.bos, *tokens]
         else:
-            first = self.prefix.cache.lengths[0]
+            n_shared = self.prefix.cache.lengths[0]
             seen.update(self.prefix.tokens)
-        if not self.slide and first + len(tokens) > self.limit:
+        if n_shared + len(tokens) > self.sequence_len:
             raise ValueError(
-                f"the prompt: given {first + len(tokens)} tokens, expected at most sequence_len {self.limit}"
+                f"the prompt: given {n_shared + len(tokens)} tokens, expected at most sequence_len {self.sequence_len}"
             )
         if not tokens:
             raise ValueError("the prompt: given no token after the prefix, expected one or more")
         if request.sampling.max_tokens == 0:
-            return Piece(number, None, "", finished="max_tokens")
-        row, text = len(self.texts), _Text(number, request.sampling, self.engine.tokenizer)
-        self.decoder.cache.lengths[row] = self.decoder.cache.first  # whoever was there before
-        logits = self.engine._prefill(self.decoder.cache, row, tokens)
-        self.decoder.place(row, request.sampling, seen)
-        piece = self._piece(row, text, *self.decoder.first(row, logits, text.random.random()))
-        if not piece.finished:
+            return TokenOutput(number, None, "", finished="max_tokens")
+        self.decoder = self.decoder or self._make_decoder()
+        row, cache = len(self.texts), self.decoder.cache
+        cache.lengths[row] = cache.first  # forget the row's last request
+        logits = self.engine._read_prompt(cache, row, tokens)
+        self.decoder.set_row(row, request.sampling, seen)
+        text = _Text(number, request.sampling, self.engine.tokenizer)
+        output = text.output(*self.decoder.first(row, logits, text.random.random()), self._is_full(row))
+        if not output.finished:
             self.texts.append(text)
-        return piece
+        return output
 
-    def step(self) -> list[Piece]:
-        """A token for each row; rows that have ended leave."""
-        drawn = self.decoder([text.token for text in self.texts], [text.random.random() for text in self.texts])
-        pieces = [self._piece(row, self.texts[row], *of_row) for row, of_row in enumerate(drawn)]
-        for row in reversed(range(len(pieces))):  # the last row takes the place of one that has ended
-            if pieces[row].finished:
+    def step(self) -> list[TokenOutput]:
+        """Draw a token for each row, and remove the rows that have ended."""
+        drawn = self.decoder.step([text.token for text in self.texts], [text.random.random() for text in self.texts])
+        outputs = [self.texts[row].output(*of_row, self._is_full(row)) for row, of_row in enumerate(drawn)]
+        for row in reversed(range(len(outputs))):
+            if outputs[row].finished:  # the last row takes its place
                 last = self.texts.pop()
                 if row < len(self.texts):
                     self.decoder.move(len(self.texts), row)
                     self.texts[row] = last
-        return pieces
+        return outputs
 
-    def _piece(self, row: int, text: _Text, token: int, logprob: float) -> Piece:
-        tokenizer, logprob = self.engine.tokenizer, logprob if text.sampling.logprobs else None
-        if token in text.stops:
-            tail = text.decoder.decode(b"", final=True)
-            why = "bos" if token == tokenizer.bos else "stop"
-            return Piece(text.number, None, text.say(tail, last=True)[0], logprob, why)
-        text.token, text.n_tokens = token, text.n_tokens + 1
-        why = ""
-        if text.n_tokens >= text.sampling.max_tokens:
-            why = "max_tokens"
-        elif not self.slide and self.decoder.cache.lengths[row] >= self.limit:
-            why = "sequence_len"
-        decoded = text.decoder.decode(tokenizer.decode_bytes([token]), final=bool(why))
-        said, stopped = text.say(decoded, last=bool(why))
-        return Piece(text.number, token, said, logprob, "stop" if stopped else why)
+    def _is_full(self, row: int) -> bool:
+        return self.decoder.cache.lengths[row] >= self.sequence_len

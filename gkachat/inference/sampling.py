@@ -1,9 +1,10 @@
-"""How the next token is drawn from logits.
+"""Sampling: how the next token is drawn from logits.
 
-    ids = sample(logits, settings_of(samplings, device), plan_of(samplings), draws, seen)
+    ids = sample(logits, settings_tensor(samplings, device), make_plan(samplings), draws, seen)
 
-Numbers of rows are a tensor, and what has to be computed for them at all a Plan: for one plan the work is the same
-whatever the numbers are, so that it can be recorded.
+The numbers of each row are a tensor. The kinds of computation that the rows need at all are a SamplingPlan: for one
+plan the work is the same whatever the numbers are, so that it can be recorded as a CUDA graph.
+Axes: B rows, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -18,26 +19,28 @@ from gkachat.config import at_least, require
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one text is continued. Raises ConfigError for settings out of range."""
+    """Settings for one text. Raises ConfigError for values out of range."""
 
     max_tokens: int = 256
+    """Tokens to generate at most."""
     temperature: float = 1.0
-    """0 takes the likeliest token each time."""
+    """Divides the logits; 0 takes the likeliest token each time."""
     top_k: int | None = None
-    """Sample among so many likeliest only ..."""
+    """Sample from so many likeliest tokens only."""
     top_p: float | None = None
-    """... of these among the likeliest that together reach this probability ..."""
+    """Sample from the likeliest tokens that together reach this probability, after top_k."""
     min_p: float | None = None
-    """... and that have this share of the likeliest one's."""
+    """Drop tokens below this share of the likeliest token's probability."""
     repetition_penalty: float = 1.0
-    """Divides the logits of tokens that were there before (multiplies negative ones; CTRL, arXiv 1909.05858)."""
+    """Divides the logits of tokens that occurred before, multiplies negative ones (CTRL, arXiv 1909.05858)."""
     seed: int = 42
+    """Seeds this text's draws."""
     stop: tuple[str, ...] = ()
-    """Texts at which to end; they are not given out."""
+    """Texts that end the generation; they are not emitted."""
     stop_tokens: tuple[int, ...] = ()
-    """Ids at which to end, besides BOS."""
+    """Token ids that end the generation, besides BOS."""
     logprobs: bool = False
-    """Tell the log-probability of each token, before temperature and cuts."""
+    """Return the log-probability of each token, before temperature and cuts."""
 
     def __post_init__(self) -> None:
         require(
@@ -52,25 +55,25 @@ class Sampling:
         )
 
 
-class Plan(NamedTuple):
-    """What drawing for some rows takes."""
+class SamplingPlan(NamedTuple):
+    """Kinds of computation that drawing for some rows needs."""
 
     greedy: bool
-    """All of them take the likeliest."""
-    most: int | None
-    """So many likeliest are enough; None: all."""
+    """All rows take the likeliest token."""
+    max_top_k: int | None
+    """Largest top_k of the rows; None: some row has no limit."""
     top_p: bool
     min_p: bool
     penalty: bool
     logprobs: bool
 
 
-def plan_of(samplings: Sequence[Sampling]) -> Plan:
-    # Greedy is a sample from the likeliest one.
-    top_k = [1 if s.temperature == 0 else s.top_k for s in samplings]
-    return Plan(
+def make_plan(samplings: Sequence[Sampling]) -> SamplingPlan:
+    """Return the plan that covers all of these settings."""
+    top_k = [1 if s.temperature == 0 else s.top_k for s in samplings]  # greedy is a sample from the likeliest one
+    return SamplingPlan(
         greedy=all(s.temperature == 0 for s in samplings),
-        most=None if None in top_k else max(top_k),
+        max_top_k=None if None in top_k else max(top_k),
         top_p=any(s.top_p is not None for s in samplings),
         min_p=any(s.min_p is not None for s in samplings),
         penalty=any(s.repetition_penalty != 1 for s in samplings),
@@ -78,8 +81,8 @@ def plan_of(samplings: Sequence[Sampling]) -> Plan:
     )
 
 
-def settings_of(samplings: Sequence[Sampling], device: torch.device | str = "cpu") -> Tensor:
-    """(B, 5): temperature, top_k, top_p, min_p, repetition penalty."""
+def settings_tensor(samplings: Sequence[Sampling], device: torch.device | str = "cpu") -> Tensor:
+    """Return (B, 5): temperature, top_k, top_p, min_p and repetition penalty of each row."""
     rows = [
         (s.temperature, s.top_k or 2**24, s.top_p or 1.0, s.min_p or 0.0, s.repetition_penalty)
         if s.temperature
@@ -89,12 +92,14 @@ def settings_of(samplings: Sequence[Sampling], device: torch.device | str = "cpu
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
-def sample(logits: Tensor, settings: Tensor, plan: Plan, draws: Tensor, seen: Tensor | None = None) -> Tensor:
-    """An id for each row (B,) of logits (B, V), float32.
+def sample(logits: Tensor, settings: Tensor, plan: SamplingPlan, draws: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Draw an id for each row, (B,).
 
     Args:
-        draws: (B,) float64, a number in [0, 1) for each row, which decides.
-        seen: (B, V), whether an id was there before, for the repetition penalty.
+        logits: (B, V) float32.
+        settings: (B, 5), from settings_tensor.
+        draws: (B,) float64 in [0, 1). Each decides its row's draw.
+        seen: (B, V) bool, whether an id occurred before; needed for the repetition penalty.
     """
     temperature, top_k, top_p, min_p, penalty = settings[:, :, None].unbind(dim=1)
     if plan.penalty:
@@ -103,15 +108,15 @@ def sample(logits: Tensor, settings: Tensor, plan: Plan, draws: Tensor, seen: Te
         return logits.argmax(dim=-1)
     logits = logits / temperature
     V = logits.size(-1)
-    # Sorted, every cut leaves the first of them; probabilities are of the whole vocabulary.
-    highest, ids = logits.topk(min(plan.most or V, V), dim=-1)
+    # After sorting, every cut keeps the first tokens. Probabilities are those within the whole vocabulary.
+    highest, ids = logits.topk(min(plan.max_top_k or V, V), dim=-1)
     p = (highest - logits.logsumexp(dim=-1, keepdim=True)).exp()
     p = p * (torch.arange(p.size(-1), device=p.device) < top_k)
-    if plan.top_p:  # of what top_k has left
+    if plan.top_p:  # within what top_k has left
         p = p / p.sum(dim=-1, keepdim=True)
         p = p * ((p.cumsum(dim=-1) - p < top_p) | (top_p == 1))
     if plan.min_p:
         p = p * (p >= p[:, :1] * min_p)
-    reached = p.double().cumsum(dim=-1)
-    choice = (reached <= draws[:, None] * reached[:, -1:]).sum(dim=-1, keepdim=True).clamp(max=p.size(-1) - 1)
+    cumulative = p.double().cumsum(dim=-1)
+    choice = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True).clamp(max=p.size(-1) - 1)
     return ids.gather(1, choice)[:, 0]

@@ -1,11 +1,11 @@
-"""The model: embedding, blocks of attention and MLP, head. Which attention is decided once, when it is built.
+"""The GPT: embedding, blocks of attention and MLP, head, in reading order.
 
     model = GPT(GPTConfig(depth=4, attention="gka", vocab_size=4096, sequence_len=256))
     loss = model(idx, targets)
 
-Pre-norm transformer with parameter-free RMSNorm (also after the embedding), relu^2 MLP, no biases, an untied head with
-soft-capped logits, and two learned scalars a layer: how much of the residual stream goes on, how much of the embedding
-is mixed in again. Weights are kept in float32; activations flow in `compute_dtype`.
+A pre-norm transformer with parameter-free RMSNorm (also after the embedding), a relu^2 MLP, no biases, and an untied
+head with soft-capped logits. Two learned scalars per layer weigh the residual stream and the embedding that is mixed
+in again. The attention is chosen when the model is built. Weights stay in float32, activations are in `compute_dtype`.
 Axes: B batch, T time, C channels, V vocabulary.
 """
 
@@ -16,23 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gkachat.attention.cache import Cache, Step
+from gkachat.attention import attention_class
+from gkachat.attention.base import Groups
+from gkachat.attention.cache import Cache, CacheStep, LayerCache
 from gkachat.attention.features import Rope, rms_norm, rope_at, rope_table
-from gkachat.attention.layers import ATTENTION
-from gkachat.attention.linear import Groups, Keep, Linear, uniform_
-from gkachat.config import GKAConfig, GPTConfig
-from gkachat.model.loss import LOGIT_CAP, cap, capped_logits, head_loss
-
-__all__ = ["GPT", "GKAConfig", "GPTConfig"]
+from gkachat.attention.linear import Linear, uniform_
+from gkachat.config import GPTConfig
+from gkachat.model.loss import LOGIT_CAP, head_loss, soft_cap
 
 
 class MLP(nn.Module):
+    """Two matrices with a squared ReLU between them, 4 C wide."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def init_weights(self) -> None:
+        """Fill the first matrix uniformly, with standard deviation 0.4 / sqrt(C); the second is zero."""
         uniform_(self.c_fc.weight, 0.4 * self.c_fc.in_features**-0.5)
         nn.init.zeros_(self.c_proj.weight)
 
@@ -41,48 +43,48 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each on the normalised residual stream and added to it."""
+
     def __init__(self, config: GPTConfig, index: int):
         super().__init__()
-        self.attn = ATTENTION[config.attention](config, index)
+        self.attn = attention_class(config.attention)(config, index)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None, keep: Keep | None = None) -> Tensor:
-        x_BTC = x_BTC + self.attn(rms_norm(x_BTC), idx_BT, rope, keep)
-        return x_BTC + self.mlp(rms_norm(x_BTC))
-
-    def decode(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope, step: Step) -> Tensor:
-        x_BTC = x_BTC + self.attn.decode(rms_norm(x_BTC), idx_BT, rope, step)
+    def forward(
+        self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        x_BTC = x_BTC + self.attn(rms_norm(x_BTC), idx_BT, rope, cache)
         return x_BTC + self.mlp(rms_norm(x_BTC))
 
 
 class Transformer(nn.Module):
-    """What models of such blocks share, whatever goes in and comes out: `self.blocks`, and what these run on."""
+    """Base of models made of these blocks, GPT and ViT. Subclasses set `self.blocks`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.recompute_blocks = False  # in the backward, instead of keeping what is inside them
+        self.recompute_blocks = False  # activation checkpointing: recompute each block in the backward
 
     def prepare(self, compute_dtype: torch.dtype) -> None:
-        """Everything that follows from dtype and device: the kernels that attention runs on."""
+        """Choose everything that depends on dtype and device: the attention kernels."""
         self.compute_dtype, device = compute_dtype, next(self.parameters()).device
         for block in self.blocks:
-            block.attn.choose_backend(device, compute_dtype)
+            block.attn.choose_kernels(device, compute_dtype)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Transformer":
-        """What .to() and its like run: kernels and tables follow the weights."""
+        """Prepare anew after .to() and its like, so that kernels and tables follow the weights."""
         super()._apply(fn, recurse)
         self.prepare(self.compute_dtype)
         return self
 
-    def backends(self) -> dict[str, list[int]]:
-        """What attention runs on and why, and in which layers."""
+    def kernels(self) -> dict[str, list[int]]:
+        """Return each attention kernel in use, with the reason for it, and the layers that use it."""
         layers: dict[str, list[int]] = {}
         for index, block in enumerate(self.blocks):
-            layers.setdefault(f"{block.attn.backend.name} ({block.attn.backend.reason})", []).append(index)
+            layers.setdefault(f"{block.attn.kernel.name} ({block.attn.kernel.reason})", []).append(index)
         return layers
 
     def statistics(self) -> dict[str, list[list[float]]]:
-        """Least, median and largest of what each layer's attention finds worth watching, a row a layer."""
+        """Return what the attention layers log, by name, one row per layer."""
         found: dict[str, list[Tensor]] = {}
         for block in self.blocks:
             for name, values in block.attn.statistics().items():
@@ -90,7 +92,7 @@ class Transformer(nn.Module):
         return {name: torch.stack(values).tolist() for name, values in found.items()}
 
     def parameter_groups(self) -> Groups:
-        """All parameters by what they are: what the optimizer tells apart and the accounts list."""
+        """Return every parameter once, by the group that decides its optimizer and learning rate."""
         groups = self._outer_groups()
         for block in self.blocks:
             groups["matrices"] += [block.mlp.c_fc.weight, block.mlp.c_proj.weight]
@@ -99,7 +101,7 @@ class Transformer(nn.Module):
         assert sum(map(len, groups.values())) == len(list(self.parameters())), "a parameter belongs to no group"
         return groups
 
-    def _through(self, block: Block, *inputs: Tensor | Rope | None) -> Tensor:
+    def _run_block(self, block: Block, *inputs: Tensor | Rope | LayerCache | None) -> Tensor:
         if self.recompute_blocks:
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
@@ -120,7 +122,7 @@ class GPT(Transformer):
         self.init_weights()
 
     def prepare(self, compute_dtype: torch.dtype) -> None:
-        """Rotation tables besides."""
+        """Choose the attention kernels and compute the rotation tables."""
         super().prepare(compute_dtype)
         cos, sin = rope_table(self.config.sequence_len, self.config.head_dim, self.wte.weight.device)
         self.register_buffer("cos", cos, persistent=False)
@@ -128,7 +130,7 @@ class GPT(Transformer):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Every block starts as the identity: output projections are zero."""
+        """Initialize every weight. Each block starts as the identity, since its output projections are zero."""
         nn.init.normal_(self.wte.weight, std=0.8)
         nn.init.normal_(self.lm_head.weight, std=0.001)
         self.residual_scale.copy_(torch.linspace(1.15, 1.05, self.config.depth))
@@ -136,6 +138,53 @@ class GPT(Transformer):
         for block in self.blocks:
             block.attn.init_weights()
             block.mlp.init_weights()
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: CacheStep | None = None,
+        logits_to_keep: int | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) in float32; with targets (B, T), the mean loss in nats over those that are not -1.
+
+        Args:
+            idx: (B, T) token ids.
+            cache: step of a cache that holds the tokens before idx (`make_cache(...).step(...)`). idx is added to it.
+            logits_to_keep: compute logits for the last so many tokens only; None: for all.
+
+        Raises:
+            ValueError: idx is longer than sequence_len.
+        """
+        T = idx.size(1)
+        if cache is not None:
+            rope = rope_at(cache.positions, self.config.head_dim)
+        elif self.config.sequence_len < T:
+            raise ValueError(f"idx: given {T} tokens, expected at most sequence_len {self.config.sequence_len}")
+        else:
+            rope = (self.cos[:T], self.sin[:T])
+        x_BTC = x0_BTC = rms_norm(self.wte(idx).to(self.compute_dtype))
+        for index, block in enumerate(self.blocks):
+            scale, mix = self.residual_scale[index].to(x_BTC.dtype), self.x0_mix[index].to(x_BTC.dtype)
+            x_BTC = scale * x_BTC + mix * x0_BTC
+            x_BTC = self._run_block(block, x_BTC, idx, rope, None if cache is None else cache.layer(index))
+        if logits_to_keep is not None:
+            x_BTC = x_BTC[:, T - logits_to_keep :]
+        x_BTC = rms_norm(x_BTC)
+        if targets is None:
+            # Dividing by the cap takes C numbers per token here, and V in the logits.
+            return soft_cap(self.lm_head(x_BTC / LOGIT_CAP))
+        return head_loss(x_BTC.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    def make_cache(self, rows: int, length: int, **options) -> Cache:
+        """Return an empty cache for this model; the options are those of Cache."""
+        layers = [block.attn for block in self.blocks]
+        return Cache(layers, rows, length, dtype=self.compute_dtype, device=self.wte.weight.device, **options)
+
+    def example_batch(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of the largest shape that training uses."""
+        idx = torch.zeros(rows, self.config.sequence_len, dtype=torch.long, device=self.wte.weight.device)
+        return idx, idx
 
     def _outer_groups(self) -> Groups:
         return {
@@ -145,76 +194,3 @@ class GPT(Transformer):
             "residual_scale": [self.residual_scale],
             "x0_mix": [self.x0_mix],
         }
-
-    def example_batch(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the largest shape there is."""
-        idx = torch.zeros(rows, self.config.sequence_len, dtype=torch.long, device=self.wte.weight.device)
-        return idx, idx
-
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) in float32, or with targets (B, T) the mean loss in nats over those that are not -1.
-
-        Raises ValueError when idx is longer than sequence_len.
-        """
-        T = idx.size(1)
-        if self.config.sequence_len < T:
-            raise ValueError(f"idx: given {T} tokens, expected at most sequence_len {self.config.sequence_len}")
-        rope = (self.cos[:T], self.sin[:T])
-        x_BTC = x0_BTC = rms_norm(self.wte(idx).to(self.compute_dtype))
-        for index, block in enumerate(self.blocks):
-            x_BTC = self._through(block, self._mixed(index, x_BTC, x0_BTC), idx, rope)
-        x_BTC = rms_norm(x_BTC)
-        if targets is None:
-            return capped_logits(x_BTC, self.lm_head.weight)
-        return head_loss(x_BTC.flatten(0, 1), self.lm_head.weight, targets.flatten())
-
-    def _mixed(self, index: int, x_BTC: Tensor, x0_BTC: Tensor) -> Tensor:
-        """The residual stream as a block is given it."""
-        scale, mix = self.residual_scale[index].to(x_BTC.dtype), self.x0_mix[index].to(x_BTC.dtype)
-        return scale * x_BTC + mix * x0_BTC
-
-    def make_cache(self, rows: int, length: int, **options) -> Cache:
-        """For `decode`; see Cache for the options."""
-        attention, device = self.blocks[0].attn, self.wte.weight.device
-        return Cache(
-            self.config, attention.cache_widths, attention.cache_recent, rows, length,
-            dtype=self.compute_dtype, device=device, **options,
-        )  # fmt: skip
-
-    def prefill(self, idx: Tensor, cache: Cache) -> None:
-        """Read idx (B, T) into a new cache of B rows, made with `block` as long as `length`, with `forward`'s kernels.
-
-        Gives no logits, and so spares the last block all but what is kept of it. Where texts were padded at their end,
-        set cache.lengths[row] to their own lengths afterwards: what lies beyond is not seen, and written over.
-        """
-        T = idx.size(1)
-        rope = (self.cos[:T], self.sin[:T])
-        x_BTC = x0_BTC = rms_norm(self.wte(idx).to(self.compute_dtype))
-        for index, (block, buffers) in enumerate(zip(self.blocks, cache.layers, strict=True)):
-
-            def keep(*tensors: Tensor, buffers: list[Tensor] = buffers) -> None:
-                for buffer, tensor in zip(buffers, tensors, strict=True):
-                    buffer[:, :, :T] = tensor.transpose(1, 2)
-
-            x_BTC = self._mixed(index, x_BTC, x0_BTC)
-            if index < self.config.depth - 1:
-                x_BTC = block(x_BTC, idx, rope, keep)
-            else:
-                keep(*block.attn.kept(rms_norm(x_BTC), idx, rope))
-        for row in range(idx.size(0)):
-            cache.lengths[row] = T
-
-    def decode(self, idx: Tensor, cache: Cache, rows: slice, every: bool = False) -> Tensor:
-        """Go on with some rows of a cache by T tokens each, idx (B, T).
-
-        Returns the logits of the last of them, (B, V) in float32; with `every` of all, (B, T, V).
-        """
-        return self.decode_step(idx, cache.step(rows, idx.size(1)), every)
-
-    def decode_step(self, idx: Tensor, step: Step, every: bool = False) -> Tensor:
-        """The same for a step that the cache was asked for before."""
-        rope = rope_at(step.positions, self.config.head_dim)
-        x_BTC = x0_BTC = rms_norm(self.wte(idx).to(self.compute_dtype))
-        for index, block in enumerate(self.blocks):
-            x_BTC = block.decode(self._mixed(index, x_BTC, x0_BTC), idx, rope, step)
-        return cap(self.lm_head(rms_norm(x_BTC if every else x_BTC[:, -1]) / LOGIT_CAP))

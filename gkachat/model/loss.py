@@ -1,7 +1,7 @@
-"""The head and its loss as one: logits of a few rows at a time, never of all of them.
+"""Head and loss in one: logits of a few rows at a time, never of all of them.
 
 A batch of 32 x 2,048 tokens over a vocabulary of 32,768 has 8.6 GB of float32 logits, and as much again for their
-gradient. Here each part's gradient is taken while its logits are there, in the forward; the backward only scales.
+gradient. Here the gradient of each part is computed while its logits exist, in the forward; the backward only scales.
 Axes: N tokens, C channels, V vocabulary.
 """
 
@@ -11,18 +11,12 @@ from torch import Tensor
 from gkachat.attention.features import cast
 
 LOGIT_CAP = 15.0
-IGNORE = -1  # a target that is not scored
-LOGITS_AT_A_TIME = 2**26
+IGNORE = -1  # target that is not scored
+LOGITS_PER_PART = 2**26
 
 
-def capped_logits(x: Tensor, weight_VC: Tensor) -> Tensor:
-    """(..., C) -> (..., V) in float32, softly capped to +-15."""
-    # Divided by the cap while there are C numbers a token, not V: the same logits, two passes less over them.
-    return cap((x / LOGIT_CAP) @ weight_VC.to(x.dtype).mT)
-
-
-def cap(logits: Tensor) -> Tensor:
-    """Of logits divided by the cap; may work in place."""
+def soft_cap(logits: Tensor) -> Tensor:
+    """15 tanh of logits that are divided by 15 already, in float32. May overwrite its input."""
     return logits.float().tanh_() * LOGIT_CAP
 
 
@@ -39,16 +33,16 @@ class _HeadLoss(torch.autograd.Function):
         count = scored_N.sum()
         total = torch.zeros((), dtype=torch.float32, device=x_NC.device)
         dx, dweight = [], torch.zeros_like(weight_VC) if with_gradients else None
-        rows = max(1, LOGITS_AT_A_TIME // weight_VC.size(0))
+        rows = max(1, LOGITS_PER_PART // weight_VC.size(0))
         for x, targets, scored in zip(x_NC.split(rows), targets_N.split(rows), scored_N.split(rows), strict=True):
-            # In place wherever possible: fresh memory for each of these passes would take as long as the passes.
-            logits = capped_logits(x, weight)
+            # In place wherever possible: allocating memory for each of these passes takes as long as the passes.
+            logits = soft_cap((x / LOGIT_CAP) @ weight.mT)
             log_p = logits.log_softmax(dim=-1)
-            at = targets.clamp(min=0)[:, None]
-            total -= torch.where(scored, log_p.gather(-1, at)[:, 0], 0).sum()
+            target = targets.clamp(min=0)[:, None]
+            total -= torch.where(scored, log_p.gather(-1, target)[:, 0], 0).sum()
             if with_gradients:
                 d = log_p.exp_()
-                d.scatter_add_(-1, at, d.new_full((), -1.0).expand_as(at))
+                d.scatter_add_(-1, target, d.new_full((), -1.0).expand_as(target))
                 # Through the cap: the derivative of 15 tanh(u / 15) is 1 - tanh^2.
                 d.mul_(logits.div_(LOGIT_CAP).square_().neg_().add_(1)).mul_(scored[:, None])
                 d = cast(d, x.dtype)

@@ -75,7 +75,7 @@ class ViT(Transformer):
         for index, block in enumerate(self.blocks):
             # Stochastic depth (arXiv 1603.09382), linear in depth. Images that keep the block scale it up: equal mean.
             dropped = config.drop_path * index / max(1, config.depth - 1) if self.training else 0.0
-            after_BTC = self._through(block, x_BTC, None, None)
+            after_BTC = self._run_block(block, x_BTC, None, None)
             if dropped:
                 kept_B11 = (torch.rand(B, 1, 1, device=x_BTC.device) >= dropped).to(x_BTC.dtype) / (1 - dropped)
                 after_BTC = x_BTC + kept_B11 * (after_BTC - x_BTC)

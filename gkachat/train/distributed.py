@@ -35,8 +35,8 @@ class World:
 def init_process_group(device_type: str, timeout: float) -> World:
     """Join the process group that torchrun describes in the environment. Without torchrun, return a world of one.
 
-    Select the device first (`machine.pick_device` does). `timeout` is the watchdog's, in seconds; collectives wait longer,
-    so that the watchdog, whose message names the step, is the first to end a process.
+    Select the device first (`machine.pick_device` does). `timeout` is the watchdog's, in seconds. Collectives wait
+    longer, so that the watchdog, whose message names the step, is the first to end a process.
     """
     if "RANK" not in os.environ:
         return World()

@@ -5,9 +5,9 @@
 
 scripts/base_train.py shows where each of these comes from.
 
-A run can end at any moment. On Ctrl-C, SIGTERM or SIGUSR1 it finishes its step, saves and stops. A resumed run continues
-from the newest sound checkpoint as if nothing had happened: batches are a function of the step, the optimizers' state is
-in the checkpoint, and nothing else has a state.
+A run can end at any moment. On Ctrl-C, SIGTERM or SIGUSR1 it finishes its step, saves and stops. A resumed run
+continues from the newest sound checkpoint as if nothing had happened: batches are a function of the step, the
+optimizers' state is in the checkpoint, and nothing else has a state.
 """
 
 import dataclasses
@@ -397,7 +397,7 @@ class Trainer:
         self.report(f"{model.attention}, depth {model.depth}: {stats.params['total']:,} parameters ({groups})")
         self.report(f"{self.n_steps:,} steps of {train.total_batch_size:,} tokens; {flops:.3g} FLOPs")
         self.report(self.task.describe())
-        for kernel, layers in self.model.backends().items():
+        for kernel, layers in self.model.kernels().items():
             self.report(f"layers {', '.join(map(str, layers))}: {kernel}")
 
     def report_end(self) -> None:

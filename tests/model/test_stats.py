@@ -9,11 +9,11 @@ from conftest import ROOT, call
 
 from gkachat.config_file import load_config
 from gkachat.model.gpt import GPT, GPTConfig
-from gkachat.model.stats import PROTOCOLS, activation_bytes, compare_accounts, model_stats, state_bytes, token_budget
+from gkachat.model.stats import PROTOCOLS, activation_bytes, compare_stats, model_stats, state_bytes, token_budget
 from gkachat.train.optim import Optimizers
 from gkachat.train.schedule import resolve
 
-D20 = compare_accounts(GPTConfig(depth=20))
+D20 = compare_stats(GPTConfig(depth=20))
 
 
 def test_at_depth_20_the_counted_ratio_is_the_published_one():

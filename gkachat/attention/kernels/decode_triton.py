@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gkachat.attention import cache
+from gkachat.attention.kernels import decode
 from gkachat.attention.kernels.gaussian_triton import _rounded, _rows
+from gkachat.attention.qkv import QKV, KVSlice
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are taken in base 2
 HIDDEN = tl.constexpr(float("-inf"))
@@ -145,37 +146,39 @@ def shape(head_dim: int) -> tuple[int, int]:
     return half, max(16, min(128, TILE // (2 * half)))
 
 
-def attend(q: Tensor, seen: Sequence[cache.Keys], scale: float | Tensor, multiprocessors: int = 132) -> Tensor:
-    """`cache.attend` for one new token a row, and that itself for several: q (B, T, H, D) -> (B, T, H, D).
+def attend(qkv: QKV, slices: Sequence[KVSlice], multiprocessors: int = 132) -> Tensor:
+    """Softmax attention of one new token per row, (B, 1, H, D); several new tokens run on decode.attend.
 
-    head_dim is even and at most 256; bfloat16, float16 or float32. What is launched follows from shapes alone.
+    head_dim is even and at most 256; the dtype is bfloat16, float16 or float32. Launches depend on shapes alone.
     """
-    B, T, H, D = q.shape
+    B, T, H, D = qkv.q.shape
     if T > 1:
-        return cache.attend(q, seen, scale)
+        return decode.attend(qkv, slices)
+    scale = qkv.scale if qkv.sigma is None else qkv.sigma.square().reciprocal()
     half, tile = shape(D)
     wanted = -(-PROGRAMS * multiprocessors // (B * H))  # splits
     plan, n_splits = [], 0
-    for span in seen:
-        tiles = max(1, -(-span.keys.size(2) // tile))
+    for part in slices:
+        tiles = max(1, -(-part.k.size(2) // tile))
         each = -(-tiles // min(tiles, wanted))
-        plan.append((span, each * tile, n_splits, -(-tiles // each)))
+        plan.append((part, each * tile, n_splits, -(-tiles // each)))
         n_splits += -(-tiles // each)
-    mean = q.new_empty(B, H, n_splits, D, dtype=torch.float32)
-    weight = q.new_empty(B, H, n_splits, dtype=torch.float32)
-    q = _rows(q)
-    for span, per_split, first, splits in plan:
-        keys, one = _rows(span.keys).expand(B, -1, -1, -1), span.keys is span.values
-        values = keys if one else _rows(span.values).expand(B, -1, -1, -1)
-        mask = _rows(span.mask)
-        norm_strides = (0, 0, 0) if span.norms is None else span.norms.expand(B, -1, -1, -1).stride()[:3]
-        cos, sin = (None, None) if span.rope is None else (t.contiguous().expand(B, -1, -1, -1) for t in span.rope)
+    mean = qkv.q.new_empty(B, H, n_splits, D, dtype=torch.float32)
+    weight = qkv.q.new_empty(B, H, n_splits, dtype=torch.float32)
+    q = _rows(qkv.q)
+    for part, per_split, first, splits in plan:
+        one = part.k is part.v
+        keys = _rows(part.k).expand(B, -1, -1, -1)
+        values = keys if one else _rows(part.v).expand(B, -1, -1, -1)
+        mask = _rows(part.mask)
+        norm_strides = (0, 0, 0) if part.key_norms is None else part.key_norms.expand(B, -1, -1, -1).stride()[:3]
+        cos, sin = (None, None) if part.rope is None else (t.contiguous().expand(B, -1, -1, -1) for t in part.rope)
         split_kernel[(H, B, splits)](
-            q, keys, values, mask, span.norms, cos, sin, scale, mean, weight,
+            q, keys, values, mask, part.key_norms, cos, sin, scale, mean, weight,
             q.stride(0), q.stride(2), *keys.stride()[:3], *values.stride()[:3], mask.stride(0), *norm_strides,
             0 if cos is None else cos.stride(0), keys.size(2), per_split, first, n_splits,
             D=D, HALF=half, BN=tile, ONE=one, PER_HEAD=isinstance(scale, Tensor),
         )  # fmt: skip
-    y = q.new_empty(B, 1, H, D)
+    y = qkv.q.new_empty(B, 1, H, D)
     combine_kernel[(H, B)](mean, weight, y, n_splits, D=D, HALF=half, BN=SPLITS)
     return y

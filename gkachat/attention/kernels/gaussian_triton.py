@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gkachat.attention.qkv import QKV
+
 HALF_LOG2E = tl.constexpr(0.7213475204444817)  # log2(e) / 2: exponentials are taken in base 2
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -455,3 +457,13 @@ def _backward(ctx, dy: Tensor, _):
 
 
 gka.register_autograd(_backward, setup_context=_save)
+
+
+def attend(qkv: QKV, *, window: int | None, causal: bool, include_self: bool) -> Tensor:
+    """Gaussian attention whose queries and keys are one tensor of features, (B, T, H, D).
+
+    Rotated features come as a tensor of their own: rotating them in the kernel takes more than a tile's shared memory.
+    """
+    f = None if qkv.k is qkv.v else qkv.k
+    window = qkv.v.size(1) if window is None else window
+    return gka(qkv.v, f, qkv.sigma.float(), window, include_self, causal)[0]

@@ -1,0 +1,145 @@
+"""The base class of every attention: one forward for training, prefill, decoding and inspection.
+
+    layer = attention_class(config.attention)(config, index)
+    layer.choose_kernels(device, dtype)
+    y_BTC = layer(x_BTC, idx_BT, rope)                 # training
+    y_BTC = layer(x_BTC, idx_BT, rope, cache)          # prefill and decoding
+
+A variant is a subclass with little more than `qkv`, which says how the block input becomes queries, keys and values.
+docs/attention.md shows one, whole.
+Axes: B batch, T time (query), S time (key), H heads, D head_dim, C channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gkachat.attention.cache import LayerCache
+from gkachat.attention.features import Rope
+from gkachat.attention.kernels import reference
+from gkachat.attention.kernels.choose import KernelSpec, choose_decode_kernel, choose_kernel, plain_kernels
+from gkachat.attention.linear import Linear
+from gkachat.attention.qkv import QKV
+from gkachat.config import GPTConfig
+
+Groups = dict[str, list[nn.Parameter]]
+"""Parameters by what they are. The optimizer and the parameter counts tell these groups apart."""
+
+
+class AttentionWeights(NamedTuple):
+    """Attention weights of a text, computed by the definition."""
+
+    weights: Tensor
+    """(B, H, T, S) float32. A row sums to 1, or to 0 where it has no key."""
+    values: Tensor
+    """(B, S, H, D). The layer's output is `weights @ values` through c_proj."""
+    distances: Tensor | None
+    """(B, H, T, S) float32: squared distances between queries and keys, for layers that have a bandwidth."""
+
+
+class Attention(nn.Module):
+    """One attention layer with its output projection. Subclasses define `qkv`."""
+
+    shares_kv = False
+    """Whether keys and values are one tensor (`qkv.cached_k is qkv.v`), so that the cache keeps it once."""
+    gaussian = False
+    """Whether `qkv` gives a bandwidth sigma, so that scores are -|q - k|^2 / (2 sigma^2)."""
+    unit_norm = False
+    """Whether all queries and keys have the same norm. A Gaussian kernel then needs no bias per key."""
+    include_self = True
+    """Whether a token attends to itself."""
+    backend = "auto"
+    """Kernel that was asked for by name; auto: the fastest one that can run."""
+    lookback = 0
+    """Number of earlier block inputs that `qkv` needs, as short convolutions do."""
+
+    def __init__(self, config: GPTConfig, index: int):
+        super().__init__()
+        self.config, self.window = config, config.window(index)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def qkv(self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None) -> QKV:
+        """Queries, keys and values of the last T tokens of the block input.
+
+        Args:
+            x_BTC: block input after its norm. While decoding, `lookback` earlier block inputs stand in front of it.
+            idx_BT: token ids, T of them; None in image models.
+            rope: (cos, sin) of the T positions; None in image models.
+        """
+        raise AssertionError(f"{type(self).__name__} must define qkv")
+
+    def scores(self, q_BHTD: Tensor, k_BHSD: Tensor, qkv: QKV) -> Tensor:
+        """Return the scores (B, H, T, S) in float32, by the definition.
+
+        A subclass that compares in another way overrides this. Plain PyTorch then takes the place of the fused kernels.
+        """
+        return reference.scores(q_BHTD, k_BHSD, qkv)
+
+    def forward(
+        self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Return what the layer adds to the residual stream, (B, T, C).
+
+        With a cache, the new tokens attend to the cached ones too, and are cached themselves.
+        """
+        if cache is None:
+            y_BTHD = self.kernel.attend(self.qkv(x_BTC, idx_BT, rope))
+        else:
+            qkv = self.qkv(cache.with_lookback(x_BTC), idx_BT, rope)
+            cache.append(qkv)
+            if cache.is_prefill:  # there is no past: the training kernel attends within the new tokens
+                y_BTHD = self.kernel.attend(qkv)
+            else:
+                y_BTHD = self.decode_kernel.attend(qkv, cache.slices(self.include_self))
+        return self.c_proj(y_BTHD.flatten(2))
+
+    @torch.no_grad()
+    def attention_weights(self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None) -> AttentionWeights:
+        """Return the weights that `forward` applies to whole texts, for inspection."""
+        qkv = self.qkv(x_BTC, idx_BT, rope)
+        q_BHTD, k_BHSD = reference.queries_and_keys(qkv)
+        mask = reference.visible(x_BTC.size(1), self.window, self.config.causal, self.include_self, x_BTC.device)
+        weights = reference.weights(self.scores(q_BHTD, k_BHSD, qkv), mask)
+        distances = None if qkv.sigma is None else reference.squared_distances(q_BHTD, k_BHSD)
+        return AttentionWeights(weights, qkv.v, distances)
+
+    def choose_kernels(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Choose the training kernel and the decode kernel, once. Called whenever the model moves to a device."""
+        config = self.config
+        spec = KernelSpec(
+            head_dim=config.head_dim,
+            sequence_len=config.sequence_len,
+            window=self.window,
+            causal=config.causal,
+            include_self=self.include_self,
+            gaussian=self.gaussian,
+            unit_norm=self.unit_norm,
+            backend=self.backend,
+        )
+        if type(self).scores is not Attention.scores:
+            self.kernel, self.decode_kernel = plain_kernels(self.scores, spec)
+        else:
+            self.kernel = choose_kernel(spec, device, dtype)
+            self.decode_kernel = choose_decode_kernel(config.head_dim, device, dtype)
+
+    @property
+    def cache_tensors(self) -> int:
+        """Number of tensors with C numbers that the cache keeps for each token."""
+        return 1 if self.shares_kv else 2
+
+    def split_heads(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, H, D)."""
+        return x_BTC.view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
+
+    def init_weights(self) -> None:
+        """Initialize every parameter. The block starts as the identity: its output projection is zero."""
+        nn.init.zeros_(self.c_proj.weight)
+
+    def parameter_groups(self) -> Groups:
+        """Every parameter of the layer once, by group."""
+        return {"matrices": [self.c_proj.weight]}
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Numbers to log, by name; each a tensor of one dimension."""
+        return {}

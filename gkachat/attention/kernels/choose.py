@@ -1,0 +1,172 @@
+"""Which kernel an attention layer runs on, chosen once when the model is placed on a device, with the reason.
+
+    kernel = choose_kernel(KernelSpec(head_dim=128, sequence_len=2048, window=512), device, dtype)
+    y = kernel.attend(qkv)                                # training and prefill
+    print(kernel.name, kernel.reason)
+
+`choose_decode_kernel` does it for new tokens that attend to a cache: `kernel.attend(qkv, slices)`.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gkachat.attention.kernels import decode, flash, gaussian_sdpa, reference, sdpa, window_cpu
+from gkachat.attention.kernels.flex import FlexAttention
+
+HALF = (torch.bfloat16, torch.float16)
+TRITON_HEAD_DIMS = (64, 128)
+TRITON_DTYPES = (torch.bfloat16, torch.float32)
+GAUSSIAN_BACKENDS = ("sdpa", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """What a layer asks of its kernel."""
+
+    head_dim: int
+    sequence_len: int
+    window: int | None = None
+    """Visible positions, the token itself included; None: no limit."""
+    causal: bool = True
+    include_self: bool = True
+    gaussian: bool = False
+    """Whether scores are a Gaussian kernel's and not a scaled dot product."""
+    unit_norm: bool = False
+    """Whether all queries and keys have the same norm."""
+    backend: str = "auto"
+    """For Gaussian scores: sdpa, triton, reference, or auto for the fastest that can run."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function that computes attention, its name, and why it was chosen."""
+
+    name: str
+    reason: str
+    attend: Callable[..., Tensor]
+
+
+def choose_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """Return the fastest exact kernel; `attend(qkv)` gives (B, T, H, D).
+
+    Raises ValueError for a backend that does not exist or cannot run here.
+    """
+    if not spec.gaussian:
+        return _softmax_kernel(spec, device, dtype)
+    if spec.unit_norm and spec.include_self and spec.backend == "auto":
+        softmax = _softmax_kernel(spec, device, dtype)
+        attend = partial(gaussian_sdpa.attend_unit_norm, softmax_attend=softmax.attend)
+        return Kernel(f"softmax {softmax.name}", f"normalised features need no key bias; {softmax.reason}", attend)
+    return _gaussian_kernel(spec, device, dtype)
+
+
+def choose_decode_kernel(head_dim: int, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """Return the fastest kernel for new tokens that attend to a cache; `attend(qkv, slices)` gives (B, T, H, D)."""
+    obstacles = _true(
+        (device.type != "cuda", f"the device is {device.type}"),
+        (not _has_package("triton"), "triton is not installed"),
+        (dtype not in (*HALF, torch.float32), f"the dtype is {dtype}"),
+        (head_dim > 256, f"heads have {head_dim} channels, more than 256"),
+    )
+    if obstacles:
+        return Kernel("torch", f"no triton kernel: {'; '.join(obstacles)}", decode.attend)
+    from gkachat.attention.kernels import decode_triton
+
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    attend = partial(decode_triton.attend, multiprocessors=multiprocessors)
+    return Kernel("triton", "reads each key once, split over the device; several new tokens a row run on torch", attend)
+
+
+def plain_kernels(scores: reference.Scores, spec: KernelSpec) -> tuple[Kernel, Kernel]:
+    """Return a kernel and a decode kernel in plain PyTorch, for a layer with a score function of its own."""
+    reason = "the layer defines its own scores"
+    within = partial(
+        reference.attend, window=spec.window, causal=spec.causal, include_self=spec.include_self, scores=scores
+    )
+    return (
+        Kernel("reference", reason, within),
+        Kernel("reference", reason, partial(reference.attend_cached, scores=scores)),
+    )
+
+
+def _softmax_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> Kernel:
+    window = None if spec.window is None or spec.window >= spec.sequence_len else spec.window
+    through_sdpa = partial(sdpa.attend, window=window, causal=spec.causal)
+    if device.type != "cuda":
+        if window is None or device.type != "cpu" or not spec.causal:
+            return Kernel("sdpa", f"torch's kernel on {device.type}", through_sdpa)
+        reason = f"window {window} on a CPU: cost follows T x window"
+        return Kernel("window_cpu", reason, partial(window_cpu.attend, window=window))
+    if dtype in HALF and spec.head_dim <= 256 and spec.head_dim % 8 == 0:
+        major = torch.cuda.get_device_capability(device)[0]
+        if major == 9 and _has_package("flash_attn_interface"):
+            attend = _flash("flash_attn_interface", window, spec.causal)
+            return Kernel("flash-attention-3", "installed, and the device is a Hopper", attend)
+        if major >= 8 and _has_package("flash_attn"):
+            return Kernel("flash-attention-2", "installed", _flash("flash_attn", window, spec.causal))
+    if window is None or not spec.causal:
+        which = "full window" if window is None else f"window {window} on both sides, masked"
+        return Kernel("sdpa", f"{which}; no flash-attn for this device and dtype", through_sdpa)
+    flex = FlexAttention(window, spec.sequence_len, device)
+    return Kernel("flex", f"window {window}; no flash-attn for this device and dtype", flex.attend)
+
+
+def _flash(package: str, window: int | None, causal: bool) -> Callable[..., Tensor]:
+    function = importlib.import_module(package).flash_attn_func
+    return partial(flash.attend, window=window, causal=causal, flash_attn_func=function)
+
+
+def _gaussian_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> Kernel:
+    obstacles = _true(
+        (not _has_package("triton"), "triton is not installed"),
+        (
+            # Nothing runs on the meta device: models are counted there.
+            device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1",
+            f"the device is {device.type}",
+        ),
+        (dtype not in TRITON_DTYPES, f"the dtype is {dtype}"),
+        (spec.head_dim not in TRITON_HEAD_DIMS, f"heads have {spec.head_dim} channels, not 64 or 128"),
+    )
+    name, reason = spec.backend, "asked for by name"
+    if name == "auto":
+        if not obstacles and device.type == "cuda":
+            name, reason = "triton", "one read of x serves keys and values"
+        else:
+            slow = spec.window is not None and device.type != "cpu"
+            name, reason = (
+                "sdpa",
+                (
+                    f"softmax attention with a bias per key; no triton kernel: {'; '.join(obstacles)}"
+                    f"{'; it computes all T x T scores of a short window' if slow else ''}"
+                ),
+            )
+    if name not in GAUSSIAN_BACKENDS:
+        raise ValueError(f"backend: given {name!r}, expected one of auto, {', '.join(GAUSSIAN_BACKENDS)}")
+    if name == "triton" and obstacles:
+        raise ValueError(f"backend: given 'triton', which cannot run here: {'; '.join(obstacles)}")
+    options = {"window": spec.window, "causal": spec.causal, "include_self": spec.include_self}
+    match name:
+        case "sdpa":
+            return Kernel(name, reason, partial(gaussian_sdpa.attend, **options))
+        case "triton":
+            from gkachat.attention.kernels import gaussian_triton
+
+            return Kernel(name, reason, partial(gaussian_triton.attend, **options))
+        case _:
+            return Kernel(name, reason, partial(reference.attend, **options))
+
+
+def _true(*checks: tuple[bool, str]) -> list[str]:
+    return [text for holds, text in checks if holds]
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace a search for packages
+def _has_package(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
