@@ -224,9 +224,10 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """
     meta = read_json(directory / META)
     if meta.get("format") != FORMAT and "version" in meta:
+        version, found = str(meta["version"])[:40], str(meta.get("format", 1))[:9]
         raise FormatError(
-            f"{directory} was written by version {str(meta['version'])[:40]}, in format {str(meta.get('format', 1))[:9]}; "
-            f"this version reads format {FORMAT}: use that version, or train the run again"
+            f"{directory} was written by version {version} in format {found}, expected format {FORMAT}: "
+            "use that version, or train the run again"
         )
     return read_json(directory / META, format=int, **META_FIELDS)
 

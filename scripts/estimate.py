@@ -9,18 +9,30 @@ the two apart. What devices say to each other, evaluation and compiling are not 
 import statistics
 import sys
 import time
+from typing import Any
 
 from gkachat.benchmark import table
 from gkachat.config import Config
 from gkachat.config_file import load_config
 from scripts.cli import print_help, run
 
-STEPS, DEVICES = 20, (1, 4, 8)
+WARM_UP, STEPS, DEVICES = 4, 20, (1, 4, 8)
 COLUMNS = {
     "": "{name}", "parameters": "{params:,}", "steps": "{steps:,}", "FLOPs": "{flops:.3e}", "a pass": "{a_pass:.4g} s",
     "optimizers": "{optimizers:.4g} s", "tokens/s of one": "{rate:,.0f}",
     **{f"hours on {n}": f"{{hours[{n}]:.3g}}" for n in DEVICES},
 }  # fmt: skip
+
+
+class RandomTokens:
+    """A training task of random tokens whose steps take one pass over a device's batch and two, by turns."""
+
+    def __init__(self, idx: Any, rows: int):
+        self.idx, self.rows = idx, rows
+
+    def batch(self, step: int) -> tuple[tuple[Any, Any], int]:
+        idx = self.idx[: (1 + step % 2) * self.rows]
+        return (idx, idx.roll(-1, 1)), idx.numel()
 
 
 def estimate(config: Config) -> dict:
@@ -31,25 +43,24 @@ def estimate(config: Config) -> dict:
     from gkachat.model.gpt import GPT
     from gkachat.model.stats import model_stats
     from gkachat.train.distributed import World
-    from gkachat.train.learner import Learner
-    from gkachat.train.metrics import Phases
+    from gkachat.train.optim import make_optimizers
     from gkachat.train.schedule import n_steps, resolve
+    from gkachat.train.setup import build_model
+    from gkachat.train.trainer import Trainer
 
     config, device = resolve(config), pick_device(config.run.device)
-    model, train = config.model, config.train
-    rows, counted = train.total_batch_size // model.sequence_len, model_stats(model)
-    learner = Learner(config, GPT, rows, device, World(), Phases())
-    of_a_pass = min(learner.device_batch_size, rows)
-    idx = torch.randint(model.vocab_size, (2 * of_a_pass, model.sequence_len))
+    train, T, counted = config.train, config.model.sequence_len, model_stats(config.model)
+    model, rows = build_model(GPT, config, device), train.total_batch_size // T
+    trainer = Trainer(config, model, make_optimizers(model, config.optim), None, device, World())
+    of_a_pass = min(trainer.device_batch_size, rows)
+    trainer.task = RandomTokens(torch.randint(config.model.vocab_size, (2 * of_a_pass, T)), of_a_pass)
     seconds: dict[int, list[float]] = {1: [], 2: []}
-    for step in range(-4, STEPS):  # those before 0 warm up: kernels are compiled, memory is taken
-        passes = 1 + step % 2
-        batch = idx[: passes * of_a_pass]
+    for step in range(WARM_UP + STEPS):  # the first compile kernels and allocate memory
         start = time.perf_counter()
-        learner.step(max(step, 0), (batch, batch.roll(-1, 1)), batch.numel(), False)
-        learner.outcomes()  # waits for the device
-        if step >= 0:
-            seconds[passes].append(time.perf_counter() - start)
+        trainer.train_step()
+        list(trainer.step_results(wait=True))
+        if step >= WARM_UP:
+            seconds[1 + step % 2].append(time.perf_counter() - start)
     one, two = (statistics.median(seconds[passes]) for passes in (1, 2))
     a_pass = max(two - one, one / 2)  # where steps are too short to tell, no more than half is the optimizers'
     optimizers = max(0.0, one - a_pass)

@@ -22,7 +22,7 @@ from gkachat.config_file import load_config, to_toml
 from gkachat.inference.engine import Engine
 from gkachat.model.gpt import GPT
 from gkachat.model.stats import model_stats
-from gkachat.train.optim import Optimizers
+from gkachat.train.optim import make_optimizers
 from gkachat.train.schedule import resolve
 from scripts.cli import config_from_args
 
@@ -269,12 +269,14 @@ def test_an_added_attention_learns(cauchy):
     config = resolve(Config(model=GPTConfig(**SHAPE)))
     torch.manual_seed(0)
     model = GPT(config.model)
-    optimizers, idx = Optimizers(model, config.optim), torch.randint(64, (4, 9)).repeat(1, 5)
+    optimizers, idx = make_optimizers(model, config.optim), torch.randint(64, (4, 9)).repeat(1, 5)
     before, losses = [p.clone() for p in model.blocks[0].attn.parameters()], []
     for _ in range(20):
         loss = model(idx[:, :-1], idx[:, 1:])
         loss.backward()
-        optimizers.step(1.0, 0.9)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert not any(map(torch.equal, before, model.blocks[0].attn.parameters()))

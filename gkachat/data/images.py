@@ -3,7 +3,7 @@
     images = load_images(config)
     (batch, targets), n_targets = Batches(images, config, rows=64).get(step)
 
-A batch, augmentation included, is a function of the seed and the step alone, so that a resumed run sees the same images.
+A batch and its augmentation are a function of the seed and the step, so that a resumed run sees the same images.
 Photographs are augmented by torchvision as in DeiT (arXiv 2012.12877, table 9; without its repeated augmentation).
 """
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gkachat.attention.base import Groups
 from gkachat.attention.features import rms_norm
-from gkachat.attention.linear import Groups, Linear, uniform_
+from gkachat.attention.linear import Linear, uniform_
 from gkachat.model.gpt import Block, Transformer
 from gkachat.model.stats import ModelStats
 from gkachat.vision_config import ViTConfig

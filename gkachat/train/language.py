@@ -1,6 +1,9 @@
 """The language task: batches from tokenized shards or conversations, evaluated in bits per byte.
 
-task = LanguageTask(config, tokenizer, train=Split(...), val=Split(...), bpb_sums=bpb_sums, device=device, world=world)
+    task = LanguageTask(config, tokenizer, train, val, bpb_sums=bpb_sums, device=device, world=world)
+    (inputs, targets), n_targets = task.batch(step)
+
+How bits per byte are measured is passed in, since gkachat.eval builds on this package.
 """
 
 import math

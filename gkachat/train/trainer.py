@@ -330,6 +330,7 @@ class Trainer:
         self.step, self.seconds, self.skipped = meta["step"], meta["seconds"], meta["skipped"]
         self.timers.seconds.update(meta["phases"])
         self.saver.step = self.step
+        self.report(f"run {run_dir.name!r} resumes at step {self.step}")
 
     def save_checkpoint(self) -> None:
         """Start to write a checkpoint of this step, unless it exists."""
