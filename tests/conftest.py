@@ -1,5 +1,6 @@
 """Shared by all tests: one thread a process, a home of their own, and one small corpus with a tokenizer and shards."""
 
+import importlib
 import json
 import os
 import struct
@@ -70,6 +71,23 @@ def untrained_run(home, name, tokenizer, **shape):
     saver.save(1, GPT(config.model).state_dict(), {}, {})
     saver.finish()
     return home / "runs" / name
+
+
+def make_trainer(*args, script="base_train"):
+    """The trainer that a training script builds from these arguments; `trainer.fit(trainer.run)` trains it."""
+    from gkachat.train.trainer import Trainer
+
+    made = []
+
+    def keep(trainer, run):
+        trainer.run, trainer.report = run, run.report
+        made.append(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, args)])
+        patch.setattr(Trainer, "fit", keep)
+        importlib.import_module(f"scripts.{script}").main()
+    return made[0]
 
 
 def call(script, *args, home, stdin=None, **env):

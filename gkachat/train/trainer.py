@@ -415,13 +415,18 @@ class Trainer:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Switch off Python's cyclic collector, which pauses at arbitrary moments. A step leaves no cycles behind."""
+    """Switch off Python's cyclic collector, which pauses at arbitrary moments. A step leaves no cycles behind.
+
+    Objects that exist by now are frozen, so that collecting by hand need not look at them.
+    """
     gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        gc.unfreeze()
 
 
 @contextmanager
