@@ -65,7 +65,9 @@ def test_a_run_resumes_in_a_world_of_another_size(tiny_home, capsys):
 
 def test_a_world_that_cannot_share_the_batch_is_told_which_can():
     config = load_config(OPTIONS[0], OPTIONS[1:])
-    message = r"16 rows, which 3 processes cannot share evenly: start one of 1, 2, 4, 8, 16 processes, or set it to 2304"
+    message = (
+        r"16 rows, which 3 processes cannot share evenly: start one of 1, 2, 4, 8, 16 processes, or set it to 2304"
+    )
     with pytest.raises(ConfigError, match=message):
         resolve(config, world_size=3)
     suggested = load_config(OPTIONS[0], [*OPTIONS[1:], "--train.total_batch_size=2304"])

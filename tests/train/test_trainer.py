@@ -234,9 +234,7 @@ def test_too_many_skipped_steps_stop_training_with_the_weights_before_them(tiny_
 
 
 def test_clipping_shortens_long_gradients_only(tiny_home):
-    plain, loose, tight = (
-        weights(train(f"--run.name={n}", f"--train.clip_norm={n}")) for n in ("none", "1e6", "1e-3")
-    )
+    plain, loose, tight = (weights(train(f"--run.name={n}", f"--train.clip_norm={n}")) for n in ("none", "1e6", "1e-3"))
     assert same(plain, loose)
     assert not torch.equal(plain["blocks.0.mlp.c_fc.weight"], tight["blocks.0.mlp.c_fc.weight"])
 
