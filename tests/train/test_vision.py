@@ -17,6 +17,7 @@ from gkachat.train.metrics import read_metrics
 from gkachat.train.schedule import lr_multiplier
 from gkachat.train.vision import resolve
 from gkachat.vision_config import VisionConfig
+from scripts import verify_run, vision_report
 
 TINY = ["--model.depth=2", "--model.n_embd=32", "--train.epochs=0.5", "--train.eval_every=6", "--train.warmup_steps=3"]
 
@@ -151,12 +152,11 @@ def test_the_scripts_train_refuse_report_and_verify(home, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"train\.label_smoothing: given 0\.0, the run has 0\.1"):
         trainer("--model.attention=gka", "--train.label_smoothing=0.0", "--resume")
     table = home / "table"
-    result = call("vision_report", "digits_gka", "--out", table, home=home)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr("sys.argv", ["vision_report", "digits_gka", "--out", str(table)])
+    vision_report.main()
     params = model_stats(made.config.model).params["total"]
     assert table.with_suffix(".md").read_text().splitlines()[4].startswith(f"| gka | {params:,} | 1.000 |")
-    result = call("verify_run", "digits_gka", home=home)
-    assert result.returncode == 0 and "no problems" in result.stdout
+    assert verify_run.main("digits_gka") == 0 and "no problems" in capsys.readouterr().out
     result = call("chat_cli", "-p", "x", home=home)
     assert result.returncode == 1 and "no run with a checkpoint" in result.stderr  # an image model does not chat
 
