@@ -1,32 +1,30 @@
 #!/usr/bin/env bash
-# Trains softmax attention, Gaussian Kernel Attention as published (gka) and with its additions (gka_plus) side by side,
-# and compares them.
+# Trains the same model with softmax attention, Gaussian Kernel Attention as published (gka) and gka with additions
+# (gka_plus), evaluates and compares them, and tunes each on conversations.
 #
-#   bash speedrun.sh                 no GPU: at a laptop's size, minutes; with GPUs: at depth 20 on all of them, hours
-#   bash speedrun.sh --overwrite     start anew; without it, what is finished is kept and what was interrupted goes on
-#   bash speedrun.sh --protocol equal-flops     how long both train beside softmax: paper (with GPUs; 0.49 of its FLOPs),
-#                                    equal-tokens (without), equal-ratio or equal-flops
-#   bash speedrun.sh --run.seed 43   any field of the configs, for all trainings; those of --chat.* are for the tuning on
-#                                    conversations that follows them
+#   bash speedrun.sh                 without a GPU: laptop size, minutes; with GPUs: depth 20 on all of them, hours
+#   bash speedrun.sh --overwrite     start anew (default: keep finished runs and continue interrupted ones)
+#   bash speedrun.sh --run.seed 43 --train.protocol equal-flops     options of all trainings
+#   bash speedrun.sh --chat.epochs 2                                options of all tunings
 #
 # Everything is written under GKACHAT_HOME (default: ~/.cache/gkachat).
-set -euo pipefail
+set -eo pipefail  # not -u: macOS has bash 3.2, where it refuses empty arrays
 cd "$(dirname "${BASH_SOURCE[0]}")"
-overrides=() chat_overrides=() into=overrides
-go_on=(--resume)  # with a run that has a checkpoint (finished, it has nothing left to do); without one it begins
+resume=--resume train_options=() chat_options=() section=train_options
 for word in "$@"; do
     case $word in
-        --overwrite) go_on=(--overwrite); continue ;;
-        --chat.*) into=chat_overrides ;;
-        --*) into=overrides ;;
+        --overwrite) resume=--overwrite; continue ;;
+        --chat.*) section=chat_options ;;
+        --*) section=train_options ;;
     esac
-    case $word in --protocol | --protocol=*) word=--train.${word#--} ;; esac
-    if [ "$into" = overrides ]; then overrides+=("$word"); else chat_overrides+=("$word"); fi
+    case $section in
+        train_options) train_options+=("$word") ;;
+        chat_options) chat_options+=("$word") ;;
+    esac
 done
 source scripts/setup.sh
 export GKACHAT_HOME=${GKACHAT_HOME:-$HOME/.cache/gkachat}
-
-trap 'echo "speedrun: interrupted; run it again to go on" >&2; exit 130' INT  # training itself ends well when asked to
+trap 'echo "speedrun: interrupted; run it again to continue" >&2; exit 130' INT
 
 step() {
     local name=$1 status=0
@@ -39,27 +37,26 @@ step() {
     fi
 }
 
-attentions=(softmax gka gka_plus)
+attentions=($("$PYTHON" -c 'from gkachat.config import ATTENTIONS; print(*ATTENTIONS)'))
 gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true)
 if [ "$gpus" -gt 0 ]; then
-    depth=20 configs=("${attentions[@]/#/configs/d20_}") configs=("${configs[@]/%/.toml}")
+    config=configs/d20.toml runs=("${attentions[@]/#/d20_}")
     launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$gpus" -m)
-    talks=(--chat.source huggingface) questions=()
-    overrides=(--train.protocol paper ${overrides[@]+"${overrides[@]}"})  # what comes later wins
-    step "count" "$PYTHON" -m scripts.cost --config "${configs[0]}"
-    step "estimate the hours of training" "$PYTHON" -m scripts.estimate "${configs[@]}" "${overrides[@]}"
+    train_options=(--train.protocol paper "${train_options[@]}")  # an option of the user comes later and wins
+    chat_options=(--chat.source huggingface "${chat_options[@]}")
+    step "count" "$PYTHON" -m scripts.cost --config "$config"
+    step "estimate the hours of training" "$PYTHON" -m scripts.estimate "$config" --all "${train_options[@]}"
 else
-    depth=4 configs=(configs/laptop.toml configs/laptop.toml configs/laptop.toml)
+    config=configs/laptop.toml runs=("${attentions[@]/#/d4_}")
     launch=("$PYTHON" -m)
-    talks=(--chat.conversations 24000) questions=(--tasks addition counting)
+    chat_options=(--chat.conversations 24000 "${chat_options[@]}")
 fi
-runs=("${attentions[@]/#/d${depth}_}")
 
-step "train the tokenizer" "$PYTHON" -m scripts.tok_train "${configs[0]}"
-step "tokenize the corpus" "$PYTHON" -m scripts.data_prep "${configs[0]}"
+step "train the tokenizer" "$PYTHON" -m scripts.tok_train "$config"
+step "tokenize the corpus" "$PYTHON" -m scripts.data_prep "$config"
 for i in "${!runs[@]}"; do
-    step "train ${attentions[i]}" "${launch[@]}" scripts.base_train "${configs[i]}" "${go_on[@]}" \
-        --model.attention "${attentions[i]}" --run.name "${runs[i]}" ${overrides[@]+"${overrides[@]}"}
+    step "train ${runs[i]}" "${launch[@]}" scripts.base_train "$config" "$resume" \
+        --model.attention "${attentions[i]}" --run.name "${runs[i]}" "${train_options[@]}"
 done
 for run in "${runs[@]}"; do
     step "evaluate $run" "$PYTHON" -m scripts.base_eval "$run"
@@ -67,16 +64,13 @@ for run in "${runs[@]}"; do
 done
 step "compare" "$PYTHON" -m scripts.compare "${runs[@]}"
 for run in "${runs[@]}"; do
-    step "tune $run on conversations" "${launch[@]}" scripts.chat_sft "$run" "${go_on[@]}" "${talks[@]}" \
-        ${chat_overrides[@]+"${chat_overrides[@]}"}
-done
-for run in "${runs[@]}"; do
-    step "ask the tuned $run" "$PYTHON" -m scripts.chat_eval "${run}_chat" ${questions[@]+"${questions[@]}"}
+    step "tune $run on conversations" "${launch[@]}" scripts.chat_sft "$run" "$resume" "${chat_options[@]}"
+    step "ask ${run}_chat" "$PYTHON" -m scripts.chat_eval "${run}_chat" --tasks addition counting
 done
 
 [ "$GKACHAT_HOME" = "$HOME/.cache/gkachat" ] && prefix= || prefix="GKACHAT_HOME=$GKACHAT_HOME "
 chat="  ${prefix}$PYTHON -m scripts.chat_cli"
 echo
-echo "Talk to them, one by one or to two at once:"
+echo "Talk to them, one at a time or two side by side:"
 printf "$chat %s_chat\n" "${runs[@]}"
 echo "$chat ${runs[0]}_chat --compare ${runs[2]}_chat"

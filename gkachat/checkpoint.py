@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from gkachat.config import Config, ConfigError, DataConfig, GPTConfig, TokenizerConfig, home
-from gkachat.config_file import build, to_toml
+from gkachat.config_file import from_dict, to_toml
 from gkachat.files import flush, read_json, sha256, write_text
 from gkachat.machine import commit
 from gkachat.model.gpt import GPT, Transformer
@@ -340,7 +340,7 @@ def load_tokenizer(run_dir: str | Path, meta: dict[str, Any]) -> Tokenizer:
 def model_config(meta: dict[str, Any], cls: type = GPTConfig) -> Any:
     """Return a checkpoint's model config, a GPTConfig or ViTConfig. Raises ValueError where it is not valid."""
     try:
-        config = build(cls, meta["config"].get("model"))
+        config = from_dict(cls, meta["config"].get("model"))
     except ConfigError as error:
         raise ValueError(f"{META}: config.model: {error}") from None
     # The kernel used in training may not run here, and is no part of the model.
@@ -350,8 +350,10 @@ def model_config(meta: dict[str, Any], cls: type = GPTConfig) -> Any:
 def tokens_dir(meta: dict[str, Any]) -> Path:
     """Return the directory of the corpus that a checkpoint was trained on."""
     stored = meta["config"]
-    sections = {"data": build(DataConfig, stored["data"]), "tokenizer": build(TokenizerConfig, stored["tokenizer"])}
-    return home() / "tokens" / Config(**sections).data_name
+    config = Config(
+        data=from_dict(DataConfig, stored["data"]), tokenizer=from_dict(TokenizerConfig, stored["tokenizer"])
+    )
+    return home() / "tokens" / config.data_name
 
 
 def load_model(

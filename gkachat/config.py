@@ -1,8 +1,12 @@
-"""Every option there is, one dataclass per concern; config_file.py makes them of TOML and command lines.
+"""Options of language models and their training, one frozen dataclass per section; vision_config.py has the image ones.
 
-A field whose default is None is derived: the model's from `depth` right here, the recipe's (horizon, batch, learning
-rates, weight decay) from the counted model in `train/schedule.py`. Setting it by hand switches the derivation off.
-All problems of a section are found in one pass and raised as one `ConfigError`, each naming its field.
+    config = load_config("configs/laptop.toml", ["--model.attention", "gka"])  # gkachat/config_file.py
+
+A field whose default is None is derived. Fields of the model are derived from `depth` in this file. The schedule's
+fields (token budget, batch, learning rates, weight decay) are derived from the counted model in `train/schedule.py`.
+A field that is set by hand is not derived.
+
+Each section checks itself when it is built, and raises one `ConfigError` that lists all of its problems.
 """
 
 import dataclasses
@@ -15,71 +19,76 @@ from typing import Any, Literal
 
 HEAD_DIM = 128
 Protocol = Literal["equal-tokens", "equal-ratio", "paper", "equal-flops"]
-ATTENTIONS = {
+ATTENTIONS: dict[str, str | type] = {
     "softmax": "gkachat.attention.softmax:SoftmaxAttention",
     "gka": "gkachat.attention.gka:GaussianKernelAttention",
     "gka_plus": "gkachat.attention.gka_plus:GKAPlus",
 }
-"""Name of each attention -> "module:Class" of its layer. `gkachat.attention.register` adds to it."""
+"""Maps each attention to "module:Class" of its layer, or to the class if `gkachat.attention.register` added it."""
 
 
 class ConfigError(ValueError):
-    """Options that cannot be. `problems` holds one line for each, starting with the field's name."""
+    """Invalid options. `problems` has one line per problem, each starting with the name of its field."""
 
     def __init__(self, problems: Sequence[str]):
         self.problems = list(problems)
         super().__init__("; ".join(self.problems))
 
 
-def require(config: Any, **fields: tuple[bool, str]) -> None:
-    """Raise one ConfigError for all fields, given as (whether it is right, what is expected), that are not right."""
-    wrong = [f.name for f in dataclasses.fields(config) if f.name in fields and not fields[f.name][0]]
+Checks = dict[str, tuple[bool, str]]  # name of a field -> (whether its value is valid, what is expected)
+
+
+def require(config: Any, **checks: tuple[bool, str]) -> None:
+    """Raise one ConfigError that lists every field whose check failed."""
+    wrong = [f.name for f in dataclasses.fields(config) if f.name in checks and not checks[f.name][0]]
     if wrong:
-        raise ConfigError([f"{name}: given {getattr(config, name)!r}, expected {fields[name][1]}" for name in wrong])
+        raise ConfigError([f"{name}: given {getattr(config, name)!r}, expected {checks[name][1]}" for name in wrong])
 
 
-def at_least(least: int, config: Any, *names: str) -> dict[str, tuple[bool, str]]:
-    """For `require`: these fields, where they are set."""
+def at_least(least: int, config: Any, *names: str) -> Checks:
+    """Return checks that these fields are None or at least `least`."""
     values = {name: getattr(config, name) for name in names}
     return {name: (value is None or value >= least, f"{least} or more") for name, value in values.items()}
 
 
-def is_plain(name: str) -> bool:
-    """Whether it names a directory and not a path."""
+def is_directory_name(name: str) -> bool:
+    """Return whether `name` can name a directory: it is not a path, `.` or `..`."""
     return name not in (".", "..") and not set(name) & set("/\\")
 
 
 @dataclass(frozen=True)
 class RunConfig:
+    """Run directory, device, logging and checkpoints."""
+
     name: str = ""
-    """Directory under runs/; by default d<depth>_<attention>."""
+    """Directory under runs/. Empty: d<depth>_<attention>."""
     seed: int = 42
-    """Seeds weights and data order."""
+    """Seed of the weights and of the data order."""
     device: str = "auto"
-    """A torch device, or auto: cuda where there is one, else cpu."""
+    """Torch device. auto: cuda if there is a GPU, otherwise cpu."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What activations are computed in; auto: bfloat16 where the device multiplies it in hardware."""
+    """Precision of activations. auto: bfloat16 if the device multiplies it in hardware, otherwise float32."""
     fp8: bool = False
-    """Multiply the blocks' matrices in fp8 (needs torchao, and a GPU that can); FLOPs are counted all the same."""
+    """Multiply the blocks' matrices in fp8. Needs torchao and a GPU with fp8. FLOPs are counted the same."""
     compile: bool | None = None
-    """torch.compile the model; by default on cuda only."""
+    """Compile the model with torch.compile. None: on cuda only."""
     log_every: int = 10
     """Steps between printed lines."""
     checkpoint_every: int = 0
-    """Steps between checkpoints, besides those before each evaluation and at the end; 0: none."""
+    """Steps between checkpoints. A checkpoint is also saved before each evaluation and at the end. 0: only those."""
     keep_last: int = 2
-    """How many of the latest checkpoints are kept ..."""
+    """Number of latest checkpoints that are kept."""
     keep_every: int = 0
-    """... besides those of every so many steps; 0: none."""
+    """Also keep the checkpoints of steps that this number divides. 0: no others are kept."""
     timeout: float = 600.0
-    """Seconds without progress after which a run ends itself, naming the step: a process is gone, or hangs."""
+    """Seconds without progress after which the run ends with an error (a process has died or hangs)."""
     wandb: str = ""
-    """Weights & Biases project; empty: none. WANDB_MODE=offline works."""
+    """Weights & Biases project. Empty: no upload. WANDB_MODE=offline works."""
 
     def __post_init__(self) -> None:
         require(
             self,
-            name=(is_plain(self.name), "a directory name, not a path"),
+            name=(is_directory_name(self.name), "a directory name, not a path"),
             timeout=(self.timeout > 0, "above 0"),
             **at_least(0, self, "seed", "checkpoint_every", "keep_every"),
             **at_least(1, self, "log_every", "keep_last"),
@@ -88,38 +97,40 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Text that models are trained and evaluated on."""
+
     source: Literal["python-source", "files", "huggingface"] = "python-source"
-    """python-source: the running interpreter's standard library. files: local files. huggingface: a dataset by name."""
+    """python-source: the interpreter's standard library. files: local files. huggingface: a dataset by name."""
     name: str = ""
-    """What tokens/ and tokenizer/ call it; by default made from the source."""
+    """Directory name under tokens/ and tokenizer/. Empty: made from the source."""
     site_packages: bool = False
-    """python-source: add the installed packages."""
+    """python-source: also read the installed packages."""
     files: tuple[str, ...] = ()
-    """files: paths or globs of .txt, .jsonl or .parquet."""
+    """files: paths or globs of .txt, .jsonl or .parquet files."""
     dataset: str = "karpathy/climbmix-400b-shuffle"
-    """huggingface: the dataset's name."""
+    """huggingface: name of the dataset."""
     subset: str = ""
-    """huggingface: the dataset's configuration; empty: its default."""
+    """huggingface: configuration of the dataset. Empty: its default."""
     split: str = "train"
-    """huggingface: the split that is read."""
+    """huggingface: split that is read."""
     revision: str = "main"
-    """huggingface: a branch, tag or commit."""
+    """huggingface: branch, tag or commit."""
     text_column: str = "text"
-    """jsonl, parquet and huggingface: where the text is."""
+    """Field or column that holds the text, in .jsonl, .parquet and Hugging Face data."""
     val_fraction: float = 0.01
-    """Share of the documents, chosen by their hash, kept for validation."""
+    """Fraction of documents held out for validation. A hash of the document decides."""
     min_chars: int = 32
-    """Documents with fewer characters, white space at the ends aside, are dropped."""
+    """Documents with fewer characters are dropped. White space at the ends does not count."""
     max_chars: int | None = None
-    """Stop after so many characters of kept documents; by default read everything."""
+    """Stop after this many characters of kept documents. None: read everything."""
     shard_chars: int = 1 << 26
-    """Characters a shard is made of."""
+    """Characters of text per shard."""
 
     def __post_init__(self) -> None:
         require(
             self,
             files=(self.source != "files" or bool(self.files), "paths when source is files"),
-            name=(is_plain(self.name), "a directory name, not a path"),
+            name=(is_directory_name(self.name), "a directory name, not a path"),
             val_fraction=(0 < self.val_fraction < 1, "above 0 and below 1"),
             **at_least(1, self, "min_chars", "max_chars"),
             **at_least(1024, self, "shard_chars"),
@@ -135,12 +146,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
+    """Byte-level BPE tokenizer."""
+
     vocab_size: int = 32_768
-    """Tokens, the 256 bytes and the special tokens included."""
+    """Number of tokens, including the 256 bytes and the special tokens."""
     train_chars: int = 2_000_000_000
     """Characters of training text that the merges are learned from."""
     doc_chars: int = 10_000
-    """Characters taken of each document, so that a few long ones do not rule."""
+    """Characters used of each document, so that long documents do not dominate."""
 
     def __post_init__(self) -> None:
         require(
@@ -152,49 +165,50 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class GKAConfig:
-    """Gaussian Kernel Attention; the defaults are the operator as published (arXiv 2605.02144)."""
+    """Gaussian Kernel Attention. The defaults are the operator as published (arXiv 2605.02144)."""
 
     rope: bool = False
-    """Rotate the features by position before distances are taken."""
+    """Rotate the features by position (RoPE) before distances are computed."""
     include_self: bool = True
-    """Let a token be among its own keys."""
+    """Let a token attend to itself."""
     normalize: bool = False
-    """RMS-normalise each head's channels right before the operator."""
+    """RMS-normalise each head's channels before distances are computed."""
     backend: Literal["auto", "sdpa", "triton", "reference"] = "auto"
-    """What computes the operator; auto: the fastest that can."""
+    """Kernel that computes the operator. auto: the fastest one that supports the case."""
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A model's shape. Raises ConfigError for a shape that cannot be built."""
+    """Shape of a language model. Raises ConfigError for a shape that cannot be built."""
 
     depth: int = 20
-    """Layers; the dial that everything else follows."""
+    """Number of layers. Width, token budget and learning rates follow from it."""
     attention: str = "softmax"
-    """What mixes tokens: softmax, gka, gka_plus, or another that was registered."""
-    vocab_size: int = 32_768
-    """Rows of the embedding and of the head; from tokenizer.vocab_size when it is not given."""
+    """Attention layer: softmax, gka, gka_plus, or another that is registered."""
+    vocab_size: int | None = None
+    """Rows of the embedding and of lm_head. None: tokenizer.vocab_size (32,768 without a tokenizer)."""
     sequence_len: int = 2048
-    """Tokens a row is trained on."""
+    """Tokens per training row."""
     window_pattern: str = "SSSL"
-    """A letter a layer, repeated: S sees a quarter of the sequence (rounded up to 128), L all; the last is always L."""
+    """One letter per layer, repeated. S: a quarter of the sequence, rounded up to 128. L: all. The last layer is L."""
     n_embd: int | None = None
-    """Channels; by default 64 * depth."""
+    """Width in channels. None: 64 * depth."""
     head_dim: int | None = None
-    """Channels a head; by default 128, or n_embd where that does not divide by 128."""
+    """Channels per head. None: 128, or 64 if n_embd is not a multiple of 128."""
     value_embeddings: bool | None = None
-    """Add a learned vector per token to the values of every other layer and of the last. None: the attention's
-    default, true for softmax."""
+    """Add a learned vector per token to the values, in every other layer and the last. None: true for softmax only."""
     short_conv: bool = False
-    """softmax: let each channel of queries, keys and values mix the last 4 tokens, as gka_plus does."""
+    """softmax: each channel of queries, keys and values mixes the last 4 tokens, as in gka_plus."""
     gka: GKAConfig = field(default_factory=GKAConfig)
 
     def __post_init__(self) -> None:
+        if self.vocab_size is None:
+            object.__setattr__(self, "vocab_size", 32_768)
         if self.n_embd is None:
             object.__setattr__(self, "n_embd", 64 * self.depth)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", HEAD_DIM if self.n_embd % HEAD_DIM == 0 else 64)
-        # Other fields' problems are told where they are, not here too.
+        # An invalid head_dim or depth has a problem of its own, and is not reported once more as one of n_embd.
         divides = self.head_dim > 0 and self.n_embd % self.head_dim == 0
         no_values = self.attention == "gka" and self.value_embeddings
         require(
@@ -221,16 +235,16 @@ class GPTConfig:
 
     @property
     def uses_value_embeddings(self) -> bool:
-        """`value_embeddings`, or the attention's default where it is None."""
+        """Whether layers have value embeddings: `value_embeddings`, or the attention's default if that is None."""
         return self.attention == "softmax" if self.value_embeddings is None else self.value_embeddings
 
     @property
     def causal(self) -> bool:
-        """Whether a token sees the past alone."""
+        """Whether a token attends only to the past and itself."""
         return True
 
     def window(self, layer: int) -> int | None:
-        """Visible positions of a layer, the token itself included; None: all of the past."""
+        """Return the number of positions that a token of this layer sees, itself included. None: all of the past."""
         letter = self.window_pattern[layer % len(self.window_pattern)]
         short = math.ceil(self.sequence_len / 4 / 128) * 128
         return None if letter == "L" or layer == self.depth - 1 or short >= self.sequence_len else short
@@ -238,111 +252,118 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What training takes, whatever is trained."""
+    """Options of the training loop that language and image models share."""
 
     total_tokens: int | None = None
-    """Horizon of this very model by hand, in tokens; takes the place of what it is derived from."""
+    """Token budget of this run. None: derived, from protocol or epochs."""
     total_batch_size: int | None = None
-    """Tokens a step, over all devices and accumulation; by default derived too."""
-    device_batch_size: int | str = 32
-    """Rows that go through a device at a time; auto: as many as fit its memory (on a CPU, 32)."""
+    """Tokens per step over all devices and accumulation. None: derived."""
+    device_batch_size: int | Literal["auto"] = 32
+    """Rows per device and pass. auto: as many as fit in its memory (32 on a CPU)."""
     recompute_blocks: bool = False
-    """Compute blocks again in the backward instead of keeping what is inside them: memory for time."""
+    """Recompute each block in the backward pass (activation checkpointing): less memory, more time."""
     clip_norm: float | None = None
-    """Longest gradient; by default none is shortened."""
+    """Maximum norm of the gradient. None: no clipping."""
     max_skipped: int = 10
-    """Steps in a row whose loss or gradient is not finite, each of which is skipped, after which training stops."""
+    """Training stops after this many consecutive steps with a non-finite loss or gradient. Such steps are skipped."""
     warmup_steps: int = 40
     """Steps over which the learning rate rises."""
     warmdown_fraction: float = 0.65
-    """Last share of the steps, over which it falls ..."""
+    """Fraction of the steps, at the end, over which the learning rate falls."""
     warmdown_shape: Literal["linear", "cosine"] = "linear"
-    """... in a straight line, or along half a cosine ..."""
+    """Shape of that fall."""
     final_lr_fraction: float = 0.05
-    """... to this share of its height."""
+    """Learning rate at the end, as a fraction of its peak."""
     eval_every: int = 250
-    """Steps between validations; 0: only at the end."""
+    """Steps between evaluations on val. 0: only at the end."""
 
-    def __post_init__(self, **more: tuple[bool, str]) -> None:
+    def __post_init__(self) -> None:
+        require(self, **self.checks())
+
+    def checks(self) -> Checks:
+        """Return the checks of every field."""
         batch = self.device_batch_size
-        require(
-            self,
-            device_batch_size=(batch == "auto" if isinstance(batch, str) else batch >= 1, "1 or more rows, or auto"),
-            clip_norm=(self.clip_norm is None or self.clip_norm > 0, "above 0"),
-            warmdown_fraction=(0 <= self.warmdown_fraction <= 1, "0 to 1"),
-            final_lr_fraction=(0 <= self.final_lr_fraction <= 1, "0 to 1"),
+        return {
+            "device_batch_size": (batch == "auto" if isinstance(batch, str) else batch >= 1, "1 or more rows, or auto"),
+            "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "above 0"),
+            "warmdown_fraction": (0 <= self.warmdown_fraction <= 1, "0 to 1"),
+            "final_lr_fraction": (0 <= self.final_lr_fraction <= 1, "0 to 1"),
             **at_least(0, self, "warmup_steps", "eval_every"),
             **at_least(1, self, "total_tokens", "total_batch_size", "max_skipped"),
-            **more,
-        )
+        }
 
 
 @dataclass(frozen=True)
 class TrainConfig(LoopConfig):
-    protocol: Protocol = "equal-tokens"
-    """How long a gka model trains beside the softmax model of the same shape: the same tokens, the same tokens per
-    parameter, the paper's 0.49 of its total FLOPs, or the same total FLOPs."""
-    tokens_per_param: float = 12.0
-    """Horizon of the softmax model, in tokens per parameter of its matrices and head."""
-    baseline_tokens: int | None = None
-    """Horizon of the softmax model by hand, in tokens."""
-    eval_tokens: int = 10_485_760
-    """Tokens of train and of val that these are measured on; scripts.base_eval measures all of val."""
+    """Training of a language model."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__(
-            tokens_per_param=(self.tokens_per_param > 0, "above 0"),
+    protocol: Protocol = "equal-tokens"
+    """Token budget relative to the softmax model of the same shape: equal tokens, equal tokens per parameter,
+    the paper's 0.49 of its total FLOPs, or equal total FLOPs."""
+    tokens_per_param: float = 12.0
+    """Token budget of the softmax model, per parameter of its matrices and lm_head."""
+    baseline_tokens: int | None = None
+    """Token budget of the softmax model. None: tokens_per_param decides."""
+    eval_tokens: int = 10_485_760
+    """Tokens of train and of val that an evaluation during training reads. scripts.base_eval reads all of val."""
+
+    def checks(self) -> Checks:
+        return {
+            **super().checks(),
+            "tokens_per_param": (self.tokens_per_param > 0, "above 0"),
             **at_least(1, self, "baseline_tokens", "eval_tokens"),
-        )
+        }
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Learning rates at the reference batch of 2^19 tokens and, for AdamW, at 768 channels."""
+    """Learning rates and weight decay. Rates are for a batch of 2^19 tokens and, with AdamW, 768 channels."""
 
     matrix_lr: float = 0.02
-    """Muon: attention and MLP matrices."""
+    """Muon learning rate of the attention and MLP matrices. All other rates are AdamW's."""
     embedding_lr: float = 0.3
-    """AdamW from here on: token embedding."""
+    """Token embedding."""
     value_embedding_lr: float = 0.15
-    """Value embeddings of the softmax model."""
+    """Value embeddings."""
     lm_head_lr: float = 0.008
-    """Output head."""
+    """lm_head."""
     x0_lr: float = 0.5
-    """How much of the embedding each layer mixes in."""
+    """Per-layer weights of the embedding that is mixed into the residual stream."""
     residual_lr: float = 0.005
-    """Scale of each layer's residual stream."""
+    """Per-layer scales of the residual stream."""
     sigma_lr: float = 0.01
-    """Log bandwidths of gka and gka_plus."""
+    """Log bandwidths (log sigma) of gka and gka_plus."""
     conv_lr: float = 0.02
     """Taps of short convolutions."""
     position_lr: float = 0.01
-    """Positions and class token of image models."""
+    """Position embeddings and class token of image models."""
     lr_scale: float | None = None
-    """Times all of them; by default sqrt(batch / 2^19)."""
+    """Factor on all learning rates. None: sqrt(batch / 2^19)."""
     adam_scale: float | None = None
-    """Times the AdamW ones; by default (n_embd / 768)^-0.5."""
+    """Factor on AdamW's learning rates. None: (n_embd / 768)^-0.5."""
     weight_decay: float | None = None
-    """Of the matrices; by default 0.28 sqrt(batch / 2^19) (horizon at depth 12) / horizon."""
+    """Weight decay of the matrices. None: 0.28 sqrt(batch / 2^19) (token budget at depth 12) / token budget."""
     decay_schedule: bool = True
-    """Let weight decay fall to nothing over the run."""
+    """Let weight decay fall to zero over the run, along a cosine."""
     momentum: float | None = None
-    """Of Muon; by default 0.85 rising to 0.97 over 400 steps, and falling to 0.90 over the warm-down."""
+    """Muon's momentum. None: it rises from 0.85 to 0.97 over 400 steps and falls to 0.90 over the warm-down."""
     muon_nesterov: bool = True
-    """Step along the gradient moved towards its momentum, instead of the momentum itself."""
+    """Muon: Nesterov momentum."""
     muon_variance_norm: bool = True
-    """Bring the rows of a step to a common variance."""
+    """Muon: scale the rows of an update to a common variance."""
     muon_cautious: bool = True
-    """Let weight decay act only where it pulls the same way as the step."""
+    """Muon: apply weight decay only where it has the sign of the update."""
 
     def __post_init__(self) -> None:
         names = [f.name for f in dataclasses.fields(self) if f.name != "momentum"]
-        in_range = self.momentum is None or 0 <= self.momentum < 1
-        require(self, momentum=(in_range, "0 or more and below 1"), **at_least(0, self, *names))
+        valid = self.momentum is None or 0 <= self.momentum < 1
+        require(self, momentum=(valid, "0 or more and below 1"), **at_least(0, self, *names))
 
 
 @dataclass(frozen=True)
 class Config:
+    """All options of training a language model."""
+
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -356,26 +377,26 @@ class Config:
 
     @property
     def data_name(self) -> str:
-        """What a corpus tokenized with this vocabulary is called under tokens/ and tokenizer/."""
+        """Directory of the tokenizer and of the corpus it encodes, under tokenizer/ and tokens/."""
         return f"{self.data.name}-v{self.tokenizer.vocab_size}"
 
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """Conversations that a trained model is tuned on."""
+    """Conversations that a trained model is fine-tuned on."""
 
     base: str = ""
-    """Run whose last checkpoint is tuned."""
+    """Run whose last checkpoint is fine-tuned."""
     source: Literal["generated", "files", "huggingface"] = "generated"
-    """generated: small tasks made up from run.seed. files: chat.files. huggingface: SmolTalk, MMLU and GSM8K."""
+    """generated: small tasks made from run.seed. files: chat.files. huggingface: SmolTalk, MMLU and GSM8K."""
     files: tuple[str, ...] = ()
-    """files: .jsonl with a {"messages": [...]} a line."""
+    """files: .jsonl files with a {"messages": [...]} object per line."""
     conversations: int | None = None
-    """At most so many; by default all there are, of generated ones 40,000."""
+    """Maximum number of conversations. None: all there are, or 40,000 generated ones."""
     epochs: float = 1.0
-    """How often each is trained on."""
+    """Passes over the conversations."""
     val_fraction: float = 0.05
-    """Share of the conversations, chosen by a hash of what they ask, kept for validation."""
+    """Fraction of conversations held out for validation. A hash of the user's messages decides."""
 
     def __post_init__(self) -> None:
         require(
@@ -389,9 +410,11 @@ class ChatConfig:
 
 @dataclass(frozen=True)
 class TuningConfig(Config):
+    """All options of supervised fine-tuning."""
+
     chat: ChatConfig = field(default_factory=ChatConfig)
 
 
 def home() -> Path:
-    """Where everything that is written goes: $GKACHAT_HOME, or ~/.cache/gkachat."""
+    """Return the directory that everything is written under: $GKACHAT_HOME, or ~/.cache/gkachat."""
     return Path(os.environ.get("GKACHAT_HOME") or Path.home() / ".cache" / "gkachat")

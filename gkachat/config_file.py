@@ -1,206 +1,215 @@
-"""How a TOML file and `--section.field value` become a `Config`, and a `Config` TOML again.
+"""Build a `Config` from a TOML file and command-line overrides, and write one as TOML.
 
-    config = load_config("configs/laptop.toml", ["--model.attention", "gka"])
+config = load_config("configs/laptop.toml", ["--model.attention", "gka"])
 
-All problems of a file and its overrides are found in one pass and raised as one `ConfigError`, each naming its field.
+The file lays the defaults, and `--section.field value` (or `--section.field=value`) overrides them. tyro parses the
+overrides and prints the help. `from_dict` checks names and types, and the dataclasses check their values.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import functools
+import io
+import re
 import tomllib
-import types
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from gkachat.config import Config, ConfigError
-from gkachat.vision_config import VisionConfig
 
-C = TypeVar("C", Config, VisionConfig)
+C = TypeVar("C")
+T = TypeVar("T")
 
 
 def load_config(
     path: str | Path | None = None,
     overrides: Sequence[str] = (),
     cls: type[C] = Config,
-    change: Callable[[dict[str, Any]], None] = lambda tree: None,
+    change: Callable[[dict[str, Any]], None] | None = None,
 ) -> C:
-    """Read a TOML file (None: all defaults), `change` it, and lay `--section.field value` overrides over it.
+    """Return the config of a TOML file (None: all defaults) with `overrides` laid over it.
 
-    Raises FileNotFoundError for a missing file, ConfigError with every problem otherwise.
+    `change`, if given, edits the file's tables in place before the overrides are laid over them.
+    Raises FileNotFoundError for a missing file, and ConfigError that names each invalid field.
     """
     tree = {} if path is None else read_toml(path)
-    problems: list[str] = []
-    change(tree)
-    _lay_over(tree, overrides, cls, problems)
-    _default_vocab(tree)
-    config = _build(cls, tree, "", problems)
-    if problems:
-        raise ConfigError(problems)
-    if isinstance(config, Config) and config.model.vocab_size < config.tokenizer.vocab_size:
-        raise ConfigError(
-            [f"model.vocab_size: given {config.model.vocab_size}, expected at least "
-             f"tokenizer.vocab_size {config.tokenizer.vocab_size}"]
-        )  # fmt: skip
+    if change is not None:
+        change(tree)
+    defaults = unchecked(cls, tree)
+    values = dataclasses.asdict(parse_overrides(defaults, overrides) if overrides else defaults)
+    if "tokenizer" in values and values["model"]["vocab_size"] is None:
+        values["model"]["vocab_size"] = values["tokenizer"]["vocab_size"]
+    config = from_dict(cls, values)
+    if "tokenizer" in values and config.model.vocab_size < config.tokenizer.vocab_size:
+        expected = f"at least tokenizer.vocab_size {config.tokenizer.vocab_size}"
+        raise ConfigError([f"model.vocab_size: given {config.model.vocab_size}, expected {expected}"])
     return config
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
+    """Return the tables of a TOML file. Raises FileNotFoundError, or ConfigError if it is not TOML."""
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no config file {path}; configs/ has the shipped ones") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or a number of thousands of digits
         raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
 
 
-def build(cls: type, tree: dict[str, Any]) -> Any:
-    """A dataclass from a nested dict, as from JSON; ConfigError with every problem."""
-    problems: list[str] = []
-    built = _build(cls, tree, "", problems)
+def to_toml(config: Any) -> str:
+    """Return the config as TOML that `load_config` reads back. Fields that are None are left out."""
+    import tomli_w  # benchmarks import this file where only torch is installed
+
+    def without_none(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        return {name: without_none(value) for name, value in node.items() if value is not None}
+
+    return tomli_w.dumps(without_none(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[C], tree: dict[str, Any]) -> C:
+    """Return the dataclass `cls` built from nested dicts, as TOML and JSON have them.
+
+    Raises ConfigError that lists every unknown or ill-typed field or, if there is none, every invalid value.
+    """
+    problems = list(_type_problems(cls, tree))
+    config = None if problems else _construct(cls, tree, problems)
     if problems:
         raise ConfigError(problems)
-    return built
+    return config
 
 
-def to_toml(config: Any) -> str:
-    """The config as TOML that `load_config` reads back; fields that are None are left out."""
-    lines: list[str] = []
+def unchecked(cls: type[C], tree: dict[str, Any]) -> C:
+    """Return `cls` built from nested dicts, with values neither checked nor derived: fields that are None stay None.
 
-    def table(prefix: str, node: Any) -> None:
-        subtables = []
-        if prefix:
-            lines.append(f"[{prefix}]")
-        for f in dataclasses.fields(node):
-            value = getattr(node, f.name)
-            if dataclasses.is_dataclass(value):
-                subtables.append((f"{prefix}.{f.name}" if prefix else f.name, value))
-            elif value is not None:
-                lines.append(f"{f.name} = {_toml_value(value)}")
-        for name, value in subtables:
-            lines.append("")
-            table(name, value)
-
-    table("", config)
-    return "\n".join(lines).strip() + "\n"
+    It holds the defaults that overrides are laid over. Raises ConfigError for unknown or ill-typed fields.
+    """
+    if problems := list(_type_problems(cls, tree)):
+        raise ConfigError(problems)
+    return _construct(cls, tree, [], of=_without_post_init)
 
 
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    return repr(value)
+def parse_overrides(defaults: C, overrides: Sequence[str], **options: Any) -> C:
+    """Return `defaults`, made by `unchecked`, with `--section.field value` overrides. `options` are those of tyro.cli.
+
+    Raises ConfigError like `parse_args`.
+    """
+    import tyro  # takes a quarter of a second, and most configs come without overrides
+
+    flags = (tyro.conf.FlagConversionOff,)  # --field true, not --field and --no-field
+    return parse_args(type(defaults), overrides, default=defaults, config=flags, use_underscores=True, **options)
 
 
-def _default_vocab(tree: dict[str, Any]) -> None:
-    """The model's vocabulary is the tokenizer's, unless the model says otherwise."""
-    tokenizer, model = tree.get("tokenizer", {}), tree.setdefault("model", {})
-    if isinstance(tokenizer, dict) and isinstance(model, dict) and type(tokenizer.get("vocab_size")) is int:
-        model.setdefault("vocab_size", tokenizer["vocab_size"])
+def parse_args(target: Callable[..., T], args: Sequence[str], **options: Any) -> T:
+    """Return what `tyro.cli` makes of the arguments. `--help` prints the help and exits.
+
+    Raises ConfigError, of one line, for the first option that is unknown or ill-typed.
+    """
+    import tyro
+
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(target, args=args, registry=_toml_words(), **options)
+    except SystemExit as exit:
+        if not exit.code:  # --help
+            raise
+        raise ConfigError([_first_line(box.getvalue())]) from None
 
 
-def _lay_over(tree: dict[str, Any], overrides: Sequence[str], cls: type, problems: list[str]) -> None:
-    """Write `--a.b value` (or `--a.b=value`) into the tree as text of the field's type."""
-    words = list(overrides)
-    while words:
-        flag, equals, value = words.pop(0).partition("=")
-        values = [value] if equals else []
-        while words and not words[0].startswith("--"):
-            values.append(words.pop(0))
-        keys = flag.removeprefix("--").replace("-", "_").split(".")
-        kind: Any = cls
-        for key in keys:
-            kind = typing.get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
-        if not flag.startswith("--") or kind is None or dataclasses.is_dataclass(kind):
-            problems.append(f"{flag}: unknown option, expected --section.field value{_suggest('.'.join(keys))}")
-            continue
-        if len(values) != 1 and get_origin(kind) is not tuple:
-            problems.append(f"{'.'.join(keys)}: given {len(values)} values, expected one")
-            continue
-        node = tree
-        for key in keys[:-1]:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):  # the file has a value where a section belongs: _build names it
-                node = {}
-        node[keys[-1]] = values if get_origin(kind) is tuple else _from_text(values[0], kind)
+def _toml_words() -> Any:
+    """Return the tyro rules that read and show true, false and none as TOML and the docs write them."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry, words = ConstructorRegistry(), {bool: {"true": True, "false": False}, NoneType: {"none": None}}
+
+    @registry.primitive_rule
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        values = words.get(info.type)
+        return values and PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{" + ",".join(values) + "}",
+            instance_from_str=lambda texts: values[texts[0]],
+            is_instance=lambda value: type(value) is info.type,
+            str_from_instance=lambda value: [str(value).lower()],
+            choices=tuple(values),
+        )
+
+    return registry
 
 
-def _from_text(text: str, kind: Any) -> Any:
-    """Command-line text as the TOML value it stands for; what does not parse stays text, for `_check` to name."""
-    kinds = get_args(kind) if get_origin(kind) is types.UnionType else (kind,)
-    if types.NoneType in kinds and text.lower() == "none":
-        return None
-    if bool in kinds and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for number in (int, float):
-        if number in kinds:
-            try:
-                return number(text)
-            except ValueError:
-                pass
-    return text
+def _first_line(box: str) -> str:
+    """Return the message of an error that tyro framed and wrapped, and the option it suggests, as one line."""
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]
+    _, message, *rest = re.split(r"^(?:[╭╰─].*|-{10,})$", "\n".join(lines), flags=re.MULTILINE)  # title, message, ...
+    suggested = re.search(r"Perhaps you meant:\s+(--\S+)", "".join(rest))
+    message = " ".join(message.strip().split("\n\n")[0].split())
+    return message + (f" (did you mean {suggested[1]}?)" if suggested else "")
 
 
-def _all_fields(cls: type = Config, prefix: str = "") -> list[str]:
-    names = []
-    for name, kind in typing.get_type_hints(cls).items():
-        names += _all_fields(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
-    return names
+@functools.cache
+def _without_post_init(cls: type) -> type:
+    """Return a subclass of the dataclass `cls` whose instances hold their fields as given."""
+    names = {"__post_init__": lambda self: None, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), names)
 
 
-def _suggest(name: str) -> str:
-    close = difflib.get_close_matches(name, _all_fields(), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _build(cls: type, tree: Any, prefix: str, problems: list[str]) -> Any:
-    """Build `cls` from `tree`, adding to `problems`; None when that fails."""
-    if not isinstance(tree, dict):
-        problems.append(f"{prefix.rstrip('.')}: given {tree!r}, expected a table")
-        return None
-    hints, before = typing.get_type_hints(cls), len(problems)
-    kwargs = {}
-    for key, value in tree.items():
-        name, so_far = prefix + key, len(problems)
-        if key not in hints:
-            problems.append(f"{name}: unknown field{_suggest(name)}")
-            continue
-        if dataclasses.is_dataclass(hints[key]):
-            value = _build(hints[key], value, name + ".", problems)
-        else:
-            value = _check(value, hints[key], name, problems)
-        if len(problems) == so_far:
-            kwargs[key] = value
-    try:  # also with some fields left out, for what is wrong with the others
-        built = cls(**kwargs)
+def _construct(
+    cls: type, tree: dict[str, Any], problems: list[str], prefix: str = "", of: Callable[[type], type] = lambda cls: cls
+) -> Any:
+    """Return `of(cls)` built from well-typed nested dicts. Adds to `problems`; None if the class refuses its values."""
+    values = {}
+    for name, kind in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            values[name] = _construct(kind, tree.get(name, {}), problems, f"{prefix}{name}.", of)
+        elif name in tree:
+            values[name] = _as_type(tree[name], kind)
+    try:
+        return of(cls)(**{name: value for name, value in values.items() if value is not None})
     except ConfigError as error:
-        named = {problem.split(":")[0] for problem in problems[before:]}
-        problems += [p for p in (prefix + problem for problem in error.problems) if p.split(":")[0] not in named]
-    return built if len(problems) == before else None
+        problems += [prefix + problem for problem in error.problems]
+        return None
 
 
-def _check(value: Any, kind: Any, name: str, problems: list[str]) -> Any:
-    """`value` as a field of type `kind` holds it, or a problem."""
-    origin, kinds = get_origin(kind), (kind,)
-    if origin is Literal:
-        if value not in get_args(kind):
-            problems.append(f"{name}: given {value!r}, expected {' or '.join(map(repr, get_args(kind)))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            problems.append(f"{name}: given {value!r}, expected a list of strings")
-            return value
+def _type_problems(cls: type, tree: Any, prefix: str = "") -> list[str]:
+    """Return a line for each field of `tree` that `cls` does not have or whose type is not that of the field."""
+    if not isinstance(tree, dict):
+        return [f"{prefix.rstrip('.')}: given {tree!r}, expected a table"]
+    kinds, problems = get_type_hints(cls), []
+    for name, value in tree.items():
+        kind = kinds.get(name)
+        if kind is None:
+            near = difflib.get_close_matches(name, kinds, n=1)
+            problems.append(f"{prefix}{name}: unknown field" + (f" (did you mean {prefix}{near[0]}?)" if near else ""))
+        elif dataclasses.is_dataclass(kind):
+            problems += _type_problems(kind, value, f"{prefix}{name}.")
+        elif not _has_type(_as_type(value, kind), kind):
+            problems.append(f"{prefix}{name}: given {value!r}, expected {_type_name(kind)}")
+    return problems
+
+
+def _as_type(value: Any, kind: Any) -> Any:
+    """Return an int as a float, and a list as a tuple, where the field's type asks for that."""
+    if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(value)
-    if origin is types.UnionType:
-        kinds = get_args(kind)
-    if float in kinds and type(value) is int and abs(value) < 2**53:
+    if float in (kind, *get_args(kind)) and type(value) is int and abs(value) < 2**53:
         return float(value)
-    if type(value) not in kinds:
-        wanted = " or ".join("nothing" if k is types.NoneType else k.__name__ for k in kinds)
-        problems.append(f"{name}: given {value!r}, expected {wanted}")
     return value
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    if get_origin(kind) in (Union, UnionType):
+        return any(_has_type(value, one) for one in get_args(kind))
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(type(item) is get_args(kind)[0] for item in value)
+    return type(value) is kind
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not get_origin(kind) else str(kind).replace("typing.", "")

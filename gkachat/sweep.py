@@ -1,17 +1,21 @@
-"""Many runs that differ in a few options: planned from a file, read back, fitted, tabled, drawn.
+"""Sweeps: many runs that differ in a few options, with tables, fits and figures of their results.
 
-sweep = load_sweep("configs/sweep_depth.toml")      # scripts.sweep trains and evaluates sweep.runs
-write_sweep(sweep)                                  # sweep.json, .md, .png of what is finished by now
+    sweep = load_sweep("configs/sweep_depth.toml")   # scripts.sweep trains and evaluates sweep.runs
+    write_sweep(sweep, facts={})                     # sweep.json, .md and .png of the runs that are finished
 
-[sweep]
-name = "depth"
-base = "laptop.toml"            # a config, beside this file or from the repo's root
-flops = [1e13, 3e13]            # if given, iso-FLOP: every run trains until such a budget is spent
-[sweep.grid]                    # a run for every combination; any field of a config
-"model.depth" = [2, 3, 4]
-"run.seed" = [42, 43]
-[sweep.set]                     # the same in all runs; "none", as on the command line: derived
-"model.n_embd" = "none"
+A sweep file:
+
+    [sweep]
+    name = "depth"
+    base = "laptop.toml"            # a config, beside this file or relative to the repository's root
+    flops = [1e13, 3e13]            # optional, iso-FLOP: each run trains until a budget is spent
+    [sweep.grid]                    # one run for every combination, of any fields of a config
+    "model.depth" = [2, 3, 4]
+    "run.seed" = [42, 43]
+    [sweep.set]                     # options of all runs; "none" unsets what the base sets
+    "model.n_embd" = "none"
+    [sweep.set.gka_plus]            # options of the runs with this attention
+    "model.value_embeddings" = true
 """
 
 import dataclasses
@@ -19,7 +23,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +31,15 @@ import numpy as np
 
 from gkachat.benchmark import table
 from gkachat.checkpoint import checkpoint_steps
-from gkachat.config import Config, ConfigError, home, is_plain
-from gkachat.config_file import load_config, read_toml
+from gkachat.config import ATTENTIONS, Config, ConfigError, home, is_directory_name, require
+from gkachat.config_file import from_dict, load_config, read_toml
 from gkachat.eval.compare import read_run
 from gkachat.files import atomic_write, write_text
 from gkachat.model.stats import model_stats
 from gkachat.train.schedule import n_steps, resolve
 
-FIELDS = {"name": str, "base": str, "flops": list, "grid": dict, "set": dict}
-SHORT = {"model.depth": "d", "run.seed": "s", "model.attention": "", "train.protocol": ""}  # in a run's name
-# Axes along which runs grow, or are repeated; what differs in another is of another series, with fits of its own.
+SHORT = {"model.depth": "d", "run.seed": "s", "model.attention": "", "train.protocol": ""}  # in the name of a run
+# Runs that differ only in these fields belong to one series, which is fitted. Any other field starts another series.
 SIZES = {"model.depth", "model.n_embd", "flops", "train.total_tokens", "train.baseline_tokens", "run.seed"}
 COLUMNS = {
     "seeds": "{seeds:d}", "parameters": "{params:,.0f}", "tokens": "{tokens:,.0f}", "FLOPs": "{flops:.3g}",
@@ -47,12 +50,37 @@ AVERAGED = ("params", "tokens", "flops", "val_bpb", "train_bpb", "gap", "seconds
 
 
 @dataclass(frozen=True)
+class SweepOptions:
+    """The [sweep] table of a sweep file."""
+
+    name: str = ""
+    base: str = ""
+    flops: tuple[float, ...] = ()
+    grid: dict = field(default_factory=dict)
+    set: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            name=(bool(self.name) and is_directory_name(self.name), "a directory name"),
+            flops=(all(0 < budget < math.inf for budget in self.flops), "numbers above 0"),
+        )
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    sweep: SweepOptions
+
+
+@dataclass(frozen=True)
 class Run:
+    """One run of a sweep."""
+
     name: str
     axes: dict[str, Any]
-    """What sets it apart: a value of each axis of the grid, and of "flops" where there are budgets."""
+    """Its value of each field of the grid, and of "flops" if there are budgets."""
     config: Config
-    """Resolved."""
+    """Resolved: everything derived is set."""
 
     @property
     def directory(self) -> Path:
@@ -60,25 +88,27 @@ class Run:
 
     @property
     def flops(self) -> int:
+        """FLOPs of training it."""
         tokens = n_steps(self.config) * self.config.train.total_batch_size
         return tokens * model_stats(self.config.model).flops_per_token
 
     @property
     def series(self) -> str:
+        """Name of the runs that it is fitted with: its attention and its values of fields that are no sizes."""
         others = [axis for axis in self.axes if axis not in SIZES | {"model.attention"}]
         return ", ".join([self.config.model.attention, *(f"{_leaf(axis)} {self.axes[axis]}" for axis in others)])
 
     def is_trained(self) -> bool:
-        """To the end, with these very options."""
+        """Return whether the run was trained to its end with exactly these options."""
         if checkpoint_steps(self.directory)[-1:] != [n_steps(self.config)]:
             return False
         try:
             return load_config(self.directory / "config.toml") == self.config
         except (FileNotFoundError, ConfigError):
-            return False  # training will say what is wrong
+            return False  # training reports what is wrong
 
     def result(self) -> dict[str, Any] | None:
-        """Its row of the table, with the bandwidths' median in each layer; None until it is trained and evaluated."""
+        """Return its row of the table and the median sigma of each layer. None until it is trained and evaluated."""
         try:
             read = read_run(self.directory) if self.is_trained() else None
         except (FileNotFoundError, ValueError):
@@ -101,51 +131,75 @@ class Sweep:
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
-    """Plan the runs; `--section.field value` overrides hold for all of them.
+    """Return the runs of a sweep file. `--section.field value` overrides apply to all of them.
 
-    FileNotFoundError for a missing file; ConfigError with every problem, and the runs that have it.
+    Raises FileNotFoundError for a missing file, and ConfigError that names each problem and the runs that have it.
     """
     tree = read_toml(path)
-    problems = [f"{key}: unknown table, expected [sweep], [sweep.grid], [sweep.set]" for key in tree if key != "sweep"]
-    sweep = tree.get("sweep")
-    if not isinstance(sweep, dict):
-        raise ConfigError([*problems, "sweep: expected a table with name, base and grid"])
-    for key, value in sweep.items():
-        if key not in FIELDS:
-            problems.append(f"sweep.{key}: unknown field, expected one of {', '.join(FIELDS)}")
-        elif not isinstance(value, FIELDS[key]):
-            problems.append(f"sweep.{key}: given {value!r}, expected a {FIELDS[key].__name__}")
-    sound = {key: value for key, value in sweep.items() if isinstance(value, FIELDS.get(key, ()))}
-    name, grid, fixed = sound.get("name", ""), _flat(sound.get("grid", {})), _flat(sound.get("set", {}))
-    if not name or not is_plain(name):
-        problems.append(f"sweep.name: given {sweep.get('name')!r}, expected a directory name")
-    places = (Path(path).parent, Path(__file__).parents[2])
-    base = next((place / sound["base"] for place in places if (place / sound.get("base", "")).is_file()), None)
+    if "sweep" not in tree:
+        raise ConfigError([f"{path}: no [sweep] table, expected one with name, base and grid"])
+    options: SweepOptions = from_dict(SweepFile, tree).sweep
+    places = (Path(path).parent, Path(__file__).parents[1])
+    base = next((place / options.base for place in places if (place / options.base).is_file()), None)
+    grid, fixed = _flat(options.grid), _flat(options.set)
+    problems = []
     if base is None:
         where = " or ".join(map(str, places))
-        problems.append(f"sweep.base: given {sweep.get('base')!r}, expected a config file in {where}")
-    if "flops" in sound:
-        if not all(type(budget) in (int, float) and 0 < budget < math.inf for budget in sound["flops"]):
-            problems.append(f"sweep.flops: given {sound['flops']}, expected numbers above 0")
-        grid = {"flops": sound["flops"], **grid}
+        problems.append(f"sweep.base: given {options.base!r}, expected a config file in {where}")
     for axis, values in grid.items():
         if not isinstance(values, list) or not values or any(value in values[:i] for i, value in enumerate(values)):
             problems.append(f"sweep.grid.{axis}: given {values!r}, expected a list of different values")
-    flags = [word.partition("=")[0][2:].replace("-", "_") for word in overrides if word.startswith("--")]
     decided = {"run.name": "every run has its own"}
-    if "flops" in sound:
+    if options.flops:
         decided |= dict.fromkeys(("train.total_tokens", "train.protocol"), "sweep.flops decides")
     taken = dict.fromkeys(grid, "it is an axis of the grid") | decided
-    problems += [f"sweep.grid.{key}: cannot vary: {decided[key]}" for key in grid if key in decided]
-    for where, keys in (("sweep.set.", fixed), ("--", flags)):
-        problems += [f"{where}{key}: cannot be set: {taken[key]}" for key in keys if key in taken]
+    flags = [word.partition("=")[0][2:].replace("-", "_") for word in overrides if word.startswith("--")]
+    for where, keys, reasons in (("sweep.grid.", grid, decided), ("sweep.set.", fixed, taken), ("--", flags, taken)):
+        problems += [f"{where}{key}: cannot be set: {reasons[key]}" for key in keys if key in reasons]
     if problems:
         raise ConfigError(problems)
-    return Sweep(name, _plan(name, base, grid, fixed, overrides))
+    axes = {"flops": list(options.flops), **grid} if options.flops else grid
+    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    runs = [_plan(options.name, base, axes, fixed, overrides) for axes in combinations]
+    names = [run.name for run in runs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError([f"two runs are named {name}: write their values differently" for name in twice])
+    return Sweep(options.name, runs)
+
+
+def _plan(name: str, base: Path, axes: dict[str, Any], fixed: dict[str, Any], overrides: Sequence[str]) -> Run:
+    """Return the run with these values of the axes. Raises ConfigError that names the run."""
+    name = "_".join([name, *(SHORT.get(axis, _leaf(axis)) + _word(value) for axis, value in axes.items())])
+    fields = {axis: value for axis, value in axes.items() if axis != "flops"}
+    try:
+        config = load_config(base, overrides, change=lambda tree: _set(tree, fixed, fields))
+        if "run.seed" not in axes:  # resuming does not compare seeds, so the name tells them apart
+            name += f"_s{config.run.seed}"
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
+        return Run(name, axes, _resolve(config, axes.get("flops")))
+    except ConfigError as error:
+        raise ConfigError([f"{problem} (in {name})" for problem in error.problems]) from None
+
+
+def _set(tree: dict[str, Any], fixed: dict[str, Any], axes: dict[str, Any]) -> None:
+    """Write the options of one run into the base config's tables: those of all runs, of its attention, and its axes."""
+    attention = axes.get("model.attention", tree.get("model", {}).get("attention", Config().model.attention))
+    ours = {key: value for key, value in fixed.items() if key.partition(".")[0] not in ATTENTIONS}
+    ours |= {key.partition(".")[2]: value for key, value in fixed.items() if key.partition(".")[0] == attention}
+    for key, value in (ours | axes).items():
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ConfigError([f"{key}: unknown field"])
+        node[name] = value
+        if value == "none":
+            del node[name]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names, whether they were written in quotes or not."""
+    """Return nested tables as one dict with dotted names. TOML nests names that are not quoted."""
     flat = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -156,40 +210,14 @@ def _leaf(axis: str) -> str:
     return axis.rpartition(".")[2]
 
 
-def _plan(name: str, base: Path, grid: dict[str, list], fixed: dict[str, Any], overrides: Sequence[str]) -> list[Run]:
-    runs: list[Run] = []
-    refused: dict[str, list[str]] = {}
-    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    for axes in combinations:
-        given = {axis: value for axis, value in (fixed | axes).items() if axis != "flops"}
-        words = [w for axis, v in given.items() for w in (f"--{axis}", *map(str, v if isinstance(v, list) else [v]))]
-        parts = [name, *(SHORT.get(axis, _leaf(axis)) + _word(value) for axis, value in axes.items())]
-        try:
-            config = load_config(base, [*words, *overrides])
-            if "run.seed" not in axes:  # going on with a run, the trainer does not ask for its seed: the name tells
-                parts.append(f"s{config.run.seed}")
-            config = dataclasses.replace(config, run=dataclasses.replace(config.run, name="_".join(parts)))
-            runs.append(Run(config.run.name, axes, _resolve(config, axes.get("flops"))))
-        except ConfigError as error:
-            for problem in error.problems:
-                refused.setdefault(problem, []).append("_".join(parts))
-    names = [run.name for run in runs]
-    for twice in {one for one in names if names.count(one) > 1}:
-        refused.setdefault("two runs of one name: write their values differently", []).append(twice)
-    if refused:
-        where = {p: "all runs" if len(of) == len(combinations) else ", ".join(of) for p, of in refused.items()}
-        raise ConfigError([f"{problem} (in {runs})" for problem, runs in where.items()])
-    return runs
-
-
 def _word(value: Any) -> str:
-    """A value as part of a directory's name."""
+    """Return a value as part of a directory name."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in text.replace("e+0", "e").replace("e+", "e"))
 
 
 def _resolve(config: Config, budget: float | None) -> Config:
-    """With the horizon that takes so many FLOPs, if given."""
+    """Return the resolved config. With a budget, its tokens take that many FLOPs."""
     if budget is None:
         return resolve(config)
     tokens = max(1, round(budget / model_stats(config.model).flops_per_token))
@@ -200,39 +228,31 @@ def _resolve(config: Config, budget: float | None) -> Config:
     return config
 
 
-def student_t(dof: int) -> float:
-    """The 97.5 % quantile of Student's t; from 11 degrees of freedom on a series in 1 / dof (Abramowitz and Stegun,
-    26.7.5), right to four digits."""
-    known = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-    if dof <= len(known):
-        return known[dof - 1]
-    z = 1.959964
-    return (
-        z + (z**3 + z) / (4 * dof) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * dof**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * dof**3)
-    )  # fmt: skip
-
-
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> dict[str, Any] | None:
-    """y = a x^-b by least squares of log y on log x, with 95 % intervals of a and b; None with fewer than three
-    different x, or all within a fifth, which tell no power law from another."""
+    """Fit y = a x^-b by least squares of log y on log x, with 95 % confidence intervals of a and b.
+
+    None for fewer than three different x, or if all lie within 20 %, where power laws cannot be told apart.
+    """
     if len(set(x)) < 3 or max(x) < 1.2 * min(x):
         return None
-    u, v = np.log(x), np.log(y)
-    n, mean, spread = len(u), u.mean(), ((u - u.mean()) ** 2).sum()
-    slope = ((u - mean) * v).sum() / spread
-    intercept = v.mean() - slope * mean
-    error = student_t(n - 2) * math.sqrt(((v - intercept - slope * u) ** 2).sum() / (n - 2))
-    wide, high = error / math.sqrt(spread), error * math.sqrt(1 / n + mean**2 / spread)
+    from scipy import stats
+
+    line = stats.linregress(np.log(x), np.log(y))
+    quantile = stats.t.ppf(0.975, len(x) - 2)
+    a_error, b_error = quantile * line.intercept_stderr, quantile * line.stderr
     return {
-        "a": math.exp(intercept), "a_interval": [math.exp(intercept - high), math.exp(intercept + high)],
-        "b": -slope, "b_interval": [-slope - wide, -slope + wide], "points": n,
+        "a": math.exp(line.intercept),
+        "a_interval": [math.exp(line.intercept - a_error), math.exp(line.intercept + a_error)],
+        "b": -line.slope, "b_interval": [-line.slope - b_error, -line.slope + b_error], "points": len(x),
     }  # fmt: skip
 
 
 def fit_parabola(params: Sequence[float], bpb: Sequence[float]) -> dict[str, Any] | None:
-    """bpb = a parabola in log params, and its minimum; None with fewer than three different sizes, or where it does
-    not open upward. `inside`: the minimum is between the smallest and the largest size, not made up beyond them."""
+    """Fit bpb as a parabola in log params and return its minimum.
+
+    `inside` is whether the minimum lies between the smallest and the largest size. None for fewer than three different
+    sizes, or for a parabola that opens downward.
+    """
     if len(set(params)) < 3:
         return None
     u = np.log(params)
@@ -247,7 +267,7 @@ def fit_parabola(params: Sequence[float], bpb: Sequence[float]) -> dict[str, Any
 
 
 def analyse(sweep: Sweep) -> dict[str, Any]:
-    """Rows of the finished runs, their means over seeds, the minimum at each budget, fits."""
+    """Return the rows of finished runs, their means over seeds, the minimum at each budget, and the fits."""
     found = {run.name: run.result() for run in sweep.runs}
     rows = [row for row in found.values() if row]
     means = []
@@ -261,7 +281,7 @@ def analyse(sweep: Sweep) -> dict[str, Any]:
     for same in _grouped([row for row in rows if "flops" in row["axes"]], lambda r: [r["series"], r["axes"]["flops"]]):
         fitted = fit_parabola([row["params"] for row in same], [row["val_bpb"] for row in same])
         minima.append({"series": same[0]["series"], "flops": same[0]["axes"]["flops"], **(fitted or {})})
-    # At one budget models differ in size alone: what falls with the budget is the best of them.
+    # With budgets, the fits are over the best size of each budget.
     points = [one | {"val_bpb": one["bpb"]} for one in minima if one.get("inside")] if minima else rows
     fits = {
         series: {
@@ -285,7 +305,7 @@ def _grouped(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Tables of runs, means and minima, and the fits in words."""
+    """Return the tables of runs and means, and the minima and fits in words, as Markdown."""
 
     def shown(rows: list[dict[str, Any]], first: str) -> str:
         axes = {f"axis{i}": axis for i, axis in enumerate(rows[0]["axes"])}
@@ -328,21 +348,21 @@ def _law(fit: dict[str, Any] | None, x: str) -> str:
 
 
 def write_sweep(sweep: Sweep, facts: dict[str, str]) -> str:
-    """Write sweep.json, sweep.md and sweep.png; the Markdown. ValueError where no run is finished."""
+    """Write sweep.json, sweep.md and sweep.png, and return the Markdown. Raises ValueError if no run is finished."""
     results = analyse(sweep)
     if not results["runs"]:
         raise ValueError(f"no run of the sweep {sweep.name!r} is finished and evaluated yet: nothing to write")
     text = markdown(results)
-    told = text + "- " + ", ".join(f"{key} {value}" for key, value in facts.items()) + "\n"
+    with_facts = text + "- " + ", ".join(f"{key} {value}" for key, value in facts.items()) + "\n"
     write_text(sweep.directory / "sweep.json", json.dumps(results | {"facts": facts}, indent=1) + "\n")
-    write_text(sweep.directory / "sweep.md", told)
+    write_text(sweep.directory / "sweep.md", with_facts)
     with atomic_write(sweep.directory / "sweep.png") as file:
         draw(results).savefig(file, format="png", dpi=120)
     return text
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """A matplotlib figure: BPB against FLOPs and parameters with the fits, the train-val gap, bandwidths, budgets."""
+    """Return a matplotlib figure: BPB against FLOPs and parameters with fits, the val gap, bandwidths, budgets."""
     from matplotlib.figure import Figure
 
     rows, minima = results["runs"], results["minima"]
@@ -382,10 +402,10 @@ def draw(results: dict[str, Any]) -> Any:
         axis = next(axes)
         deepest = max(row["depth"] for row in learned)
         for row in learned:
-            color = f"{0.8 * (1 - row['depth'] / deepest):.2f}"  # the deeper, the darker
+            color = f"{0.8 * (1 - row['depth'] / deepest):.2f}"
             axis.plot(range(1, len(row["sigma"]) + 1), row["sigma"], "-o", color=color, markersize=3)
         axis.set(xlabel="layer", ylabel="bandwidth, median of heads", title="the deeper the model, the darker")
-        axis.set_yscale("log")  # a published GKA layer that averages all tokens lets it grow without end
+        axis.set_yscale("log")  # sigma grows without bound in published GKA layers that average all tokens
         axis.set_xticks(range(1, deepest + 1))
     for budget in budgets:
         axis = next(axes)

@@ -7,31 +7,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gkachat.config import ConfigError, GKAConfig, LoopConfig, OptimConfig, RunConfig, at_least, require
+from gkachat.config import Checks, ConfigError, GKAConfig, LoopConfig, OptimConfig, RunConfig, at_least, require
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """An image model's shape; by default DeiT-Tiny's. Raises ConfigError for a shape that cannot be built."""
+    """Shape of an image model, DeiT-Tiny's by default. Raises ConfigError for a shape that cannot be built."""
 
     depth: int = 12
-    """Layers."""
+    """Number of layers."""
     attention: Literal["softmax", "gka"] = "softmax"
-    """What mixes patches; it sees all of the image."""
+    """Attention layer. Every token sees the whole image."""
     n_embd: int = 192
-    """Channels."""
+    """Width in channels."""
     head_dim: int = 64
-    """Channels a head."""
+    """Channels per head."""
     image_size: int = 224
-    """Pixels a side."""
+    """Height and width of an image in pixels."""
     patch_size: int = 16
-    """Pixels a side of a patch; each is a token, and the class token stands before them."""
+    """Height and width of a patch in pixels. Each patch is a token; a class token stands before them."""
     colours: int = 3
-    """Numbers a pixel."""
+    """Numbers per pixel: 1 (grey) or 3."""
     classes: int = 1000
-    """What the head tells apart."""
+    """Number of classes."""
     drop_path: float = 0.0
-    """How often the last block is left out of an image's training step; earlier ones less often, the first never."""
+    """Probability that training skips the last block for an image. It falls linearly to 0 at the first block."""
     gka: GKAConfig = field(default_factory=GKAConfig)
 
     def __post_init__(self) -> None:
@@ -50,27 +50,30 @@ class ViTConfig:
         if self.gka.rope:
             raise ConfigError(["gka.rope: given True, expected false: positions in an image are learned"])
 
-    # What else attention layers ask: positions are the tokens' own, nothing is looked up by token, all is seen.
+    # Attention layers also ask a config for these.
     causal = uses_value_embeddings = short_conv = property(lambda self: False)
     n_head = property(lambda self: self.n_embd // self.head_dim)
     sequence_len = property(lambda self: (self.image_size // self.patch_size) ** 2 + 1)
 
     def window(self, layer: int) -> None:
+        """Return None: every layer sees all positions."""
         return None
 
 
 @dataclass(frozen=True)
 class ImageConfig:
+    """Images that models are trained and evaluated on."""
+
     source: Literal["digits", "huggingface"] = "digits"
-    """digits: 1,797 images of 8 x 8 pixels that scikit-learn brings along. huggingface: a dataset by name."""
+    """digits: 1,797 images of 8 x 8 pixels from scikit-learn. huggingface: a dataset by name."""
     dataset: str = "ILSVRC/imagenet-1k"
-    """huggingface: the dataset's name, or a folder with a folder of images for each class of each split."""
+    """huggingface: name of the dataset, or a folder with one folder per split and, in it, one per class."""
     train_split: str = "train"
-    """huggingface: what is trained on ..."""
+    """huggingface: split that is trained on."""
     val_split: str = "validation"
-    """... and what is evaluated."""
+    """huggingface: split that is evaluated."""
     shift: int = 0
-    """digits: move training images by up to so many pixels."""
+    """digits: move training images by up to this many pixels."""
     workers: int = 0
     """Processes that read images."""
 
@@ -84,26 +87,31 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class VisionTrainConfig(LoopConfig):
-    epochs: float = 300.0
-    """How often each image is trained on."""
-    batch_images: int = 1024
-    """Images a step, over all devices and accumulation."""
-    label_smoothing: float = 0.1
-    """Share of each target that is spread over all classes."""
-    ema_decay: float = 0.0
-    """Evaluate and save an average of the weights that moves by 1 - ema_decay a step; 0: the weights themselves."""
+    """Training of an image model."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__(
-            epochs=(self.epochs > 0, "above 0"),
-            label_smoothing=(0 <= self.label_smoothing < 1, "0 or more and below 1"),
-            ema_decay=(0 <= self.ema_decay < 1, "0 or more and below 1"),
+    epochs: float = 300.0
+    """Passes over the images."""
+    batch_images: int = 1024
+    """Images per step over all devices and accumulation."""
+    label_smoothing: float = 0.1
+    """Fraction of each target that is spread evenly over all classes."""
+    ema_decay: float = 0.0
+    """Decay per step of a moving average of the weights, which is evaluated and saved. 0: no average."""
+
+    def checks(self) -> Checks:
+        return {
+            **super().checks(),
+            "epochs": (self.epochs > 0, "above 0"),
+            "label_smoothing": (0 <= self.label_smoothing < 1, "0 or more and below 1"),
+            "ema_decay": (0 <= self.ema_decay < 1, "0 or more and below 1"),
             **at_least(1, self, "batch_images"),
-        )
+        }
 
 
 @dataclass(frozen=True)
 class VisionConfig:
+    """All options of training an image model."""
+
     run: RunConfig = field(default_factory=RunConfig)
     data: ImageConfig = field(default_factory=ImageConfig)
     model: ViTConfig = field(default_factory=ViTConfig)

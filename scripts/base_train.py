@@ -1,16 +1,16 @@
 """Train a model from scratch.
 
 python -m scripts.base_train configs/laptop.toml --model.attention gka
-torchrun --standalone --nproc_per_node=8 -m scripts.base_train configs/d20_gka.toml
+torchrun --standalone --nproc_per_node=8 -m scripts.base_train configs/d20.toml --model.attention gka
 """
 
 import sys
 
-from scripts.cli import RUN_FLAGS, check_flags, config_from_args, run
+from scripts.cli import RUN_FLAGS, check_flags, parse_config, run
 
 
 def main() -> None:
-    config, flags = config_from_args(sys.argv[1:], __doc__, RUN_FLAGS)
+    config, flags = parse_config(sys.argv[1:], __doc__, RUN_FLAGS)
     check_flags(flags)
     # Importing torch takes seconds, which --help need not wait for.
     from gkachat.config import home
@@ -33,8 +33,8 @@ def main() -> None:
 
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
     tokens_dir = home() / "tokens" / config.data_name
-    patience = config.run.timeout / 2  # with shards that are still being made; less than the watchdog's
-    train, val = (Split(tokens_dir, split, tokenizer, patience=patience) for split in ("train", "val"))
+    patience = config.run.timeout / 2  # for shards that are still being made; the watchdog waits longer
+    train, val = (Split(tokens_dir, split, tokenizer, timeout=patience) for split in ("train", "val"))
     task = LanguageTask(config, tokenizer, train, val, bpb_sums=bpb_sums, device=device, world=world)
 
     model = build_model(GPT, config, device)

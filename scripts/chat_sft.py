@@ -15,7 +15,7 @@ from typing import Any
 
 from gkachat.config import ConfigError, GPTConfig, TuningConfig
 from gkachat.config_file import load_config
-from scripts.cli import RUN_FLAGS, check_flags, print_help, run, split_args
+from scripts.cli import RUN_FLAGS, check_flags, run, split_args
 
 KEPT = ("total_batch_size", "device_batch_size", "recompute_blocks", "eval_tokens", "clip_norm", "max_skipped")
 
@@ -44,15 +44,13 @@ def model_facts(config: GPTConfig) -> dict[str, str]:
 
 
 def main() -> None:
-    base, args, flags = split_args(sys.argv[1:], RUN_FLAGS)
-    if {"-h", "--help"} & set(args):
-        print_help("RUN", TuningConfig(), __doc__, RUN_FLAGS)
+    base, args, flags = split_args(sys.argv[1:], "RUN", __doc__, RUN_FLAGS, TuningConfig)
     if base is None:
         raise ValueError("given no run, expected the name or directory of the one to tune")
     check_flags(flags)
     # Importing torch takes seconds, which --help need not wait for.
     from gkachat.checkpoint import MODEL, check_format, find_run, load_tokenizer, load_weights, open_checkpoint
-    from gkachat.data.conversations import conversations, tokenize
+    from gkachat.data.conversations import load_conversations, tokenize_conversations
     from gkachat.data.loader import count_rows
     from gkachat.eval.bpb import bpb_sums
     from gkachat.machine import pick_device
@@ -72,9 +70,9 @@ def main() -> None:
         raise ConfigError([f"options: {error}"]) from None
     directory, meta = open_checkpoint(base_dir, None, MODEL)
     tokenizer, T = load_tokenizer(base_dir, meta), config.model.sequence_len
-    talks = conversations(config.chat, config.run.seed, model_facts(config.model))
-    tokenized = tokenize(talks, tokenizer, T, config.chat.val_fraction)
-    rows = {name: count_rows(split.documents.length, T) for name, split in tokenized.splits.items()}
+    found = load_conversations(config.chat, config.run.seed, model_facts(config.model))
+    splits, counts = tokenize_conversations(found, tokenizer, T, config.chat.val_fraction)
+    rows = {name: count_rows(split.documents.length, T) for name, split in splits.items()}
     if config.train.total_tokens is None:
         tokens = max(1, round(config.chat.epochs * rows["train"] * T))
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens))
@@ -83,10 +81,10 @@ def main() -> None:
     world = init_process_group(device.type, config.run.timeout)
     config = resolve(config, world.size)
     run_dir = open_run(config, world, resume="resume" in flags, overwrite="overwrite" in flags)
-    counts = ", ".join(f"{n:,} {what}" for what, n in tokenized.counts.items())
-    run_dir.report(f"{counts}; rows of {T} tokens: {rows['train']:,} of train, {rows['val']:,} of val")
+    counted = ", ".join(f"{n:,} {what}" for what, n in counts.items())
+    run_dir.report(f"{counted}; rows of {T} tokens: {rows['train']:,} of train, {rows['val']:,} of val")
 
-    task = LanguageTask(config, tokenizer, **tokenized.splits, bpb_sums=bpb_sums, device=device, world=world)
+    task = LanguageTask(config, tokenizer, **splits, bpb_sums=bpb_sums, device=device, world=world)
     model = build_model(GPT, config, device)
     model.load_state_dict(load_weights(directory))
     optimizers = make_optimizers(model, config.optim, world)

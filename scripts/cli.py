@@ -1,31 +1,36 @@
-"""What the scripts share: a config from the command line, help made from its fields, errors as one line."""
+"""Shared by the scripts: a config from the command line, its help, and errors as one line."""
 
-import argparse
+import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
 from gkachat.config import Config, ConfigError
-from gkachat.config_file import C, load_config
+from gkachat.config_file import C, load_config, parse_args, parse_overrides, read_toml, unchecked
 
 T = TypeVar("T")
 
 RUN_FLAGS = {
-    "resume": "go on with the run of this name from its newest sound checkpoint, or begin it",
-    "overwrite": "delete the run of this name and start anew",
+    "resume": "Continue the run of this name from its newest sound checkpoint, or start it.",
+    "overwrite": "Delete the run of this name and start anew.",
 }
 
 
-def check_flags(given: set[str]) -> None:
-    """Raises ValueError for both of them."""
-    if len(given) > 1:
-        raise ValueError("given --resume and --overwrite, expected one of them")
+def run(main: Callable[..., int | None], description: str | None = None) -> None:
+    """Call `main` and exit with its code. An error that the user can act on becomes one line on stderr and code 1.
 
-
-def run(main: Callable[[], int | None]) -> None:
-    """Exit with main's code; an error the user can do something about becomes one line on stderr and exit code 1."""
+    With a description, tyro makes the arguments of `main` from the command line.
+    """
     try:
+        if description is not None:
+            options = {
+                "prog": f"python -m scripts.{Path(sys.argv[0]).stem}",
+                "description": _one_example_a_line(description),
+            }
+            main = parse_args(_bound_later(main), sys.argv[1:], **options)
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError):
@@ -38,32 +43,61 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(130)
 
 
-def config_from_args(
+def _bound_later(main: Callable[..., T]) -> Callable[..., Callable[[], T]]:
+    """Return a function with the signature of `main` that binds its arguments and does not call it yet."""
+    return functools.wraps(main)(lambda *args, **kwargs: functools.partial(main, *args, **kwargs))
+
+
+def _one_example_a_line(description: str) -> str:
+    """Indent example commands. tyro joins the lines of a paragraph, except those that do not start with a letter."""
+    return re.sub(r"\n+(?=(?:python|torchrun|bash) )", "\n  ", description.strip())
+
+
+def parse_config(
     args: list[str], description: str, flags: dict[str, str] | None = None, cls: type[C] = Config
 ) -> tuple[C, set[str]]:
-    """`[CONFIG.toml] [--flag ...] [--section.field value ...]` as a config and the flags that were given.
+    """Return the config of `[CONFIG.toml] [--flag ...] [--section.field value ...]` and the flags that were given.
 
-    `flags` are a script's own switches and what they do.
+    `flags` maps the script's own switches to their help. `--help` prints the help and exits.
     """
-    path, args, given = split_args(args, flags or {})
-    if {"-h", "--help"} & set(args):
-        print_help("[CONFIG.toml]", load_config(path, cls=cls), description, flags or {})
+    path, overrides, given = split_args(args, "[CONFIG.toml]", description, flags or {}, cls)
     try:
-        return load_config(path, args, cls), given
+        return load_config(path, overrides, cls), given
     except ConfigError as error:
         raise ConfigError([f"{path or 'options'}: {error}"]) from None
 
 
-def split_args(args: list[str], flags: dict[str, str]) -> tuple[str | None, list[str], set[str]]:
-    """What comes first, if it is no option; the options; the flags among them."""
+def split_args(
+    args: list[str], first: str, description: str, flags: dict[str, str], cls: type = Config
+) -> tuple[str | None, list[str], set[str]]:
+    """Return the first argument (None if it is an option), the config overrides, and the flags that were given.
+
+    `first` is what the help calls the first argument. `--help` prints the help and exits.
+    """
     given = {flag for flag in flags if f"--{flag}" in args}
     args = [arg for arg in args if arg not in {f"--{flag}" for flag in given}]
-    first = args.pop(0) if args and not args[0].startswith("-") else None
-    return first, args, given
+    path = args.pop(0) if args and not args[0].startswith("-") else None
+    if {"-h", "--help"} & set(args):
+        print_help(first, path if first == "[CONFIG.toml]" else None, description, flags, cls)
+    return path, args, given
+
+
+def check_flags(given: set[str]) -> None:
+    """Raise ValueError if both --resume and --overwrite were given."""
+    if len(given) > 1:
+        raise ValueError("given --resume and --overwrite, expected one of them")
+
+
+def print_help(first: str, path: str | None, description: str, flags: dict[str, str], cls: type = Config) -> None:
+    """Print usage, description, flags and every field with its value in the TOML file at `path`, and exit."""
+    usage = ["python -m", f"scripts.{Path(sys.argv[0]).stem}", first, *(f"[--{flag}]" for flag in flags)]
+    options = "".join(f"\n--{flag:11}{text}" for flag, text in flags.items())
+    defaults = unchecked(cls, read_toml(path) if path else {})
+    parse_overrides(defaults, ["--help"], prog=" ".join(usage), description=_one_example_a_line(description) + options)
 
 
 def with_progress(items: Iterable[T], what: str, characters: Callable[[T], int], total: int | None) -> Iterator[T]:
-    """The same items, with a bar on the terminal that counts their characters; `total` None: not known."""
+    """Yield the items, with a progress bar that counts their characters out of `total` (None: unknown)."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     counter = TextColumn("{task.completed:,.0f} characters")
@@ -72,52 +106,3 @@ def with_progress(items: Iterable[T], what: str, characters: Callable[[T], int],
         for item in items:
             yield item
             progress.advance(task, characters(item))
-
-
-def benchmark_parser(description: str) -> argparse.ArgumentParser:
-    """What all benchmarks ask. Python's own parser: they run where only torch is installed."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
-    parser.add_argument("--rounds", type=positive, default=10, help="how often each takes its turn")
-    parser.add_argument("--threads", type=positive, help="of a CPU; by default all")
-    parser.add_argument("--out", help="write OUT.json and OUT.md")
-    return parser
-
-
-def positive(text: str) -> int:
-    """For argparse."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"given {text!r}, expected a number above 0")
-    return int(text)
-
-
-def parse_benchmark(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Any, Any]:
-    """Its options, with the torch device and dtype that they come to."""
-    import torch  # takes seconds
-
-    from gkachat.machine import pick_device, pick_dtype
-
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
-    return options, device, pick_dtype(options.dtype, device)
-
-
-def print_help(first: str, config: Config, description: str, flags: dict[str, str]) -> None:
-    """Every field with what it does and its value in `config`; ends the program."""
-    import tyro
-
-    print(f"usage: {first} {' '.join(f'[--{flag}]' for flag in flags)} [--section.field value ...]\n")
-    print(description.strip() + "\n")
-    for flag, text in flags.items():
-        print(f"  --{flag}  {text}")
-    tyro.cli(
-        type(config),
-        default=config,
-        args=["--help"],
-        prog="",
-        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
-        use_underscores=True,
-    )

@@ -1,4 +1,4 @@
-"""Tokenize a config's source into shards; run again, it goes on where it stopped.
+"""Tokenize a config's source into shards. An interrupted run continues where it stopped when it is run again.
 
 python -m scripts.data_prep configs/laptop.toml
 """
@@ -14,33 +14,33 @@ from gkachat.config import home
 from gkachat.data.shards import MANIFEST, SPLITS, Shard, write_shards
 from gkachat.data.sources import Corpus
 from gkachat.tokenizer import Tokenizer
-from scripts.cli import config_from_args, run, with_progress
+from scripts.cli import parse_config, run, with_progress
 
-SAMPLE = 200  # documents that the need for disk is estimated from
+SAMPLE = 200  # documents that the disk space is estimated from
 
 
 def announce_disk(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
-    """Say what the shards will take. OSError where that is more than there is."""
+    """Print the disk space that the shards need. Raises OSError if there is less."""
     texts = [text for _, text in islice(corpus, SAMPLE)]
     characters, tokens = sum(map(len, texts)), sum(len(tokenizer.encode_to_numpy(text)) for text in texts)
-    a_character = (2 * tokens + 8 * len(texts)) / characters
+    bytes_per_char = (2 * tokens + 8 * len(texts)) / characters
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     free = shutil.disk_usage(existing).free / 2**30
     total = corpus.config.max_chars
     if total is None:
-        print(f"disk: about {a_character:.2f} bytes a character; {free:,.1f} GiB are free at {existing}", flush=True)
+        print(f"disk: about {bytes_per_char:.2f} bytes per character; {free:,.1f} GiB free at {existing}", flush=True)
         return
-    need = a_character * total / 2**30
+    need = bytes_per_char * total / 2**30
     print(f"disk: about {need:,.1f} GiB for {total:,} characters; {free:,.1f} GiB are free at {existing}", flush=True)
     if need > free:
         raise OSError(
             f"shards of {total:,} characters take about {need:,.1f} GiB, {free:,.1f} GiB are free at {existing}: "
-            "make room, set GKACHAT_HOME, or a smaller data.max_chars"
+            "free some, set GKACHAT_HOME, or lower data.max_chars"
         )
 
 
 def main() -> None:
-    config, flags = config_from_args(sys.argv[1:], __doc__, {"reread": "read the source again though all is there"})
+    config, flags = parse_config(sys.argv[1:], __doc__, {"reread": "Read the source again although all shards exist."})
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
     directory = home() / "tokens" / config.data_name
     corpus, start = Corpus(config.data), time.perf_counter()
@@ -63,7 +63,7 @@ def main() -> None:
     )
     for split in SPLITS:
         docs, tokens, n_bytes = (manifest.total(split, what) for what in ("documents", "tokens", "bytes"))
-        print(f"{split}: {docs:,} documents, {tokens:,} tokens, {n_bytes:,} bytes, {n_bytes / tokens:.2f} a token")
+        print(f"{split}: {docs:,} documents, {tokens:,} tokens, {n_bytes:,} bytes, {n_bytes / tokens:.2f} per token")
     print("dropped: " + ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in manifest.dropped.items()))
 
 

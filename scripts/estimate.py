@@ -1,42 +1,30 @@
-"""Hours that configs train on 1, 4 and 8 devices like this one, from 20 timed steps of each; leaves nothing behind.
+"""Estimate the hours of training on 1, 4 and 8 devices like this one, from 20 timed steps. Writes no files.
 
-python -m scripts.estimate configs/d20_softmax.toml configs/d20_gka.toml --train.protocol paper
+python -m scripts.estimate configs/d20.toml --model.attention gka
+python -m scripts.estimate configs/d20.toml --all --train.protocol paper
 
-A step is so many passes over a device's batch, shared out, and one of the optimizers: steps of one pass and of two tell
-the two apart. What devices say to each other, evaluation and compiling are not counted.
+A step consists of passes over a device's batch, which devices share, and an optimizer step, which they do not. Steps
+with one and with two passes tell the two times apart. Communication, evaluation and compilation are not counted.
 """
 
+import dataclasses
 import statistics
 import sys
 import time
-from typing import Any
 
-from gkachat.benchmark import table
-from gkachat.config import Config
-from gkachat.config_file import load_config
-from scripts.cli import print_help, run
+from gkachat.config import ATTENTIONS, Config
+from scripts.cli import parse_config, run
 
-WARM_UP, STEPS, DEVICES = 4, 20, (1, 4, 8)
+STEPS, WARMUP, DEVICES = 20, 4, (1, 4, 8)
 COLUMNS = {
-    "": "{name}", "parameters": "{params:,}", "steps": "{steps:,}", "FLOPs": "{flops:.3e}", "a pass": "{a_pass:.4g} s",
-    "optimizers": "{optimizers:.4g} s", "tokens/s of one": "{rate:,.0f}",
+    "": "{name}", "parameters": "{params:,}", "steps": "{steps:,}", "FLOPs": "{flops:.3e}",
+    "a pass": "{pass_seconds:.4g} s", "optimizers": "{optimizer_seconds:.4g} s", "tokens/s of one": "{rate:,.0f}",
     **{f"hours on {n}": f"{{hours[{n}]:.3g}}" for n in DEVICES},
 }  # fmt: skip
 
 
-class RandomTokens:
-    """A training task of random tokens whose steps take one pass over a device's batch and two, by turns."""
-
-    def __init__(self, idx: Any, rows: int):
-        self.idx, self.rows = idx, rows
-
-    def batch(self, step: int) -> tuple[tuple[Any, Any], int]:
-        idx = self.idx[: (1 + step % 2) * self.rows]
-        return (idx, idx.roll(-1, 1)), idx.numel()
-
-
 def estimate(config: Config) -> dict:
-    """Time steps on random tokens, with the run's model, optimizers and batch of a device."""
+    """Time steps on random tokens, with the run's model, optimizers and device batch. Return a row for COLUMNS."""
     import torch
 
     from gkachat.machine import pick_device
@@ -48,50 +36,52 @@ def estimate(config: Config) -> dict:
     from gkachat.train.setup import build_model
     from gkachat.train.trainer import Trainer
 
+    class RandomTokens:
+        """A task of random tokens whose even steps have one pass, and whose odd steps have two."""
+
+        def batch(self, step: int) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
+            idx = tokens[: (1 + step % 2) * pass_rows]
+            return (idx, idx.roll(-1, 1)), idx.numel()
+
     config, device = resolve(config), pick_device(config.run.device)
-    train, T, counted = config.train, config.model.sequence_len, model_stats(config.model)
-    model, rows = build_model(GPT, config, device), train.total_batch_size // T
-    trainer = Trainer(config, model, make_optimizers(model, config.optim), None, device, World())
-    of_a_pass = min(trainer.device_batch_size, rows)
-    trainer.task = RandomTokens(torch.randint(config.model.vocab_size, (2 * of_a_pass, T)), of_a_pass)
+    model = build_model(GPT, config, device)
+    trainer = Trainer(config, model, make_optimizers(model, config.optim), RandomTokens(), device, World())
+    rows = config.train.total_batch_size // config.model.sequence_len
+    pass_rows = min(trainer.device_batch_size, rows)
+    tokens = torch.randint(model.config.vocab_size, (2 * pass_rows, model.config.sequence_len))
     seconds: dict[int, list[float]] = {1: [], 2: []}
-    for step in range(WARM_UP + STEPS):  # the first compile kernels and allocate memory
+    for step in range(WARMUP + STEPS):
         start = time.perf_counter()
         trainer.train_step()
         list(trainer.step_results(wait=True))
-        if step >= WARM_UP:
+        if step >= WARMUP:
             seconds[1 + step % 2].append(time.perf_counter() - start)
     one, two = (statistics.median(seconds[passes]) for passes in (1, 2))
-    a_pass = max(two - one, one / 2)  # where steps are too short to tell, no more than half is the optimizers'
-    optimizers = max(0.0, one - a_pass)
-    steps, passes = n_steps(config), rows / of_a_pass
-    tokens = steps * train.total_batch_size
-    hours = {n: steps * (passes / n * a_pass + optimizers) / 3600 for n in DEVICES}
+    pass_seconds = max(two - one, one / 2)  # if steps are too short to tell, optimizers get no more than half
+    optimizer_seconds = max(0.0, one - pass_seconds)
+    steps, tokens = n_steps(config), n_steps(config) * config.train.total_batch_size
+    hours = {n: steps * (rows / pass_rows / n * pass_seconds + optimizer_seconds) / 3600 for n in DEVICES}
+    stats = model_stats(config.model)
     return {
-        "name": config.run_name, "params": counted.params["total"], "steps": steps, "a_pass": a_pass,
-        "flops": tokens * counted.flops_per_token, "optimizers": optimizers, "rate": tokens / hours[1] / 3600,
-        "hours": hours,
+        "name": config.run_name, "params": stats.params["total"], "steps": steps, "rate": tokens / hours[1] / 3600,
+        "flops": tokens * stats.flops_per_token, "hours": hours,
+        "pass_seconds": pass_seconds, "optimizer_seconds": optimizer_seconds,
     }  # fmt: skip
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    n = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    paths, overrides = words[:n], words[n:]
-    if {"-h", "--help"} & set(overrides):
-        print_help("CONFIG.toml ...", Config(), __doc__, {})
-    if not paths:
-        raise ValueError("given no config, expected one or more, as in python -m scripts.estimate configs/laptop.toml")
-    configs = [load_config(path, overrides) for path in paths]  # all are right before any is timed
-    rows = [estimate(config) for config in configs]
+    config, flags = parse_config(sys.argv[1:], __doc__, {"all": "Estimate every attention, and their sum."})
+    from gkachat.benchmark import table
+
+    names = list(ATTENTIONS) if "all" in flags else [config.model.attention]
+    models = [dataclasses.replace(config.model, attention=name) for name in names]
+    rows = [estimate(dataclasses.replace(config, model=model)) for model in models]
     hours = {n: sum(row["hours"][n] for row in rows) for n in DEVICES}
-    total = [dict.fromkeys(rows[0]) | {"name": "all", "steps": sum(row["steps"] for row in rows), "hours": hours}]
-    print(table(rows + total[: len(rows) - 1], COLUMNS))
+    total = dict.fromkeys(rows[0]) | {"name": "all", "steps": sum(row["steps"] for row in rows), "hours": hours}
+    print(table([*rows, total] if len(rows) > 1 else rows, COLUMNS))
     for row in rows[1:]:
         params, flops = (row[key] / rows[0][key] for key in ("params", "flops"))
-        print(
-            f"{row['name']} over {rows[0]['name']}: {params:.4f} of the parameters, {flops:.4f} of the FLOPs, counted"
-        )
+        print(f"{row['name']} to {rows[0]['name']}: {params:.4f} of the parameters, {flops:.4f} of the FLOPs, counted")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 python -m scripts.sweep configs/sweep_depth.toml
 python -m scripts.sweep configs/sweep_depth.toml --run.device cpu
 
-Run again it goes on: what is finished is kept. Where there are GPUs, each trains a run of its own.
+Run it again to continue: finished runs are kept. With several GPUs, each trains a run of its own. gkachat/sweep.py
+describes the file.
 """
 
 import os
@@ -14,111 +15,110 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 
-from gkachat.config import Config
 from gkachat.config_file import to_toml
 from gkachat.files import write_text
-from scripts.cli import print_help, run, split_args
+from scripts.cli import run, split_args
 
 
-class Jobs:
-    """Processes that Ctrl-C and SIGTERM end well; each writes to the log of its run."""
+class Scripts:
+    """Runs scripts as processes with log files. The first Ctrl-C or SIGTERM lets training save, the second ends it."""
 
     def __init__(self) -> None:
-        self.stopped, self.under_way = threading.Event(), set()
+        self.stopped, self.running = threading.Event(), set()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
     def stop(self, number: int, frame: object) -> None:
-        """What trains saves and ends; once more, and it ends at once."""
-        print("stopping: what trains saves and ends", file=sys.stderr, flush=True)
+        print("stopping: runs in training save a checkpoint and end", file=sys.stderr, flush=True)
         self.stopped.set()
-        for process in list(self.under_way):
+        for process in list(self.running):
             process.send_signal(signal.SIGINT)
 
-    def run(self, log, *words: str, gpu: str | None = None) -> str:
-        """One script; why it failed, or nothing."""
+    def run(self, log: Path, *words: str | Path, gpu: str | None = None) -> str:
+        """Run one script to its end. Return why it failed, or an empty string."""
         if self.stopped.is_set():
             return ""
         env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-        with open(log, "a") as file:  # of a group of its own: a signal reaches it once, from here
+        with open(log, "a") as file:  # in a process group of its own, so that a signal reaches it once, from `stop`
             command = [sys.executable, "-m", *words]
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, process_group=0)
-        self.under_way.add(process)
+        self.running.add(process)
         if self.stopped.is_set():
             process.send_signal(signal.SIGINT)
         code = process.wait()
-        self.under_way.discard(process)
-        last = log.read_text(errors="replace").strip().rpartition("\n")[2]
-        return f"{words[0]} ended with {code}, {last} (all of it: {log})" if code else ""
+        self.running.discard(process)
+        last_line = log.read_text(errors="replace").strip().rpartition("\n")[2]
+        return f"{words[0]} ended with {code}, {last_line} (log: {log})" if code else ""
 
 
 def main() -> int:
-    path, words, _ = split_args(sys.argv[1:], {})
-    if {"-h", "--help"} & set(words):
-        print_help("SWEEP.toml", Config(), __doc__, {})
+    path, overrides, _ = split_args(sys.argv[1:], "SWEEP.toml", __doc__, {})
     if path is None:
         raise ValueError("given no sweep file, expected one, as in python -m scripts.sweep configs/sweep_depth.toml")
-    import torch  # takes seconds, --help should not
+    import torch  # takes seconds, which --help need not wait for
 
     from gkachat.benchmark import facts
     from gkachat.machine import pick_device
     from gkachat.sweep import Run, load_sweep, write_sweep
-    from gkachat.train.metrics import duration
+    from gkachat.train.metrics import format_duration
 
-    sweep, jobs = load_sweep(path, words), Jobs()
-    options = {one.name: sweep.directory / "runs" / f"{one.name}.toml" for one in sweep.runs}
+    sweep, scripts = load_sweep(path, overrides), Scripts()
+    configs = {one.name: sweep.directory / "runs" / f"{one.name}.toml" for one in sweep.runs}
     for one in sweep.runs:
-        write_text(options[one.name], to_toml(one.config))
+        write_text(configs[one.name], to_toml(one.config))
     todo = [one for one in sweep.runs if one.result() is None]
-    n, total = torch.cuda.device_count(), sum(one.flops for one in todo)
+    total_flops = sum(one.flops for one in todo)
+    n = torch.cuda.device_count()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n)))).split(",")[:n] or [None]
     where = "one after the other" if gpus == [None] else f"on GPUs {', '.join(gpus)}"
-    print(f"sweep {sweep.name}: {len(sweep.runs)} runs, {len(todo)} to do, {total:.3g} FLOPs, {where}", flush=True)
+    counts = f"{len(sweep.runs)} runs, {len(todo)} to do"
+    print(f"sweep {sweep.name}: {counts}, {total_flops:.3g} FLOPs, {where}", flush=True)
     for data_name, one in {one.config.data_name: one for one in todo}.items():
-        for script in ("scripts.tok_train", "scripts.data_prep"):  # nothing, where it is done already
-            if why := jobs.run(sweep.directory / f"{data_name}.log", script, str(options[one.name])):
-                raise ValueError(why)
-    free, done, failed, start = queue.Queue(), [], {}, time.perf_counter()
-    for gpu in gpus:
-        free.put(gpu)
+        for script in ("scripts.tok_train", "scripts.data_prep"):  # they return at once where their work is done
+            if error := scripts.run(sweep.directory / f"{data_name}.log", script, configs[one.name]):
+                raise ValueError(error)
 
-    def work(one: Run) -> None:
-        gpu, log = free.get(), options[one.name].with_suffix(".log")
+    free_gpus, done_flops, errors, start = queue.Queue(), [], {}, time.perf_counter()
+    for gpu in gpus:
+        free_gpus.put(gpu)
+
+    def train_and_evaluate(one: Run) -> None:
+        gpu, log, error = free_gpus.get(), configs[one.name].with_suffix(".log"), ""
         try:
-            if not jobs.stopped.is_set():
+            if not scripts.stopped.is_set():
                 print(f"{one.name} begins: {log}", flush=True)
-            why = (
-                "" if one.is_trained() else jobs.run(log, "scripts.base_train", options[one.name], "--resume", gpu=gpu)
-            )
-            why = why or jobs.run(log, "scripts.base_eval", one.name, gpu=gpu)
-            if jobs.stopped.is_set():
+            if not one.is_trained():
+                error = scripts.run(log, "scripts.base_train", configs[one.name], "--resume", gpu=gpu)
+            error = error or scripts.run(log, "scripts.base_eval", one.name, gpu=gpu)
+            if scripts.stopped.is_set():
                 return
-            done.append(one.flops)
+            done_flops.append(one.flops)
             result, seconds = one.result(), time.perf_counter() - start
             if result is None:
-                failed[one.name] = why or f"it did not finish: {log}"
-            told = f"val bpb {result['val_bpb']:.4f} | {duration(result['seconds'])}" if result else "failed"
-            left = duration(seconds / sum(done) * (total - sum(done)))
-            print(f"{one.name} | {told} | {len(done)} of {len(todo)}, {left} left", flush=True)
+                errors[one.name] = error or f"it did not finish (log: {log})"
+            outcome = f"val bpb {result['val_bpb']:.4f} | {format_duration(result['seconds'])}" if result else "failed"
+            left = format_duration(seconds / sum(done_flops) * (total_flops - sum(done_flops)))
+            print(f"{one.name} | {outcome} | {len(done_flops)} of {len(todo)}, {left} left", flush=True)
         finally:
-            free.put(gpu)
+            free_gpus.put(gpu)
 
     with ThreadPoolExecutor(len(gpus)) as pool:
-        futures = [pool.submit(work, one) for one in todo]
-        while wait(futures, timeout=0.5).not_done:  # a signal that comes right before a wait is heard after it
+        futures = [pool.submit(train_and_evaluate, one) for one in todo]
+        while wait(futures, timeout=0.5).not_done:  # without a timeout, a signal just before the wait would be missed
             pass
         for future in futures:
             future.result()
     if any(one.result() for one in sweep.runs):
         print(f"\n{write_sweep(sweep, facts(pick_device('auto')))}")
         print(f"written to {sweep.directory}: sweep.md, sweep.json, sweep.png")
-    for name, why in failed.items():
-        print(f"error: run {name}: {why}", file=sys.stderr)
-    if jobs.stopped.is_set():
+    for name, error in errors.items():
+        print(f"error: run {name}: {error}", file=sys.stderr)
+    if scripts.stopped.is_set():
         print("interrupted; the same command goes on with it", file=sys.stderr)
         return 130
-    return 1 if failed else 0
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

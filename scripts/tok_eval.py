@@ -1,4 +1,4 @@
-"""Bytes a token on several kinds of text, beside gpt2 and cl100k where tiktoken can load them.
+"""Compare bytes per token on several kinds of text with gpt2 and cl100k, if tiktoken can download them.
 
 python -m scripts.tok_eval configs/laptop.toml
 """
@@ -13,7 +13,7 @@ import tiktoken
 from gkachat.config import Config, home
 from gkachat.data.sources import Corpus
 from gkachat.tokenizer import Tokenizer
-from scripts.cli import config_from_args, run
+from scripts.cli import parse_config, run
 
 SAMPLE_CHARS = 200_000
 ENGLISH = (
@@ -30,7 +30,7 @@ LOG = "2024-03-07T11:42:09.318Z INFO  worker-17 request id=9f83c1 path=/api/v2/i
 
 
 def kinds(config: Config) -> dict[str, str]:
-    """Samples by name; the first is the val split of the config's own source."""
+    """Return samples by name. The first is from the val split of the config's source."""
     val = "".join(islice((text for split, text in Corpus(config.data) if split == "val"), 50))
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     code = "".join((stdlib / name).read_text() for name in ("argparse.py", "dataclasses.py", "heapq.py"))
@@ -47,15 +47,15 @@ def kinds(config: Config) -> dict[str, str]:
 
 
 def main() -> None:
-    config, _ = config_from_args(sys.argv[1:], __doc__)
+    config, _ = parse_config(sys.argv[1:], __doc__)
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
     encoders = {"ours": tokenizer.encode}
     for name in ("gpt2", "cl100k_base"):
         try:
             encoders[name] = tiktoken.get_encoding(name).encode_ordinary
-        except Exception as error:  # whatever the download raises; ours needs none
+        except Exception as error:  # a failed download raises many kinds of error, and ours needs none
             print(f"{name}: tiktoken cannot load it here ({type(error).__name__})")
-    print(f"{'bytes a token':24}" + "".join(f"{name:>14}" for name in encoders))
+    print(f"{'bytes per token':24}" + "".join(f"{name:>14}" for name in encoders))
     for kind, text in kinds(config).items():
         n_bytes = len(text.encode())
         print(f"{kind:24}" + "".join(f"{n_bytes / len(encode(text)):14.2f}" for encode in encoders.values()))

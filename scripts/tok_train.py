@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from gkachat.config import Config, home
 from gkachat.data.sources import Corpus
 from gkachat.tokenizer import FILE_NAME, train_tokenizer
-from scripts.cli import config_from_args, run, with_progress
+from scripts.cli import parse_config, run, with_progress
 
 
 def training_texts(config: Config) -> Iterator[str]:
-    """The start of each training document, up to the characters that the config allows."""
+    """Yield the start of each training document until they have tokenizer.train_chars characters."""
     left = config.tokenizer.train_chars
     for split, text in Corpus(config.data):
         if split == "train":
@@ -26,10 +26,10 @@ def training_texts(config: Config) -> Iterator[str]:
 
 
 def main() -> None:
-    config, flags = config_from_args(sys.argv[1:], __doc__, {"overwrite": "train anew where there is one already"})
+    config, flags = parse_config(sys.argv[1:], __doc__, {"overwrite": "Replace a tokenizer that exists."})
     directory = home() / "tokenizer" / config.data_name
     if (directory / FILE_NAME).exists() and "overwrite" not in flags:
-        print(f"tokenizer {directory} is there already; --overwrite trains it anew")
+        print(f"tokenizer {directory} exists; --overwrite trains it again")
         return
     start = time.perf_counter()
     texts = with_progress(training_texts(config), "reading", len, config.tokenizer.train_chars)

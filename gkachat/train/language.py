@@ -99,11 +99,11 @@ class LanguageTask:
 
     def describe(self) -> str:
         """Return how much of the corpus an epoch uses."""
-        report = self.loader.loss_report
-        empty = f"{100 * report['positions_unused']:.2f} % of the positions stay empty"
+        waste = self.loader.packing_waste()
+        empty = f"{100 * waste['positions_empty']:.2f} % of the positions stay empty"
         if not self.loader.knows_epoch:  # reading all shards of a large corpus takes long; some may not exist yet
             return f"data: shard by shard; in the first, {empty}"
         return (
             f"data: an epoch has {self.loader.steps_per_epoch:,} steps; "
-            f"{100 * report['tokens_lost']:.2f} % of its tokens are left out, {empty}"
+            f"{100 * waste['tokens_dropped']:.2f} % of its tokens are left out, {empty}"
         )

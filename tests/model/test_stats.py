@@ -78,7 +78,7 @@ def test_the_script_prints_a_table_and_names_bad_options(tmp_path):
 
 
 def test_the_plan_in_the_docs_is_the_one_that_is_counted(tmp_path):
-    printed = call("cost", "--config", "configs/d20_softmax.toml", "--plan", 12, 16, 20, 24, home=tmp_path).stdout
+    printed = call("cost", "--config", "configs/d20.toml", "--plan", 12, 16, 20, 24, home=tmp_path).stdout
     assert printed.count("\n") == 11 and printed.strip() in (ROOT / "configs" / "README.md").read_text()
 
 

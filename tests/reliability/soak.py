@@ -81,7 +81,7 @@ def soak(home: Path, *, kills: int, steps: int, longest: float, seed: int, atten
 def saving(home: Path, depth: int) -> dict:
     """Time how long a save blocks training, and how long it takes, for a softmax model of that depth."""
     torch.manual_seed(0)
-    config = load_config("configs/d20_softmax.toml", [f"--model.depth={depth}", "--model.sequence_len=256"])
+    config = load_config("configs/d20.toml", [f"--model.depth={depth}", "--model.sequence_len=256"])
     config = resolve(config)
     model = GPT(config.model)
     optimizers = make_optimizers(model, config.optim)
