@@ -129,8 +129,8 @@ def test_steps_too_short_to_tell_apart_give_no_negative_time(monkeypatch):
 
     ticks = iter(range(10**6))
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: float(next(ticks)))
-    from gkachat.train import learner
+    from gkachat.train.trainer import Trainer
 
-    monkeypatch.setattr(learner.Learner, "step", lambda *args: [])
+    monkeypatch.setattr(Trainer, "train_step", lambda self: None)
     told = estimate.estimate(load_config(ROOT / "configs/laptop.toml", TINY))
     assert (told["a_pass"], told["optimizers"]) == (0.5, 0.5)

@@ -10,7 +10,7 @@ from conftest import ROOT, call
 from gkachat.config_file import load_config
 from gkachat.model.gpt import GPT, GPTConfig
 from gkachat.model.stats import PROTOCOLS, activation_bytes, compare_stats, model_stats, state_bytes, token_budget
-from gkachat.train.optim import Optimizers
+from gkachat.train.optim import make_optimizers, named_state
 from gkachat.train.schedule import resolve
 
 D20 = compare_stats(GPTConfig(depth=20))
@@ -86,13 +86,14 @@ def test_the_plan_in_the_docs_is_the_one_that_is_counted(tmp_path):
 def test_the_bytes_of_a_training_state_are_those_of_its_tensors(attention):
     config = GPTConfig(depth=2, attention=attention, vocab_size=64, sequence_len=32, n_embd=32, head_dim=16)
     model = GPT(config)
-    optimizers = Optimizers(model, resolve(load_config(None, ["--model.depth=2"])).optim)
+    optimizers = make_optimizers(model, resolve(load_config(None, ["--model.depth=2"])).optim)
     idx = torch.zeros(1, 32, dtype=torch.long)
     model(idx, idx).backward()
     held = 2 * sum(p.numel() * 4 for p in model.parameters())
-    optimizers.step(0.0, 0.9)
-    remembered = optimizers.state_tensors(model)
-    held += sum(t.numel() * 4 for key, t in remembered.items() if t.ndim and "variance" not in key)
+    for optimizer in optimizers:
+        optimizer.step()
+    state = named_state(optimizers, model)
+    held += sum(t.numel() * 4 for key, t in state.items() if t.ndim and "variance" not in key)
     assert state_bytes(config) == held
 
 
