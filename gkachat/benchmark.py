@@ -141,9 +141,13 @@ def publish(title: str, result: dict[str, Any], table: str, device: torch.device
 
 def benchmark_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser of the options that all bench scripts share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m scripts.{Path(sys.argv[0]).stem}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--device", default="auto", help="a torch device, or auto")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="of activations")
     parser.add_argument("--rounds", type=positive, default=10, help="samples of each contestant")
     parser.add_argument("--threads", type=positive, help="CPU threads; by default all")
     parser.add_argument("--out", help="write OUT.json and OUT.md")

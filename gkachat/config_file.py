@@ -144,9 +144,10 @@ def _toml_words() -> Any:
 
 def _first_line(box: str) -> str:
     """Return the message of an error that tyro framed and wrapped, and the option it suggests, as one line."""
-    text = "\n".join(line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:])
-    message = " ".join(re.split(r"\n\n|\n[─╰]", text)[0].split())
-    suggested = re.search(r"Perhaps you meant:\s+(--\S+)", text)
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]
+    _, message, *rest = re.split(r"^(?:[╭╰─].*|-{10,})$", "\n".join(lines), flags=re.MULTILINE)  # title, message, ...
+    suggested = re.search(r"Perhaps you meant:\s+(--\S+)", "".join(rest))
+    message = " ".join(message.strip().split("\n\n")[0].split())
     return message + (f" (did you mean {suggested[1]}?)" if suggested else "")
 
 

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 from gkachat.files import write_text
 
@@ -66,6 +65,8 @@ class Tokenizer:
             raise ValueError(f"the ids of its {n_tokens} tokens are not 0 to {n_tokens - 1}")
         if any(bytes([byte]) not in ranks for byte in range(256)):
             raise ValueError("some byte has no token")
+        import tiktoken  # here, since scripts.bench_decode runs on machines without it
+
         self.encoding = tiktoken.Encoding(
             name="gkachat", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special
         )

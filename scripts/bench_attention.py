@@ -24,6 +24,7 @@ from scripts.cli import run
 Contestants = dict[str, tuple[Callable[..., Tensor], list[Tensor]]]
 
 GKA_VARIANTS = {"gka": GKAConfig(), "gka normalised": GKAConfig(normalize=True)}
+LEVELS = ("operator", "sublayer")
 MAX_NAIVE_BYTES = 16 * 2**30  # the naive operator is left out where its T x T tensors would take more
 
 
@@ -165,12 +166,12 @@ def _window(text: str) -> int | None:
 def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--compile", action="store_true", help="compile the contestants with torch.compile")
-    parser.add_argument("--batch", type=positive, nargs="+", default=[2])
-    parser.add_argument("--tokens", type=positive, nargs="+", default=[1024])
-    parser.add_argument("--heads", type=positive, nargs="+", default=[4])
-    parser.add_argument("--head-dim", type=positive, nargs="+", default=[128])
+    parser.add_argument("--batch", type=positive, nargs="+", default=[2], help="rows")
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[1024], help="tokens of a row")
+    parser.add_argument("--heads", type=positive, nargs="+", default=[4], help="heads")
+    parser.add_argument("--head-dim", type=positive, nargs="+", default=[128], help="channels of a head")
     parser.add_argument("--windows", type=_window, nargs="+", default=[None], help="visible positions, or full")
-    parser.add_argument("--levels", nargs="+", choices=["operator", "sublayer"], default=["operator", "sublayer"])
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="what is timed")
     options, device, dtype = parse_benchmark(parser)
     torch.manual_seed(0)
     peaks = measured_peaks(device, dtype)

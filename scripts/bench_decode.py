@@ -98,11 +98,11 @@ COLUMNS = {
 
 def main() -> None:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--depth", type=positive, default=4)
-    parser.add_argument("--n-embd", type=positive)
-    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8])
+    parser.add_argument("--depth", type=positive, default=4, help="layers")
+    parser.add_argument("--n-embd", type=positive, help="channels; by default 64 per layer")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8], help="rows that decode together")
     parser.add_argument("--tokens", type=positive, nargs="+", default=[1024], help="tokens of context")
-    parser.add_argument("--vocab-size", type=positive, default=32_768)
+    parser.add_argument("--vocab-size", type=positive, default=32_768, help="tokens in the vocabulary")
     parser.add_argument("--compile", action="store_true", help="compile the step with torch.compile")
     parser.add_argument("--int8", action="store_true", help="keep matrices as int8")
     options, device, dtype = parse_benchmark(parser)

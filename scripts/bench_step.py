@@ -62,11 +62,13 @@ COLUMNS = {
 def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--compile", action="store_true", help="compile the models with torch.compile")
-    parser.add_argument("--depth", type=positive, default=4)
+    parser.add_argument("--depth", type=positive, default=4, help="layers")
     parser.add_argument("--batch", type=positive, default=4, help="rows of a step")
     parser.add_argument("--tokens", type=positive, default=512, help="tokens of a row")
-    parser.add_argument("--vocab-size", type=positive, default=32_768)
-    parser.add_argument("--window-pattern", default="SSSL")
+    parser.add_argument("--vocab-size", type=positive, default=32_768, help="tokens in the vocabulary")
+    parser.add_argument(
+        "--window-pattern", default="SSSL", help="a letter per layer: S for a short window, L for all tokens"
+    )
     options, device, dtype = parse_benchmark(parser)
     steps, models, configs = {}, {}, {}
     for name, variant in VARIANTS.items():

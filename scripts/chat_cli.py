@@ -3,7 +3,7 @@
 python -m scripts.chat_cli d4_gka_chat
 python -m scripts.chat_cli d4_softmax_chat --compare d4_gka_chat
 python -m scripts.chat_cli d4_gka -p "def fibonacci("
-echo "What is 34 + 57?" | python -m scripts.chat_cli d4_gka_chat --json
+python -m scripts.chat_cli d4_gka_chat --json < messages.txt
 
 Without a terminal, each line of stdin is a message. With --json, each answer is a line with a JSON object. A line of
 stdin may then be {"messages": [...]}, which is answered by itself, apart from the conversation.
@@ -13,7 +13,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -28,38 +27,11 @@ from gkachat.inference.sampling import Sampling
 from scripts.cli import run
 
 
-@dataclass
-class Chat:
-    """One or two sessions that are asked the same, and how their answers are sampled and printed."""
-
-    sessions: list[ChatSession]
-    sampling: Sampling
-    as_json: bool
-    n_turns: int = 0
-
-    def ask(self, text: str) -> None:
-        """Print the answers to a message, and add both to the conversations."""
-        sampling = self._turn_sampling()
-        self.n_turns += 1
-        print_answers(self, text, [session.ask(text, sampling) for session in self.sessions])
-
-    def answer(self, messages: Messages) -> None:
-        """Print the answers to messages that are not part of the conversations."""
-        if messages[-1]["role"] != "user":
-            raise ValueError(f"the last message: given role {messages[-1]['role']!r}, expected 'user'")
-        sampling = self._turn_sampling()
-        print_answers(self, messages[-1]["content"], [session.answer(messages, sampling) for session in self.sessions])
-
-    def _turn_sampling(self) -> Sampling:
-        """Return the sampling with a seed of this turn's own."""
-        return dataclasses.replace(self.sampling, seed=self.sampling.seed + self.n_turns)
-
-
 def main(
     run_name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None,
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None,
     compare: str | None = None,
-    json: bool = False,
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
     system: str = "",
     temperature: float = 0.8,
     top_k: int | None = 50,
@@ -68,7 +40,7 @@ def main(
     seed: int = 42,
     step: int | None = None,
     device: str = "auto",
-    int8: bool = False,
+    int8: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Stream the model's answers.
 
@@ -76,7 +48,7 @@ def main(
         run_name: Name of a run, or path of its directory; by default the run with the newest checkpoint.
         prompt: Answer this message and exit. By default, messages are read from the terminal or from stdin.
         compare: Another run, which gets the same messages.
-        json: Print each answer as a line with a JSON object.
+        as_json: Print each answer as a line with a JSON object.
         system: System message of a tuned run.
         temperature: Sampling temperature; 0 always takes the likeliest token.
         top_k: Sample among this many likeliest tokens.
@@ -90,76 +62,144 @@ def main(
     names = [run_name or newest_run(), *([compare] if compare else [])]
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     sessions = [ChatSession.from_run(name, step=step, device=device, int8=int8) for name in names]
-    chat = Chat(sessions, sampling, as_json=json)
+    chat = Chat(sessions, sampling, as_json)
     if system:
-        set_system(chat, system)
+        chat.set_system(system)
     if prompt is None:
-        chat_loop(chat, at_terminal=sys.stdin.isatty())
+        chat.loop(at_terminal=sys.stdin.isatty())
         return
-    if not sessions[0].is_tuned and not json and not compare:
+    if not sessions[0].is_tuned and not as_json and not compare:
         print(prompt, end="")  # the answer continues it
     chat.ask(prompt)
 
 
-def chat_loop(chat: Chat, at_terminal: bool) -> None:
-    """Answer lines and run commands until the input ends. Without a terminal, an error ends the loop too."""
-    if at_terminal:
-        for session in chat.sessions:
-            does = "answers" if session.is_tuned else "continues the text so far"
-            print(f"{session.name}, step {session.step}, {session.engine.model.config.attention}: {does}.")
-        show_help(chat, "")
-    while True:
-        line = ""
-        try:
-            line = input("> " if at_terminal else "")
-            if chat.as_json and line.lstrip().startswith("{"):
-                chat.answer(check_messages(json.loads(line).get("messages")))
-            elif line.startswith("/"):
-                name, _, argument = line.strip().partition(" ")
-                run_command, _ = COMMANDS.get(name, COMMANDS["/help"])
-                run_command(chat, argument)
+class Chat:
+    """One or two sessions that are asked the same; how their answers are sampled and printed."""
+
+    def __init__(self, sessions: list[ChatSession], sampling: Sampling, as_json: bool):
+        self.sessions, self.sampling, self.as_json = sessions, sampling, as_json
+        self.n_turns = 0
+
+    def loop(self, at_terminal: bool) -> None:
+        """Answer lines and run commands until the input ends. Without a terminal, an error ends the loop too."""
+        if at_terminal:
+            for session in self.sessions:
+                does = "answers" if session.is_tuned else "continues the text so far"
+                print(f"{session.name}, step {session.step}, {session.engine.model.config.attention}: {does}.")
+            self.help("")
+        while True:
+            line = ""
+            try:
+                line = input("> " if at_terminal else "")
+                if self.as_json and line.lstrip().startswith("{"):
+                    self.answer(check_messages(json.loads(line).get("messages")))
+                elif line.startswith("/"):
+                    name, _, argument = line.strip().partition(" ")
+                    command, _ = COMMANDS.get(name, COMMANDS["/help"])
+                    command(self, argument)
+                else:
+                    self.ask(line)
+            except EOFError:  # the end of the input, or /quit
+                return
+            except KeyboardInterrupt:  # Ctrl-C during an answer ends the answer, and does not get here
+                if not at_terminal:
+                    raise
+                print("\n/quit or Ctrl-D ends.")
+            except (OSError, ValueError) as error:
+                message = f"{line.strip():.80}: {error}"
+                if not at_terminal:
+                    raise ValueError(message) from None
+                print(message)
+
+    def ask(self, text: str) -> None:
+        """Print the answers to a message, and add both to the conversations."""
+        sampling = self._turn_sampling()
+        self.n_turns += 1
+        self._print_answers(text, [session.ask(text, sampling) for session in self.sessions])
+
+    def answer(self, messages: Messages) -> None:
+        """Print the answers to messages that are not part of the conversations."""
+        if messages[-1]["role"] != "user":
+            raise ValueError(f"the last message: given role {messages[-1]['role']!r}, expected 'user'")
+        sampling = self._turn_sampling()
+        self._print_answers(messages[-1]["content"], [session.answer(messages, sampling) for session in self.sessions])
+
+    def reset(self, argument: str) -> None:
+        for session in self.sessions:
+            session.messages = []
+
+    def set_system(self, argument: str) -> None:
+        if not self.sessions[0].is_tuned:
+            raise ValueError("this run was not tuned on conversations: it only continues text")
+        for session in self.sessions:
+            session.system = argument
+
+    def save(self, argument: str) -> None:
+        histories = [session.messages for session in self.sessions]
+        write_text(Path(argument), json.dumps({"system": self.sessions[0].system, "histories": histories}) + "\n")
+
+    def load(self, argument: str) -> None:
+        stored = read_json(Path(argument), histories=list)
+        histories = [check_history(history) for history in stored["histories"]]
+        if len(histories) != len(self.sessions):
+            raise ValueError(f"the file has {len(histories)} conversations, expected {len(self.sessions)}")
+        for session, history in zip(self.sessions, histories, strict=True):
+            session.messages, session.system = history, str(stored.get("system", ""))
+
+    def stats(self, argument: str) -> None:
+        for session in self.sessions:
+            print(", ".join(f"{key} {value}" for key, value in session.stats.items()) or "no answer yet")
+
+    def help(self, argument: str) -> None:
+        for _, text in COMMANDS.values():
+            print(text)
+        print("An empty line continues the text of a run that was not tuned. Ctrl-C stops an answer.")
+
+    def quit(self, argument: str) -> None:
+        raise EOFError
+
+    def _turn_sampling(self) -> Sampling:
+        """Return the sampling with a seed of this turn's own."""
+        return dataclasses.replace(self.sampling, seed=self.sampling.seed + self.n_turns)
+
+    def _print_answers(self, prompt: str, answers: Sequence[Iterator[str]]) -> None:
+        """Print streamed answers: side by side in a terminal, otherwise one after the other. Ctrl-C ends them."""
+        if len(answers) > 1 and sys.stdout.isatty() and not self.as_json:
+            print_side_by_side([session.name for session in self.sessions], answers)
+            return
+        for session, answer in zip(self.sessions, answers, strict=True):
+            text, interrupted = "", False
+            if len(answers) > 1 and not self.as_json:
+                print(f"{session.name}: ", end="")
+            try:
+                for part in answer:
+                    text += part
+                    if not self.as_json:
+                        print(part, end="", flush=True)
+            except KeyboardInterrupt:
+                answer.close()
+                interrupted = True
+            if self.as_json:
+                print(json.dumps({"prompt": prompt, "answer": text} | session.stats, ensure_ascii=False), flush=True)
             else:
-                chat.ask(line)
-        except EOFError:  # the end of the input, or /quit
-            return
-        except KeyboardInterrupt:  # Ctrl-C during an answer ends the answer, and does not get here
-            if not at_terminal:
-                raise
-            print("\n/quit or Ctrl-D ends.")
-        except (OSError, ValueError) as error:
-            message = f"{line.strip():.80}: {error}"
-            if not at_terminal:
-                raise ValueError(message) from None
-            print(message)
+                print()
+            if interrupted:
+                return
 
 
-def print_answers(chat: Chat, prompt: str, answers: Sequence[Iterator[str]]) -> None:
-    """Print streamed answers: side by side in a terminal, otherwise one after the other. Ctrl-C ends them."""
-    if len(answers) > 1 and sys.stdout.isatty() and not chat.as_json:
-        print_side_by_side(chat, answers)
-        return
-    for session, answer in zip(chat.sessions, answers, strict=True):
-        text, interrupted = "", False
-        if len(answers) > 1 and not chat.as_json:
-            print(f"{session.name}: ", end="")
-        try:
-            for part in answer:
-                text += part
-                if not chat.as_json:
-                    print(part, end="", flush=True)
-        except KeyboardInterrupt:
-            answer.close()
-            interrupted = True
-        if chat.as_json:
-            print(json.dumps({"prompt": prompt, "answer": text} | session.stats, ensure_ascii=False), flush=True)
-        else:
-            print()
-        if interrupted:
-            return
+COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str]] = {
+    "/reset": (Chat.reset, "/reset         forget the conversation"),
+    "/system": (Chat.set_system, "/system TEXT   set the system message of a tuned run; without TEXT, remove it"),
+    "/save": (Chat.save, "/save FILE     write the conversation to a file"),
+    "/load": (Chat.load, "/load FILE     continue a saved conversation"),
+    "/stats": (Chat.stats, "/stats         show figures of the last answer"),
+    "/help": (Chat.help, "/help          show this list"),
+    "/quit": (Chat.quit, "/quit          end, like Ctrl-D"),
+}
 
 
-def print_side_by_side(chat: Chat, answers: Sequence[Iterator[str]]) -> None:
-    """Stream answers in the columns of a table, a token of each in turns."""
+def print_side_by_side(names: Sequence[str], answers: Sequence[Iterator[str]]) -> None:
+    """Stream answers in the columns of a table, a token of each in turns. Ctrl-C ends them."""
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
@@ -167,7 +207,7 @@ def print_side_by_side(chat: Chat, answers: Sequence[Iterator[str]]) -> None:
     texts = [""] * len(answers)
 
     def table() -> Table:
-        columns = Table(*(session.name for session in chat.sessions), expand=True)
+        columns = Table(*names, expand=True)
         columns.add_row(*map(Text, texts))
         return columns
 
@@ -187,58 +227,6 @@ def print_side_by_side(chat: Chat, answers: Sequence[Iterator[str]]) -> None:
                 answer.close()
 
 
-def reset(chat: Chat, argument: str) -> None:
-    for session in chat.sessions:
-        session.messages = []
-
-
-def set_system(chat: Chat, argument: str) -> None:
-    if not chat.sessions[0].is_tuned:
-        raise ValueError("this run was not tuned on conversations: it only continues text")
-    for session in chat.sessions:
-        session.system = argument
-
-
-def save(chat: Chat, argument: str) -> None:
-    histories = [session.messages for session in chat.sessions]
-    write_text(Path(argument), json.dumps({"system": chat.sessions[0].system, "histories": histories}) + "\n")
-
-
-def load(chat: Chat, argument: str) -> None:
-    stored = read_json(Path(argument), histories=list)
-    histories = [check_history(history) for history in stored["histories"]]
-    if len(histories) != len(chat.sessions):
-        raise ValueError(f"the file has {len(histories)} conversations, expected {len(chat.sessions)}")
-    for session, history in zip(chat.sessions, histories, strict=True):
-        session.messages, session.system = history, str(stored.get("system", ""))
-
-
-def show_stats(chat: Chat, argument: str) -> None:
-    for session in chat.sessions:
-        print(", ".join(f"{key} {value}" for key, value in session.stats.items()) or "no answer yet")
-
-
-def show_help(chat: Chat, argument: str) -> None:
-    for _, text in COMMANDS.values():
-        print(text)
-    print("An empty line continues the text of a run that was not tuned. Ctrl-C stops an answer.")
-
-
-def quit_chat(chat: Chat, argument: str) -> None:
-    raise EOFError
-
-
-COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str]] = {
-    "/reset": (reset, "/reset         forget the conversation"),
-    "/system": (set_system, "/system TEXT   set the system message of a tuned run; without TEXT, remove it"),
-    "/save": (save, "/save FILE     write the conversation to a file"),
-    "/load": (load, "/load FILE     continue a saved conversation"),
-    "/stats": (show_stats, "/stats         show figures of the last answer"),
-    "/help": (show_help, "/help          show this list"),
-    "/quit": (quit_chat, "/quit          end, like Ctrl-D"),
-}
-
-
 def newest_run() -> str:
     """Return the name of the run with the newest checkpoint. Raises FileNotFoundError if there is none."""
     runs = (path.parent for path in (home() / "runs").glob("*/tokenizer.json"))  # only language models have one
@@ -249,4 +237,4 @@ def newest_run() -> str:
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(main, description=__doc__))
+    run(main, __doc__)

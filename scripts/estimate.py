@@ -37,18 +37,18 @@ def estimate(config: Config) -> dict:
     from gkachat.train.trainer import Trainer
 
     class RandomTokens:
-        """A task whose even steps have one pass, and whose odd steps have two."""
+        """A task of random tokens whose even steps have one pass, and whose odd steps have two."""
 
         def batch(self, step: int) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
-            rows = (1 + step % 2) * pass_rows
-            idx = torch.randint(model.config.vocab_size, (rows, model.config.sequence_len))
+            idx = tokens[: (1 + step % 2) * pass_rows]
             return (idx, idx.roll(-1, 1)), idx.numel()
 
     config, device = resolve(config), pick_device(config.run.device)
     model = build_model(GPT, config, device)
-    trainer = Trainer(config, model, make_optimizers(model, config.optim, World()), RandomTokens(), device, World())
+    trainer = Trainer(config, model, make_optimizers(model, config.optim), RandomTokens(), device, World())
     rows = config.train.total_batch_size // config.model.sequence_len
     pass_rows = min(trainer.device_batch_size, rows)
+    tokens = torch.randint(model.config.vocab_size, (2 * pass_rows, model.config.sequence_len))
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for step in range(WARMUP + STEPS):
         start = time.perf_counter()

@@ -1,7 +1,11 @@
-"""Shared by all tests: one thread a process, a home of their own, and one small corpus with a tokenizer and shards."""
+"""Shared by all tests: one thread per process, ways to run scripts, and one small corpus with its tokenizer."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
+import runpy
 import struct
 import subprocess
 import sys
@@ -15,7 +19,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# A corpus of this very project's standard-library neighbours, small enough to tokenize in a second.
+# A part of Python's standard library, which tokenizes in a second, and a model that trains in one.
 TINY = [
     "--data.max_chars=600000",
     "--data.val_fraction=0.1",
@@ -43,7 +47,7 @@ def corpus_home(tmp_path_factory):
     """A GKACHAT_HOME with a tokenizer and shards for the TINY options."""
     home = tmp_path_factory.mktemp("home")
     for script in ("tok_train", "data_prep"):
-        result = call(script, "configs/laptop.toml", *TINY, home=home)
+        result = run_script(script, "configs/laptop.toml", *TINY, home=home)
         assert result.returncode == 0, result.stderr
     return home
 
@@ -55,6 +59,35 @@ def tiny_home(corpus_home, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(corpus_home / name)
     monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def cauchy(tmp_path_factory):
+    """The file that docs/attention.md makes, with its attention registered while a module's tests run."""
+    from gkachat.config import ATTENTIONS
+
+    page = (ROOT / "docs" / "attention.md").read_text()
+    path = tmp_path_factory.mktemp("own") / "cauchy.py"
+    path.write_text(page.split("```python\n")[1].split("```")[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)
+        importlib.import_module("cauchy")
+        yield path
+    del ATTENTIONS["cauchy"], sys.modules["cauchy"]
+
+
+def live_model(attention="softmax", *, dtype=torch.float32, seed=0, **shape):
+    """A small GPT in eval mode. Its output projections are drawn too: they start at zero, which hides attention."""
+    from gkachat.config import GPTConfig
+    from gkachat.model.gpt import GPT
+
+    shape = {"depth": 2, "vocab_size": 64, "sequence_len": 200, "n_embd": 32, "head_dim": 16} | shape
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(attention=attention, **shape), dtype).eval()
+    for name, p in model.named_parameters():
+        if name.endswith(("c_proj.weight", "lm_head.weight")) or ".conv" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    return model
 
 
 def untrained_run(home, name, tokenizer, *, tuned=False, **shape):
@@ -73,7 +106,7 @@ def untrained_run(home, name, tokenizer, *, tuned=False, **shape):
 
 
 def call(script, *args, home, stdin=None, **env):
-    """Run a script as a user does."""
+    """Run a script in a process of its own, as a user does. `run_script` is the faster way."""
     return subprocess.run(
         [sys.executable, "-m", f"scripts.{script}", *map(str, args)],
         cwd=ROOT,
@@ -85,8 +118,23 @@ def call(script, *args, home, stdin=None, **env):
     )
 
 
+def run_script(script, *args, home, stdin=""):
+    """Run a script in this process, which has imported torch already. Same result as `call`."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setenv("GKACHAT_HOME", str(home))
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [script, *map(str, args)])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            runpy.run_module(f"scripts.{script}", run_name="__main__", alter_sys=True)
+        except SystemExit as exit:
+            code = exit.code or 0
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
 def launch(n, *options, home, script="scripts.base_train", timeout=300):
-    """A script, or another module, in n processes."""
+    """Run a script, or another module, in n processes."""
     return subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
@@ -98,9 +146,9 @@ def launch(n, *options, home, script="scripts.base_train", timeout=300):
 
 
 def _wandb_records(path):
-    """The records of a .wandb file: LevelDB's log format after 7 bytes of wandb's own, one protobuf message each.
+    """Yield the records of a .wandb file: 7 bytes of wandb's own, then LevelDB's log format with protobuf messages.
 
-    wandb's own reader is inside its binary; its own definition of the messages reads them.
+    wandb's reader is inside its binary, but its message classes are public.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -121,10 +169,10 @@ def _wandb_records(path):
 
 
 def wandb_runs(directory):
-    """What each wandb run below a directory holds, in the order they were made."""
+    """Return what each wandb run below a directory holds, in the order they were made."""
     import wandb
 
-    wandb.teardown()  # of this process: only then is all of it in the files
+    wandb.teardown()  # in this process, which completes its files
     found = []
     for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
         told = SimpleNamespace(history=[], config={}, artifacts=[], files=path.parent / "files")

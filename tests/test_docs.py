@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import functools
 import importlib
+import inspect
 import pydoc
 import re
 import shlex
@@ -12,7 +13,6 @@ import sys
 import typing
 
 import pytest
-import tyro
 from conftest import ROOT, untrained_run
 
 import gkachat.checkpoint
@@ -20,7 +20,7 @@ import gkachat.sweep
 import scripts.cli
 from gkachat import config_file
 from gkachat.config import Config, ConfigError, TuningConfig
-from gkachat.config_file import load_config, to_toml
+from gkachat.config_file import load_config, parse_args, to_toml
 from gkachat.tokenizer import train_tokenizer
 from gkachat.vision_config import VisionConfig
 
@@ -169,8 +169,8 @@ def stop_after(function):
 def parse(script, args, run_dir):
     """Run a script's `main` until it has read its command line. The error is the script's own."""
     module = importlib.import_module(f"scripts.{script}")
-    if hasattr(module, "tyro"):
-        tyro.cli(functools.wraps(module.main)(lambda *args, **kwargs: None), args=args)
+    if inspect.signature(module.main).parameters:
+        parse_args(functools.wraps(module.main)(lambda *args, **kwargs: None), args)
         return
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
         patch.chdir(ROOT)
@@ -186,8 +186,9 @@ def parse(script, args, run_dir):
 
 
 def commands(text):
-    """Yield the words of each command in bash blocks and in backticks, without pipes, redirections and comments."""
-    lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    """Yield the words of each command in fenced blocks and in backticks, without pipes, redirections and comments."""
+    fenced = [*blocks(text, "bash"), *blocks(text, "text")]
+    lines = [line for block in fenced for line in block.replace("\\\n", " ").splitlines()]
     lines += [line for line in inline_code(text) if line.startswith(("python -m ", "torchrun ", "bash "))]
     for line in lines:
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)

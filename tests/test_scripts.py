@@ -1,74 +1,95 @@
-"""The scripts as users call them, with right and with wrong input; and what the README says."""
+"""The scripts with right and with wrong input, the speedrun, and the commands of the README."""
 
-import os
 import re
 import shlex
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, call
+from conftest import ROOT, TINY, run_script
 
+from gkachat.config import ATTENTIONS
 from scripts.cli import RUN_FLAGS, parse_config
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if p.stem not in ("__init__", "cli"))
-# A model and a horizon that train in seconds on the laptop corpus.
+# A model and a token budget that train in seconds on the laptop corpus.
 SMALL = ["--model.depth=1", "--model.n_embd=64", "--train.baseline_tokens=8192", "--train.eval_tokens=512"]
 SPEEDRUN = [*SMALL, "--chat.conversations=300"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_says_what_a_script_does(script, tmp_path):
-    result = call(script, "--help", home=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "usage:" in result.stdout and f"python -m scripts.{script}" in result.stdout
+def test_help_shows_usage_and_an_example(script, tmp_path):
+    result = run_script(script, "--help", home=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage:")
+    assert re.search(rf"^ *(python|torchrun .*) -m scripts\.{script}\b", result.stdout, flags=re.M)
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_importing_a_script_does_nothing(script):
-    code = f"import sys; sys.argv = ['x', '--nonsense']; import scripts.{script} as s; assert callable(s.main)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def test_help_shows_every_field_with_its_value_in_the_file(tmp_path):
+    shown = run_script("base_train", "configs/laptop.toml", "--help", home=tmp_path).stdout
+    shown = " ".join(shown.replace("│", "").split())
+    assert "--model.n_embd {none}|INT Width in channels. None: 64 * depth. (default: 192)" in shown
+    assert "--resume Continue the run" in shown and "--optim.muon_cautious {true,false}" in shown
+
+
+def test_help_and_wrong_options_do_not_wait_for_torch():
+    code = """if True:
+        import runpy, sys
+        for script, word in {"base_train": "--help", "chat_sft": "--help", "cost": "--help", "sweep": "--x"}.items():
+            sys.argv = [script, word]
+            try:
+                runpy.run_module(f"scripts.{script}", run_name="__main__", alter_sys=True)
+            except SystemExit as exit:
+                assert bool(exit.code) == (word != "--help")
+        assert "torch" not in sys.modules"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_importing_scripts_does_nothing():
+    imports = "; ".join(f"import scripts.{script}; assert callable(scripts.{script}.main)" for script in SCRIPTS)
+    words = [sys.executable, "-c", f"import sys; sys.argv = ['x', '--nonsense']; {imports}"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize(
-    ("script", "args", "named"),
+    ("words", "named"),
     [
-        ("base_train", ["configs/none.toml"], "no config file configs/none.toml"),
-        ("base_train", ["configs/laptop.toml", "--model.depht=3"], "did you mean model.depth?"),
-        ("base_train", ["configs/laptop.toml", "--model.depth=x", "--run.seed=y"], "run.seed: given 'y', expected int"),
-        ("base_train", ["configs/laptop.toml"], "no tokenizer at"),
-        ("base_train", ["configs/laptop.toml", "--resume", "--overwrite"], "expected one of them"),
-        ("data_prep", ["configs/laptop.toml"], "scripts.tok_train"),
-        ("tok_train", ["configs/laptop.toml", "--data.source=files", "--data.files=/no/*.txt"], "nothing matches"),
-        ("tok_eval", ["configs/laptop.toml"], "scripts.tok_train"),
-        ("base_eval", ["d9"], "no run 'd9'"),
-        ("chat_cli", ["d9", "-p", "x"], "no run 'd9'"),
-        ("chat_sft", ["d9"], "no run 'd9'"),
-        ("chat_sft", [], "given no run"),
-        ("chat_sft", ["d9", "--resume", "--overwrite"], "expected one of them"),
-        ("compare", ["d9", "d8"], "no run 'd9'"),
-        ("export_hf", ["d9", "out"], "no run 'd9'"),
-        ("inspect", ["d9"], "no run 'd9'"),
-        (
-            "vision_train",
-            ["configs/vision_digits.toml", "--model.patch_size=3"],
-            "given 8, expected a multiple of patch",
-        ),
-        ("vision_train", ["configs/vision_digits.toml", "--data.source=mnist"], "expected 'digits' or 'huggingface'"),
-        ("vision_train", ["configs/laptop.toml"], "tokenizer: unknown field"),
-        ("vision_report", ["d9"], "no run 'd9'"),
-        ("sweep", [], "given no sweep file"),
-        ("sweep", ["configs/laptop.toml"], "sweep: expected a table with name, base and grid"),
-        ("sweep", ["configs/sweep_depth.toml", "--model.depth=3"], "--model.depth: cannot be set: it is an axis"),
-        ("estimate", [], "given no config"),
-        ("estimate", ["configs/laptop.toml", "configs/none.toml"], "no config file configs/none.toml"),
+        ("base_train configs/none.toml", "no config file configs/none.toml"),
+        ("base_train configs/laptop.toml --model.depht=3", "configs/laptop.toml: Unrecognized options: --model.depht"),
+        ("base_train --model.depht=3", "did you mean --model.depth?"),
+        ("base_train configs/laptop.toml --model.depth=x", "Error parsing --model.depth: invalid literal"),
+        ("base_train configs/laptop.toml --model.attention=fair", "given 'fair', expected 'softmax' or 'gka' or"),
+        ("base_train configs/laptop.toml", "no tokenizer at"),
+        ("base_train configs/laptop.toml --resume --overwrite", "expected one of them"),
+        ("data_prep configs/laptop.toml", "scripts.tok_train"),
+        ("tok_train configs/laptop.toml --data.source=files --data.files=/no/*.txt", "nothing matches"),
+        ("tok_eval configs/laptop.toml", "scripts.tok_train"),
+        ("cost --dept 3", "Unrecognized options: --dept, 3 (did you mean --depth?)"),
+        ("cost --depth x", "Error parsing --depth"),
+        ("cost --depth 0", "model.depth: given 0, expected 1 or more"),
+        ("base_eval d9", "no run 'd9'"),
+        ("chat_cli d9 -p x", "no run 'd9'"),
+        ("chat_sft d9", "no run 'd9'"),
+        ("chat_sft", "given no run"),
+        ("chat_sft d9 --resume --overwrite", "expected one of them"),
+        ("compare d9 d8", "no run 'd9'"),
+        ("export_hf d9 out", "no run 'd9'"),
+        ("attention_maps d9", "no run 'd9'"),
+        ("vision_train configs/vision_digits.toml --model.patch_size=3", "given 8, expected a multiple of patch"),
+        ("vision_train configs/vision_digits.toml --data.source=mnist", "Expected one of ('digits', 'huggingface')"),
+        ("vision_train configs/laptop.toml", "tokenizer: unknown field"),
+        ("vision_report d9", "no run 'd9'"),
+        ("sweep", "given no sweep file"),
+        ("sweep configs/laptop.toml", "no [sweep] table, expected one with name, base and grid"),
+        ("sweep configs/sweep_depth.toml --model.depth=3", "--model.depth: cannot be set: it is an axis"),
+        ("estimate configs/none.toml", "no config file configs/none.toml"),
     ],
 )
-def test_wrong_input_gets_one_line_and_a_failing_exit(script, args, named, tmp_path):
-    result = call(script, *args, home=tmp_path)
+def test_wrong_input_gets_one_line_and_a_failing_exit(words, named, tmp_path):
+    result = run_script(*words.split(), home=tmp_path)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert named in result.stderr
@@ -84,51 +105,33 @@ def trained(corpus_home, tmp_path_factory):
     home = tmp_path_factory.mktemp("trained")
     for name in ("tokenizer", "tokens"):
         (home / name).symlink_to(corpus_home / name)
-    result = call("base_train", "configs/laptop.toml", *TINY, "--model.attention=gka", home=home)
+    result = run_script("base_train", "configs/laptop.toml", *TINY, "--model.attention=gka", home=home)
     assert result.returncode == 0, result.stderr
     return home
 
 
 def test_training_again_under_the_same_name_is_refused(trained):
-    result = call("base_train", "configs/laptop.toml", *TINY, "--model.attention=gka", home=trained)
+    result = run_script("base_train", "configs/laptop.toml", *TINY, "--model.attention=gka", home=trained)
     assert result.returncode == 1 and "exists" in result.stderr and result.stderr.count("\n") == 1
 
 
-@pytest.fixture(scope="module")
-def tuned(trained):
-    result = call("chat_sft", "d2_gka", "--chat.conversations=200", "--chat.epochs=0.2", home=trained)
-    assert result.returncode == 0, result.stderr
-    assert "truncated" in result.stdout  # the context is 32 tokens
-    return trained
-
-
-def test_tuning_refuses_what_is_there_and_goes_on_when_asked(tuned):
+def test_tuning_refuses_a_run_that_exists_and_continues_it_when_asked(trained):
     options = ["d2_gka", "--chat.conversations=200", "--chat.epochs=0.2"]
-    again = call("chat_sft", *options, home=tuned)
+    first = run_script("chat_sft", *options, home=trained)
+    assert first.returncode == 0, first.stderr
+    assert "truncated" in first.stdout  # the context is 32 tokens
+    again = run_script("chat_sft", *options, home=trained)
     assert again.returncode == 1 and "run 'd2_gka_chat' exists" in again.stderr
-    resumed = call("chat_sft", *options, "--resume", home=tuned)
+    resumed = run_script("chat_sft", *options, "--resume", home=trained)
     assert resumed.returncode == 0, resumed.stderr
-    other = call("chat_sft", "d2_gka", "--chat.conversations=300", "--resume", home=tuned)
+    other = run_script("chat_sft", "d2_gka", "--chat.conversations=300", "--resume", home=trained)
     assert other.returncode == 1 and "conversations: given 300, the run has 200" in other.stderr
 
 
-def bash_lines():
-    """Every command in the bash blocks of the README and of two pages that one machine can follow."""
-    pages = [README, *((ROOT / "docs" / name).read_text() for name in ("inference.md", "evaluation.md"))]
-    blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
-
-
 def bash(*words, home):
-    return subprocess.run(
-        ["bash", *words],
-        cwd=ROOT,
-        env={**os.environ, "GKACHAT_HOME": str(home), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    environment = {"GKACHAT_HOME": str(home), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    words = ["env", *(f"{name}={value}" for name, value in environment.items()), "bash", *words]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +144,12 @@ def test_the_speedrun_trains_compares_and_says_how_to_talk(speedrun):
     home, result = speedrun
     assert result.returncode == 0, result.stderr
     assert "| parameters |" in result.stdout and "unigram" in result.stdout
-    assert result.stdout.count("  addition  ") == result.stdout.count("  counting  ") == 3
+    assert len(re.findall(r"^ *addition\b", result.stdout, flags=re.M)) == len(ATTENTIONS)
     commands = [line.strip() for line in result.stdout.splitlines() if "scripts.chat_cli" in line]
-    assert len(commands) == 4
+    assert len(commands) == len(ATTENTIONS) + 1
     for command in commands:
-        spoken = bash("-c", f"{command} -p 'What is 12 + 34?' --max-tokens 3", home=home)
+        words = shlex.split(command.partition("scripts.chat_cli")[2])
+        spoken = run_script("chat_cli", *words, "-p", "What is 12 + 34?", "--max-tokens", 3, home=home)
         assert spoken.returncode == 0 and spoken.stdout
     assert (home / "comparisons" / "d4_softmax-d4_gka-d4_gka_plus" / "comparison.png").exists()
 
@@ -168,7 +172,15 @@ def test_a_step_that_fails_stops_the_speedrun_with_its_name(tmp_path):
     assert "== tokenize" not in result.stdout
 
 
-def test_the_readmes_commands_run(speedrun, tmp_path):
+def bash_lines():
+    """Return every command in the bash blocks of the README and of two pages that one machine can follow."""
+    pages = [README, *((ROOT / "docs" / name).read_text() for name in ("inference.md", "evaluation.md"))]
+    blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_the_commands_of_the_readme_run(speedrun, tmp_path):
     home, _ = speedrun
     notes = tmp_path / "notes"
     notes.mkdir()
@@ -176,7 +188,7 @@ def test_the_readmes_commands_run(speedrun, tmp_path):
         (notes / f"{i}.txt").write_text(f"Note {i}. " + " ".join(str(i * k) for k in range(400)))
     ran = 0
     for words in bash_lines():
-        if words[:3] != ["python", "-m", words[2] if len(words) > 2 else ""] or "-m" not in words:
+        if words[:2] != ["python", "-m"]:
             assert words[:2] in (["bash", "speedrun.sh"], ["bash", "tests/run.sh"], ["source", ".venv/bin/activate"])
             continue
         script, args = words[2].removeprefix("scripts."), words[3:]
@@ -185,13 +197,13 @@ def test_the_readmes_commands_run(speedrun, tmp_path):
             args += SMALL
         if script.startswith("bench"):
             args += ["--tokens", 64, "--rounds", 1]
-        result = call(script, *args, home=home)
+        result = run_script(script, *args, home=home)
         assert result.returncode == 0, (words, result.stderr)
         ran += 1
     assert ran >= 8
 
 
-def test_the_readmes_first_screen_has_the_two_commands():
+def test_the_first_screen_of_the_readme_has_the_two_commands():
     first = README.splitlines()[:25]
     assert any(line.startswith("bash speedrun.sh") for line in first)
     assert any(line.startswith("bash tests/run.sh") for line in first)

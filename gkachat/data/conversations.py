@@ -127,11 +127,6 @@ def is_val(key: str, val_fraction: float) -> bool:
     return in_val(hash_64(key.encode(errors="replace")), val_fraction)
 
 
-def multiple_choice(question: str, choices: Sequence[str]) -> str:
-    """Return the text of a question whose answer is a letter."""
-    return "\n".join([question, *(f"{letter}. {text}" for letter, text in zip("ABCDEFGHIJ", choices, strict=False))])
-
-
 def _generated(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator[Conversation]:
     return islice(generated(seed, facts), 40_000)
 
@@ -146,32 +141,10 @@ def _files(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator[Con
             yield _with_key(check_messages(row["messages"], where))
 
 
-def _smoltalk(row: dict[str, Any]) -> Messages:
-    return row["messages"]
-
-
-def _mmlu(row: dict[str, Any]) -> Messages:
-    row = row.get("train", row)
-    return _turn(multiple_choice(row["question"], row["choices"]), "ABCD"[row["answer"]])
-
-
-def _gsm8k(row: dict[str, Any]) -> Messages:
-    return _turn(row["question"], row["answer"])
-
-
-DATASETS = [
-    ("HuggingFaceTB/smol-smoltalk", None, "train", _smoltalk),
-    ("cais/mmlu", "auxiliary_train", "train", _mmlu),
-    ("openai/gsm8k", "main", "train", _gsm8k),
-]
-
-
 def _huggingface(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator[Conversation]:
     """Yield a conversation of each of three datasets in turns, until all of them end."""
 
-    datasets = [
-        map(read, stream_dataset(name, subset, split, shuffle_seed=seed)) for name, subset, split, read in DATASETS
-    ]
+    datasets = [map(read, stream_dataset(name, subset, "train", shuffle_seed=seed)) for name, subset, read in DATASETS]
     while datasets:
         for dataset in list(datasets):
             if (messages := next(dataset, None)) is None:
@@ -189,3 +162,15 @@ def _turn(question: str, answer: str) -> Messages:
 
 def _with_key(messages: Messages) -> Conversation:
     return next(m["content"] for m in messages if m["role"] == "user"), messages
+
+
+def _multiple_choice(row: dict[str, Any]) -> Messages:
+    choices = (f"{letter}. {text}" for letter, text in zip("ABCD", row["choices"], strict=True))
+    return _turn("\n".join([row["question"], *choices]), "ABCD"[row["answer"]])
+
+
+DATASETS = [
+    ("HuggingFaceTB/smol-smoltalk", None, lambda row: row["messages"]),
+    ("cais/mmlu", "auxiliary_train", lambda row: _multiple_choice(row.get("train", row))),
+    ("openai/gsm8k", "main", lambda row: _turn(row["question"], row["answer"])),
+]

@@ -59,7 +59,7 @@ def test_a_base_run_continues_the_prompt_and_the_seed_decides_how(chat):
 
 def test_a_base_run_continues_its_own_answer_from_the_very_same_tokens(chat):
     def answers(max_tokens, *lines):
-        out = chat("base", *lines, json=True, temperature=0, max_tokens=max_tokens)
+        out = chat("base", *lines, as_json=True, temperature=0, max_tokens=max_tokens)
         return [json.loads(line)["answer"] for line in out.splitlines()]
 
     two, one = answers(4, "import", "", "/quit", "not read"), answers(8, "import")
@@ -86,7 +86,7 @@ def test_commands_show_save_forget_and_load_the_conversation(chat, tmp_path):
     ("content", "line", "message"),
     [
         ("", "/load /no/such/file", "/load /no/such/file: .*No such file"),
-        ("[]", "/load {}", "expected histories to be a list"),
+        ("[]", "/load {}", "cannot be read"),
         ('{"histories": []}', "/load {}", "has 0 conversations, expected 1"),
         ('{"histories": [3]}', "/load {}", "given 3, expected a list"),
         ('{"histories": [[{"role": "assistant", "content": ""}]]}', "/load {}", "role 'assistant', expected 'user'"),
@@ -109,7 +109,7 @@ def test_a_home_without_runs_is_an_error(chat, tmp_path, monkeypatch):
 def test_scripts_get_json_and_may_give_whole_conversations(chat):
     messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "Hello!"}]
     lines = ["What?", json.dumps({"messages": messages}), "/reset", "Again"]
-    answers = [json.loads(line) for line in chat("chat", *lines, compare="base", json=True).splitlines()]
+    answers = [json.loads(line) for line in chat("chat", *lines, compare="base", as_json=True).splitlines()]
     assert [(answer["run"], answer["prompt"]) for answer in answers] == [
         (run, prompt) for prompt in ("What?", "Hello!", "Again") for run in ("chat", "base")
     ]
@@ -120,7 +120,7 @@ def test_scripts_get_json_and_may_give_whole_conversations(chat):
         ({}, "given None"),
     ):
         with pytest.raises(ValueError, match=message):
-            chat("chat", json.dumps(bad), json=True)
+            chat("chat", json.dumps(bad), as_json=True)
 
 
 def test_compared_runs_are_named_in_front_of_their_answers(chat):
@@ -170,6 +170,20 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(capsys):
     for question in "abc":
         chat.ask(question)
     assert capsys.readouterr().out == "answer 1.\nanswer 2\nanswer 3.\n"
+
+
+def test_answers_side_by_side_take_turns_and_ctrl_c_ends_both(capsys):
+    closed = []
+
+    def answer(name):
+        try:
+            yield from (f"{name}{i} " for i in range(2))
+            raise KeyboardInterrupt
+        finally:
+            closed.append(name)
+
+    chat_cli.print_side_by_side(["one", "two"], [answer("x"), answer("y")])
+    assert re.search(r"x0 x1 .* y0 y1", capsys.readouterr().out) and closed == ["x", "y"]
 
 
 def test_ctrl_c_at_a_terminal_does_not_end_the_program(home):

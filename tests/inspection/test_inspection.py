@@ -3,11 +3,11 @@
 import json
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
 import torch
-import tyro
 from conftest import TINY, call, untrained_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,8 +20,7 @@ from gkachat.inspection.page import page
 from gkachat.inspection.report import markdown, write_inspection
 from gkachat.inspection.statistics import Inspection, head_statistics, inspect_run, sigma_history
 from gkachat.tokenizer import Tokenizer
-from scripts import cli
-from scripts.attention_maps import main
+from scripts import attention_maps, cli
 
 SHAPE = {"depth": 2, "vocab_size": 512, "sequence_len": 256, "n_embd": 32, "head_dim": 16, "window_pattern": "SL"}
 VARIANTS = {
@@ -124,10 +123,15 @@ def run(home):
 
 
 @pytest.fixture
-def attention_maps(home, monkeypatch):
+def run_script(home, monkeypatch):
     """Run the script's command line in this process."""
     monkeypatch.setenv("GKACHAT_HOME", str(home))
-    return lambda *args: cli.run(lambda: tyro.cli(main, args=[*map(str, args)]))
+
+    def run_script(*args):
+        monkeypatch.setattr(sys, "argv", ["attention_maps", *map(str, args)])
+        cli.run(attention_maps.main, attention_maps.__doc__)
+
+    return run_script
 
 
 def test_sigma_history_comes_from_the_log_or_else_from_checkpoints(run, tmp_path):
@@ -166,9 +170,9 @@ def test_the_table_has_only_columns_that_apply(home):
     assert "unassigned" not in softmax and "sigma" not in softmax
 
 
-def test_the_script_reads_val_documents_and_lists_what_it_wrote(run, attention_maps, capsys):
+def test_the_script_reads_val_documents_and_lists_what_it_wrote(run, run_script, capsys):
     with pytest.raises(SystemExit) as exit:
-        attention_maps("d2_gka", "--documents=3")
+        run_script("d2_gka", "--documents=3")
     assert not exit.value.code
     printed = capsys.readouterr().out
     assert "3 val documents, 96 tokens read" in printed and "| 1.1 |" in printed  # contexts of 32
@@ -176,7 +180,7 @@ def test_the_script_reads_val_documents_and_lists_what_it_wrote(run, attention_m
     assert (run / "attention_maps" / "maps.html").exists()
 
 
-def test_invalid_requests_end_with_one_line(attention_maps, tmp_path, capsys):
+def test_invalid_requests_end_with_one_line(run_script, tmp_path, capsys):
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "empty").write_bytes(b"")
     for args, message in (
@@ -190,7 +194,7 @@ def test_invalid_requests_end_with_one_line(attention_maps, tmp_path, capsys):
         (["d2_gka", "--step", "3"], "no checkpoint of step 3"),
     ):
         with pytest.raises(SystemExit, match="1"):
-            attention_maps(*args, "--out", tmp_path / "out")
+            run_script(*args, "--out", tmp_path / "out")
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and error.count("\n") == 1
         assert not (tmp_path / "out").exists()
