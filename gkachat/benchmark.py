@@ -1,11 +1,14 @@
-"""Timing contestants against each other in one run, and what the machine could do at best.
+"""Time several functions against each other in one run, and publish the result as a table.
 
     timings = benchmark({"a": run_a, "b": run_b}, device, rounds=10)
     timings["b"].median / timings["a"].median
 
-Contestants take turns, A B A B, so that whatever else the machine does falls on all of them alike.
+Contestants take turns, A B A B, so that other load on the machine falls on all of them alike.
+The bench scripts run on GPU machines that have torch but not this project's other dependencies. They take their
+command line from here, through argparse, and import nothing that imports tyro, wandb, datasets or tiktoken.
 """
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -21,29 +24,29 @@ from typing import Any
 import torch
 
 from gkachat.files import write_text
-from gkachat.machine import commit, device_name, processor
+from gkachat.machine import commit, device_name, pick_device, pick_dtype, processor
 
-SHORTEST = 0.02  # seconds a sample takes at least: shorter runs are repeated within it
+MIN_SAMPLE_SECONDS = 0.02  # shorter runs are repeated within a sample
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one run, over all rounds."""
+    """Seconds per run over all rounds."""
 
     median: float
     low: float
     high: float
     peak_bytes: int | None
-    """Most bytes the device's allocator held beyond what was there before; None on a CPU."""
+    """Bytes that the device's allocator held at most, beyond those held before the run; None on a CPU."""
 
 
 def benchmark(contestants: dict[str, Callable[[], Any]], device: torch.device, rounds: int = 10) -> dict[str, Timing]:
-    """Time each of them `rounds` times, in turns, after a run to warm up."""
+    """Run each contestant once to warm up, then time each of them `rounds` times, in turns."""
     repeats, peaks, samples = {}, {}, {name: [] for name in contestants}
     for name, run in contestants.items():
         run()
-        peaks[name] = _peak(run, device)
-        repeats[name] = max(1, round(SHORTEST / max(1e-6, _seconds(run, device, 1))))
+        peaks[name] = _peak_bytes(run, device)
+        repeats[name] = max(1, round(MIN_SAMPLE_SECONDS / max(1e-6, _seconds(run, device, 1))))
     for _ in range(rounds):
         for name, run in contestants.items():
             samples[name].append(_seconds(run, device, repeats[name]))
@@ -66,7 +69,7 @@ def _seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> floa
     return (time.perf_counter() - before) / repeats
 
 
-def _peak(run: Callable[[], Any], device: torch.device) -> int | None:
+def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -78,7 +81,7 @@ def _peak(run: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def measured_peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(FLOP/s of a large matrix product in this dtype, bytes/s of a large copy), the best of several."""
+    """Return FLOP/s of a large matrix product in `dtype` and bytes/s of a large copy, the best of several."""
     n = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
@@ -88,7 +91,7 @@ def measured_peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, flo
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """Where and with what a result was measured."""
+    """Return the machine, the date, the commit and the versions that a result was measured with."""
     versions = {}
     for package in ("torch", "triton", "flash-attn", "flash-attn-3"):
         try:
@@ -106,29 +109,62 @@ def facts(device: torch.device) -> dict[str, str]:
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
-    """Markdown. `columns` has, under its header, how a row's figures are shown: "{step_ms:.1f}". One that no row has
-    figures for is left out."""
+    """Return a Markdown table. `columns` maps headers to format strings over a row, like "{step_ms:.1f}".
 
-    def show(template: str, row: dict[str, Any]) -> str:
+    A figure that is None leaves its cell empty; a column without any figure is left out.
+    """
+
+    def cell(template: str, row: dict[str, Any]) -> str:
         try:
             return template.format(**row)
         except TypeError:  # None has no decimals
             return ""
 
-    shown = {header: [show(template, row) for row in rows] for header, template in columns.items()}
-    shown = {header: column for header, column in shown.items() if any(column)}
-    lines = [[*shown], ["---", *["---:"] * (len(shown) - 1)], *zip(*shown.values(), strict=True)]
+    cells = {header: [cell(template, row) for row in rows] for header, template in columns.items()}
+    cells = {header: column for header, column in cells.items() if any(column)}
+    lines = [[*cells], ["---", *["---:"] * (len(cells) - 1)], *zip(*cells.values(), strict=True)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def publish(title: str, result: dict[str, Any], table: str, device: torch.device, out: str | None) -> None:
-    """Print a benchmark's table; with `out`, write OUT.json and OUT.md: the figures, the command, the machine."""
+    """Print a benchmark's table; with `out`, write OUT.json and OUT.md: figures, command and machine."""
     where = facts(device)
-    print(f"\n{table}\n{', '.join(f'{key} {value}' for key, value in where.items())}")
+    where_line = ", ".join(f"{key} {value}" for key, value in where.items())
+    print(f"\n{table}\n{where_line}")
     if out is None:
         return
     command = f"python -m scripts.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}"
-    told = {"command": command, "facts": where, **result}
-    write_text(Path(out).with_suffix(".json"), json.dumps(told, indent=1) + "\n")
-    where = ", ".join(f"{key} {value}" for key, value in where.items())
-    write_text(Path(out).with_suffix(".md"), f"# {title}\n\n{table}\n`{command}`\n\n{where}\n")
+    published = {"command": command, "facts": where, **result}
+    write_text(Path(out).with_suffix(".json"), json.dumps(published, indent=1) + "\n")
+    write_text(Path(out).with_suffix(".md"), f"# {title}\n\n{table}\n`{command}`\n\n{where_line}\n")
+
+
+def benchmark_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that all bench scripts share."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m scripts.{Path(sys.argv[0]).stem}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="auto", help="a torch device, or auto")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="of activations")
+    parser.add_argument("--rounds", type=positive, default=10, help="samples of each contestant")
+    parser.add_argument("--threads", type=positive, help="CPU threads; by default all")
+    parser.add_argument("--out", help="write OUT.json and OUT.md")
+    return parser
+
+
+def positive(text: str) -> int:
+    """Read a positive integer, as an argparse type."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"given {text!r}, expected a number above 0")
+    return int(text)
+
+
+def parse_benchmark(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, torch.device, torch.dtype]:
+    """Parse the command line; return its options with the device and dtype they select."""
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = pick_device(options.device)
+    return options, device, pick_dtype(options.dtype, device)

@@ -1,64 +1,72 @@
-"""Byte-level BPE: trained with `tokenizers`, stored as its JSON, run through tiktoken.
+"""Byte-level BPE tokenizer: trained with `tokenizers`, stored as its JSON, run through tiktoken.
 
     tokenizer = train_tokenizer(texts, vocab_size=32768)
-    tokenizer.save(directory); tokenizer = Tokenizer.load(directory)
-    ids = tokenizer.encode("text")           # never a special token, whatever the text says
-    ids = [tokenizer.bos, *ids]
+    tokenizer.save(directory)
+    tokenizer = Tokenizer.load(directory)
+    ids = [tokenizer.bos, *tokenizer.encode("text")]
 
-Ids: the 256 bytes and the merges in the order they were learned, special tokens last.
+The ids of bytes and merges come first, in the order in which they were learned. Special tokens come last. Text never
+becomes a special token, even if it spells one.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 from gkachat.files import write_text
 
 BOS = "<|bos|>"
+# Nothing uses the last four tokens yet. They are reserved for a Python tool, and they stay in the vocabulary because
+# tokenizers, shards and checkpoints that exist already count their ids.
 SPECIAL_TOKENS = (
     BOS,  # starts every document
     "<|user_start|>",
     "<|user_end|>",
     "<|assistant_start|>",
     "<|assistant_end|>",
-    "<|python_start|>",  # the assistant calls the Python tool ...
+    "<|python_start|>",
     "<|python_end|>",
-    "<|output_start|>",  # ... and reads what it printed
+    "<|output_start|>",
     "<|output_end|>",
 )
 
-# GPT-4's split pattern with numbers cut into at most two digits instead of three: a small vocabulary has better uses.
+# GPT-4's split pattern, but with at most two digits a token instead of three. In a small vocabulary, tokens for every
+# three-digit number would take the place of more useful ones.
 SPLIT_PATTERN = (
     r"(?i:'(?:[sdmt]|ll|ve|re))|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
-LONGEST_PIECE = 500_000  # characters that are encoded at a time
+LONE_SURROGATE = re.compile("([\ud800-\udfff])")  # has no UTF-8, but JSON can spell it
+CHUNK_CHARS = 500_000  # tiktoken's regex overflows its stack on a run of a million spaces
 FILE_NAME = "tokenizer.json"
 
 
 class Tokenizer:
-    """Text to ids and back, from the JSON of a `tokenizers` byte-level BPE."""
+    """Converts text to token ids and back. `special` maps names of special tokens to ids; `vocab_size` counts them."""
 
     def __init__(self, json_text: str):
+        """`json_text` is the content of a tokenizer.json. Raises ValueError if ids have gaps or a byte has no token."""
         self.json_text = json_text
         stored = json.loads(json_text)
-        to_byte = _byte_of_letter()
+        letter_to_byte = _letter_to_byte()
         self.special = {token["content"]: token["id"] for token in stored["added_tokens"]}
         ranks = {
-            bytes(to_byte[letter] for letter in token): rank
+            bytes(letter_to_byte[letter] for letter in token): rank
             for token, rank in stored["model"]["vocab"].items()
             if token not in self.special
         }
         n_tokens = len(ranks) + len(self.special)
         if {*ranks.values(), *self.special.values()} != set(range(n_tokens)):
-            raise ValueError(f"ids of its {n_tokens} tokens are not 0 to {n_tokens - 1}")
+            raise ValueError(f"the ids of its {n_tokens} tokens are not 0 to {n_tokens - 1}")
         if any(bytes([byte]) not in ranks for byte in range(256)):
-            raise ValueError("not every byte has a token")
+            raise ValueError("some byte has no token")
+        import tiktoken  # here, since scripts.bench_decode runs on machines without it
+
         self.encoding = tiktoken.Encoding(
             name="gkachat", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special
         )
@@ -67,70 +75,69 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Raises FileNotFoundError where there is none, ValueError where the file is not one of ours."""
+        """Read what `save` wrote. Raises FileNotFoundError if it is missing, ValueError if it is damaged."""
         path = Path(directory) / FILE_NAME
         if not path.exists():
             raise FileNotFoundError(f"no tokenizer at {path}; train one with python -m scripts.tok_train CONFIG")
         try:
             return cls(path.read_text())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise ValueError(f"{path} is not a gkachat tokenizer ({error!r}); train it anew") from None
+            raise ValueError(f"{path} is not a gkachat tokenizer ({error!r}); train it again") from None
 
     def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json into a directory, which is made if needed."""
         write_text(Path(directory) / FILE_NAME, self.json_text)
 
     @property
     def sha256(self) -> str:
-        """What shards and checkpoints remember this tokenizer by."""
+        """Hash by which shards and checkpoints identify their tokenizer."""
         return hashlib.sha256(self.json_text.encode()).hexdigest()
 
-    def encode(self, text: str | bytes) -> list[int]:
-        """Ids of a text, or of any bytes; text that spells a special token is encoded as the text it is."""
-        if isinstance(text, str):
-            try:
-                text.encode()
-            except UnicodeEncodeError:  # lone surrogates have no UTF-8; their bytes still round-trip
-                return self.encode(text.encode(errors="surrogatepass"))
-            return [id for piece in _pieces(text) for id in self.encoding.encode_ordinary(piece)]
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text. Special tokens in it are encoded as plain text, lone surrogates as their bytes."""
         ids = []
-        while text:
-            try:
-                return ids + self.encode(text.decode())
-            except UnicodeDecodeError as error:
-                ids += self.encode(text[: error.start].decode())
-                ids += (self.encoding.encode_single_token(text[i : i + 1]) for i in range(error.start, error.end))
-                text = text[error.end :]
+        for part in LONE_SURROGATE.split(text):
+            if LONE_SURROGATE.match(part):
+                data = part.encode(errors="surrogatepass")
+                ids += [self.encoding.encode_single_token(bytes([byte])) for byte in data]
+            else:
+                ids += [id for chunk in _chunks(part) for id in self.encoding.encode_ordinary(chunk)]
         return ids
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
-        """`encode` of valid text into uint16, without Python's integers in between: several times faster."""
-        pieces = [self.encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
-        return np.concatenate(pieces).astype(np.uint16) if pieces else np.empty(0, np.uint16)
+        """Return the ids of valid UTF-8 text as uint16. Several times faster than `encode`, which makes Python ints."""
+        chunks = [self.encoding.encode_to_numpy(chunk, disallowed_special=()) for chunk in _chunks(text)]
+        return np.concatenate(chunks).astype(np.uint16) if chunks else np.empty(0, np.uint16)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Return the bytes of the ids, which need not be valid UTF-8."""
         return self.encoding.decode_bytes(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, with U+FFFD for what is not UTF-8."""
+        """Return the text of the ids. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int32: how many bytes of text each id stands for; 0 for special tokens."""
+        """Return the number of bytes of each token, (vocab_size,) int32. Special tokens have none."""
         special = set(self.special.values())
         lengths = (0 if i in special else len(self.decode_bytes([i])) for i in range(self.vocab_size))
         return np.fromiter(lengths, dtype=np.int32, count=self.vocab_size)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn merges from texts. Raises ValueError when the texts are empty.
-
-    A corpus too small for so many merges gives a smaller vocabulary.
-    """
+    """Learn a vocabulary from texts; too small a corpus gives a smaller one. Raises ValueError if there is no text."""
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Trainable
+    from tokenizers import Tokenizer as BPE
 
-    counter = _Counted(texts)
-    bpe = Trainable(models.BPE())
+    n_chars = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal n_chars
+        for text in texts:
+            n_chars += len(text)
+            yield text
+
+    bpe = BPE(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
@@ -143,34 +150,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(counter, trainer)
-    if not counter.characters:
+    bpe.train_from_iterator(counted(), trainer)
+    if not n_chars:
         raise ValueError("the tokenizer was given no text to learn from")
     bpe.add_special_tokens(list(SPECIAL_TOKENS))
     return Tokenizer(bpe.to_str())
 
 
-class _Counted:
-    def __init__(self, texts: Iterable[str]):
-        self.texts, self.characters = texts, 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self.texts:
-            self.characters += len(text)
-            yield text
+def _chunks(text: str) -> list[str]:
+    return [text[i : i + CHUNK_CHARS] for i in range(0, len(text), CHUNK_CHARS)]
 
 
-def _pieces(text: str) -> list[str]:
-    """The text itself, or pieces of it: a run of a million spaces overflows the stack of tiktoken's regex."""
-    return [text[i : i + LONGEST_PIECE] for i in range(0, len(text), LONGEST_PIECE)]
+def _letter_to_byte() -> dict[str, int]:
+    """Return the byte behind each letter of a byte-level vocabulary, by GPT-2's convention that `tokenizers` follows.
 
-
-def _byte_of_letter() -> dict[str, int]:
-    """The byte behind each letter of a byte-level vocabulary.
-
-    Printable Latin-1 letters stand for their own byte; the other bytes, in order, for the letters from U+0100 on
-    (GPT-2's convention, which `tokenizers` follows).
+    Printable Latin-1 letters stand for their own byte. Letters from U+0100 on stand for the other bytes, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    other = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(other)}

@@ -1,20 +1,17 @@
-"""Look inside a run: what its heads attend to and how far, its bandwidths, maps of its weights over real tokens.
+"""Show what a run's heads attend to: statistics of each head, maps of its weights over real tokens, its bandwidths.
 
 python -m scripts.attention_maps d4_gka
 python -m scripts.attention_maps d4_softmax --prompt "def add(a, b):" --heads 0.0 3.2
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated
-
-if sys.path[0] == str(Path(__file__).parent):  # run by its path: this file is not the standard library's inspect
-    sys.path[0] = str(Path(__file__).parents[1])
 
 import tyro
 
 from gkachat.checkpoint import find_run
-from gkachat.inspection.report import inspect_run, markdown, write_inspection
+from gkachat.inspection.report import markdown, write_inspection
+from gkachat.inspection.statistics import inspect_run
 from gkachat.machine import pick_device
 from gkachat.train.metrics import upload
 from scripts.cli import run
@@ -32,19 +29,19 @@ def main(
     out: Path | None = None,
     wandb: str = "",
 ) -> None:
-    """Print a table, a row a head, and draw pictures and a page.
+    """Print a table with a row for each head; write figures and a web page.
 
     Args:
-        run_name: A run's name, or the path of its directory.
-        text: A file to read instead of val documents.
-        prompt: A text to read instead of val documents.
-        heads: LAYER.HEAD, counted from 0, that maps are drawn of; by default 12, evenly spaced.
-        tokens: How many tokens the maps show.
-        documents: How many val documents are read.
-        step: Which checkpoint; by default the last.
+        run_name: Name of a run, or the path of its directory.
+        text: UTF-8 file to read instead of val documents.
+        prompt: Text to read instead of val documents.
+        heads: Heads to map, as LAYER.HEAD counted from 0; by default 12, evenly spaced.
+        tokens: Number of tokens that the maps show.
+        documents: Number of val documents to read.
+        step: Checkpoint to load; by default the last.
         device: A torch device, or auto.
-        out: Directory to write to; by default inspect/ in the run's.
-        wandb: Weights & Biases project to send all files to; empty: none.
+        out: Directory to write to; by default attention_maps/ in the run's directory.
+        wandb: Weights & Biases project that receives all files; empty: none.
     """
     if text is not None and prompt is not None:
         raise ValueError("given --text and --prompt, expected one of them")
@@ -57,13 +54,13 @@ def main(
     inspection = inspect_run(
         run_dir, text=prompt, step=step, device=pick_device(device), documents=documents, tokens=tokens, heads=heads
     )
-    directory = out or run_dir / "inspect"
+    directory = out or run_dir / "attention_maps"
     files = write_inspection(inspection, directory)
     print(markdown(inspection))
     print(f"written to {directory}: {', '.join(files)}")
     if wandb:
-        upload(wandb, "inspection", inspection.run, directory, files)
+        upload(wandb, "attention_maps", inspection.run, directory, files)
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(main, description=__doc__))
+    run(main, __doc__)

@@ -1,4 +1,4 @@
-"""Time the attention operator and the whole attention sublayer: softmax, GKA, GKA on normalised features, naive GKA.
+"""Time the attention operator and the attention layer: softmax, GKA, GKA on normalised features, naive GKA.
 
 python -m scripts.bench_attention
 python -m scripts.bench_attention --batch 16 --tokens 2048 --heads 10 --windows 512 full --compile --out results/h200
@@ -12,40 +12,51 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gkachat.attention.backends import gka_backend, softmax_backend
+from gkachat.attention import QKV, attention_class
 from gkachat.attention.features import rms_norm, rope_table
-from gkachat.attention.fused import visible
-from gkachat.attention.layers import ATTENTION
-from gkachat.benchmark import benchmark, measured_peaks, publish, table
+from gkachat.attention.kernels.choose import Kernel, KernelSpec, choose_kernel
+from gkachat.attention.kernels.reference import visible
+from gkachat.benchmark import benchmark, benchmark_parser, measured_peaks, parse_benchmark, positive, publish, table
 from gkachat.config import GKAConfig, GPTConfig
-from scripts.cli import benchmark_parser, parse_benchmark, positive, run
+from scripts.cli import run
 
-VARIANTS = {"gka": GKAConfig(), "gka normalised": GKAConfig(normalize=True)}
-NAIVE_BYTES = 16 * 2**30  # the naive operator is left out where its T x T tensors would take more
+# Functions of some inputs, with these inputs, by name.
+Contestants = dict[str, tuple[Callable[..., Tensor], list[Tensor]]]
+
+GKA_VARIANTS = {"gka": GKAConfig(), "gka normalised": GKAConfig(normalize=True)}
+LEVELS = ("operator", "sublayer")
+MAX_NAIVE_BYTES = 16 * 2**30  # the naive operator is left out where its T x T tensors would take more
 
 
-def operators(shape: tuple[int, int, int, int], window: int | None, device, dtype) -> dict[str, tuple[Callable, list]]:
-    """Name -> (function of the inputs, inputs); inputs and outputs (B, T, H, D)."""
+def operators(
+    shape: tuple[int, int, int, int], window: int | None, device: torch.device, dtype: torch.dtype
+) -> Contestants:
+    """Return the attention operators; inputs and outputs are (B, T, H, D)."""
     B, T, H, D = shape
-    place = {"device": device, "dtype": dtype}
-    q, k, v, x = (torch.randn(shape, **place).requires_grad_() for _ in range(4))
+    q, k, v, x = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(4))
     sigma = torch.full((H,), math.sqrt(D / 2), device=device, requires_grad=True)
-    softmax = softmax_backend(device, dtype, D, window, T)
-    found = {f"softmax ({softmax.name})": (partial(softmax.attend, window=window, scale=D**-0.5), [q, k, v])}
-    for name, options in VARIANTS.items():
-        backend = gka_backend(device, dtype, D, window, T, options)
-        found[f"{name} ({backend.name})"] = (partial(_without_rope, backend.attend), [x, sigma])
-    if 8 * B * H * T * T * torch.finfo(torch.float32).bits // 8 <= NAIVE_BYTES:
+    softmax = choose_kernel(KernelSpec(D, T, window), device, dtype)
+    found: Contestants = {f"softmax ({softmax.name})": (partial(softmax_operator, softmax), [q, k, v])}
+    for name, options in GKA_VARIANTS.items():
+        kernel = choose_kernel(KernelSpec(D, T, window, gaussian=True, unit_norm=options.normalize), device, dtype)
+        operator = partial(gka_operator, kernel, options.normalize)
+        found[f"{name} ({kernel.name})"] = (operator, [x, sigma])
+    if 8 * B * H * T * T * torch.float32.itemsize <= MAX_NAIVE_BYTES:
         found["gka naive"] = (partial(naive, mask=visible(T, window, device=device)), [x, sigma])
     return found
 
 
-def _without_rope(attend: Callable, x: Tensor, sigma: Tensor) -> Tensor:
-    return attend(x, sigma, None)
+def softmax_operator(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return kernel.attend(QKV(q, k, v, scale=q.size(-1) ** -0.5))
+
+
+def gka_operator(kernel: Kernel, normalize: bool, x: Tensor, sigma: Tensor) -> Tensor:
+    x = rms_norm(x) if normalize else x
+    return kernel.attend(QKV(x, x, x, sigma=sigma))
 
 
 def naive(x_BTHD: Tensor, sigma_H: Tensor, mask: Tensor) -> Tensor:
-    """GKA as one writes it down: all squared distances, the kernel, the mask, the division by the row's sum."""
+    """Compute GKA literally: all squared distances, the kernel, the mask, the division by the row's sum."""
     x = x_BTHD.transpose(1, 2)
     norms = x.float().square().sum(-1, keepdim=True)
     distances = norms + norms.mT - 2 * x @ x.mT
@@ -53,28 +64,27 @@ def naive(x_BTHD: Tensor, sigma_H: Tensor, mask: Tensor) -> Tensor:
     return ((weights / weights.sum(-1, keepdim=True)).to(x.dtype) @ x).transpose(1, 2)
 
 
-def sublayers(shape: tuple[int, int, int, int], window: int | None, device, dtype) -> dict[str, tuple[Callable, list]]:
-    """Whole attention layers with their norm and projections; inputs and outputs (B, T, C)."""
+def sublayers(
+    shape: tuple[int, int, int, int], window: int | None, device: torch.device, dtype: torch.dtype
+) -> Contestants:
+    """Return whole attention layers with their norm and projections; inputs and outputs are (B, T, C)."""
     B, T, H, D = shape
-    found = {}
-    for name, attention, options in (
-        ("softmax", "softmax", GKAConfig()),
-        *((name, "gka", options) for name, options in VARIANTS.items()),
-    ):
-        # Of two layers the first has no value embedding: the comparison is of attention alone.
+    found: Contestants = {}
+    for name, options in {"softmax": GKAConfig(), **GKA_VARIANTS}.items():
+        attention = "softmax" if name == "softmax" else "gka"
         config = GPTConfig(
-            depth=2, attention=attention, vocab_size=2, sequence_len=max(2, T), n_embd=H * D, head_dim=D, gka=options
-        )
+            depth=1, attention=attention, vocab_size=2, sequence_len=max(2, T), n_embd=H * D, head_dim=D,
+            value_embeddings=False, gka=options,
+        )  # fmt: skip
         with device:
-            layer, idx = ATTENTION[attention](config, 0), torch.zeros(B, T, dtype=torch.long)
+            layer, idx = attention_class(attention)(config, 0), torch.zeros(B, T, dtype=torch.long)
         layer.window = window
-        layer.choose_backend(device, dtype)
-        with torch.no_grad():
-            layer.init_weights()
-            layer.c_proj.weight.normal_(std=(H * D) ** -0.5)
+        layer.choose_kernels(device, dtype)
+        layer.init_weights()
+        torch.nn.init.normal_(layer.c_proj.weight, std=(H * D) ** -0.5)
         x = torch.randn(B, T, H * D, device=device, dtype=dtype).requires_grad_()
         function = partial(_sublayer, layer, idx, rope_table(T, D, device))
-        found[f"{name} ({layer.backend.name})"] = (function, [x, *layer.parameters()])
+        found[f"{name} ({layer.kernel.name})"] = (function, [x, *layer.parameters()])
     return found
 
 
@@ -83,7 +93,7 @@ def _sublayer(layer, idx, rope, x, *parameters) -> Tensor:
 
 
 def passes(function: Callable, inputs: list[Tensor], compiled: bool) -> tuple[Callable, Callable]:
-    """A forward, as in training, and a forward with its backward."""
+    """Return a function that runs the forward, as in training, and one that runs forward and backward."""
     if compiled:
         function = torch.compile(function, dynamic=False)
     dy = torch.randn_like(function(*inputs).detach())
@@ -93,23 +103,25 @@ def passes(function: Callable, inputs: list[Tensor], compiled: bool) -> tuple[Ca
 def bound(
     name: str, sublayer: bool, shape, window: int | None, dtype, peaks: tuple[float, float]
 ) -> tuple[float, float]:
-    """(FLOPs, least seconds by count) of a forward with its backward, at the measured peaks.
+    """Return the FLOPs of forward and backward, and the least seconds they take at the measured peaks.
 
-    The operator: two products forward, five backward, over the pairs that are seen; softmax moves q, k, v, y and their
-    gradients, GKA x, y and theirs. A projection: three products of B T C x C in all.
+    The operator has two products forward and five backward over the visible pairs. Softmax moves q, k, v, y and their
+    gradients; GKA moves x, y and theirs. A projection has three products of (B T, C) x (C, C).
     """
     B, T, H, D = shape
     w = T if window is None else min(window, T)
     pairs = w * (w + 1) // 2 + (T - w) * w
-    softmax, row = name.startswith("softmax"), B * T * H * D * torch.finfo(dtype).bits // 8
-    stages = [(14 * B * H * D * pairs, (12 if softmax else 6) * row)]
+    softmax, tensor_bytes = name.startswith("softmax"), B * T * H * D * dtype.itemsize
+    stages = [(14 * B * H * D * pairs, (12 if softmax else 6) * tensor_bytes)]
     if sublayer:
         projections = 4 if softmax else 1
-        stages.append((6 * projections * B * T * (H * D) ** 2, 6 * projections * row))
-    return sum(f for f, _ in stages), sum(max(f / peaks[0], n / peaks[1]) for f, n in stages)
+        stages.append((6 * projections * B * T * (H * D) ** 2, 6 * projections * tensor_bytes))
+    seconds = sum(max(flops / peaks[0], moved / peaks[1]) for flops, moved in stages)
+    return sum(flops for flops, _ in stages), seconds
 
 
 def measure(level: str, shape, window: int | None, device, dtype, peaks, compiled: bool, rounds: int) -> list[dict]:
+    """Time all contestants of one shape; return a row of the table for each."""
     found = (operators if level == "operator" else sublayers)(shape, window, device, dtype)
     contestants = {}
     for name, (function, inputs) in found.items():
@@ -147,16 +159,19 @@ COLUMNS = {
 }
 
 
+def _window(text: str) -> int | None:
+    return None if text == "full" else positive(text)
+
+
 def main() -> None:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the contestants")
-    parser.add_argument("--batch", type=positive, nargs="+", default=[2])
-    parser.add_argument("--tokens", type=positive, nargs="+", default=[1024])
-    parser.add_argument("--heads", type=positive, nargs="+", default=[4])
-    parser.add_argument("--head-dim", type=positive, nargs="+", default=[128])
-    seen = lambda text: None if text == "full" else positive(text)  # noqa: E731
-    parser.add_argument("--windows", type=seen, nargs="+", default=[None], help="positions seen, or full")
-    parser.add_argument("--levels", nargs="+", choices=["operator", "sublayer"], default=["operator", "sublayer"])
+    parser.add_argument("--compile", action="store_true", help="compile the contestants with torch.compile")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[2], help="rows")
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[1024], help="tokens of a row")
+    parser.add_argument("--heads", type=positive, nargs="+", default=[4], help="heads")
+    parser.add_argument("--head-dim", type=positive, nargs="+", default=[128], help="channels of a head")
+    parser.add_argument("--windows", type=_window, nargs="+", default=[None], help="visible positions, or full")
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="what is timed")
     options, device, dtype = parse_benchmark(parser)
     torch.manual_seed(0)
     peaks = measured_peaks(device, dtype)

@@ -1,4 +1,4 @@
-"""Time decoding with a cache, softmax beside GKA, against the plain loop that runs the whole context for each token.
+"""Time decoding with a cache, softmax beside GKA, and the plain loop that runs the whole context for each token.
 
 python -m scripts.bench_decode --depth 12 --tokens 1024
 python -m scripts.bench_decode --depth 20 --tokens 128 1024 2048 --batch 1 8 64 --compile --out results/h200_decode
@@ -10,35 +10,38 @@ from functools import partial
 import torch
 
 from gkachat.attention.cache import Cache
-from gkachat.benchmark import benchmark, measured_peaks, publish, table
+from gkachat.benchmark import benchmark, benchmark_parser, measured_peaks, parse_benchmark, positive, publish, table
 from gkachat.config import GPTConfig
 from gkachat.inference.decoder import Decoder
-from gkachat.inference.engine import BLOCK
 from gkachat.inference.quantize import for_inference
 from gkachat.inference.sampling import Sampling
 from gkachat.model.gpt import GPT
-from scripts.cli import benchmark_parser, parse_benchmark, positive, run
+from scripts.cli import run
+
+BLOCK = 256  # tokens of a prompt that are read at a time, as in inference/engine.py, which needs tiktoken
+ATTENTIONS = ("softmax", "gka", "gka_plus")
 
 
-def filled(model: GPT, idx: torch.Tensor, room: int) -> Cache:
-    """A cache that has read these tokens, with room for more."""
-    cache = model.make_cache(idx.size(0), idx.size(1) + room, block=BLOCK)
-    for at in range(0, idx.size(1), BLOCK):
-        model.decode(idx[:, at : at + BLOCK], cache, slice(0, idx.size(0)))
+def prefill(model: GPT, idx: torch.Tensor) -> Cache:
+    """Return a cache that holds these tokens and has room for one more."""
+    rows, T = idx.shape
+    cache = model.make_cache(rows, T + 1, block=BLOCK)
+    for part in idx.split(BLOCK, dim=1):
+        model(part, cache=cache.step(slice(0, rows), part.size(1)), logits_to_keep=1)
     return cache
 
 
 def decode_step(model: GPT, idx: torch.Tensor, compile: bool) -> tuple[Callable[[], object], Cache]:
-    """One token for each row, read, and the next drawn; every repetition does so at the same length."""
-    cache = filled(model, idx, 1)
+    """Return a function that decodes one token for each row, and its cache. Every call starts from the same length."""
+    cache = prefill(model, idx)
     decoder = Decoder(model, cache, model.config.vocab_size, compile)
     for row in range(idx.size(0)):
-        decoder.place(row, Sampling(top_k=50), [])
+        decoder.set_row(row, Sampling(top_k=50), [])
     lengths, tokens, draws = list(cache.lengths), idx[:, -1].tolist(), [0.5] * idx.size(0)
 
     def step() -> None:
         cache.lengths[:] = lengths
-        decoder(tokens, draws)
+        decoder.step(tokens, draws)
 
     return step, cache
 
@@ -47,13 +50,14 @@ def decode_step(model: GPT, idx: torch.Tensor, compile: bool) -> tuple[Callable[
 def measure(
     models: dict[str, GPT], tokens: int, batch: int, rounds: int, bandwidth: float, compile: bool
 ) -> list[dict]:
+    """Time all models at one context and batch; return a row of the table for each."""
     device = next(iter(models.values())).wte.weight.device
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(next(iter(models.values())).config.vocab_size, (batch, tokens), generator=generator).to(device)
     contestants, caches = {}, {}
     for name, model in models.items():
         contestants[name, "step"], caches[name] = decode_step(model, idx, compile)
-        contestants[name, "prefill"] = partial(filled, model, idx[:1], 1)
+        contestants[name, "prefill"] = partial(prefill, model, idx[:1])
         if batch == 1:
             contestants[name, "no cache"] = lambda model=model: model(idx)[:, -1].argmax(dim=-1).tolist()
     timings = benchmark(contestants, device, rounds)
@@ -94,16 +98,16 @@ COLUMNS = {
 
 def main() -> None:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--depth", type=positive, default=4)
-    parser.add_argument("--n-embd", type=positive)
-    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8])
-    parser.add_argument("--tokens", type=positive, nargs="+", default=[1024], help="of context")
-    parser.add_argument("--vocab-size", type=positive, default=32_768)
-    parser.add_argument("--compile", action="store_true", help="fuse the step with torch.compile")
-    parser.add_argument("--int8", action="store_true", help="keep matrices as bytes")
+    parser.add_argument("--depth", type=positive, default=4, help="layers")
+    parser.add_argument("--n-embd", type=positive, help="channels; by default 64 per layer")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8], help="rows that decode together")
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[1024], help="tokens of context")
+    parser.add_argument("--vocab-size", type=positive, default=32_768, help="tokens in the vocabulary")
+    parser.add_argument("--compile", action="store_true", help="compile the step with torch.compile")
+    parser.add_argument("--int8", action="store_true", help="keep matrices as int8")
     options, device, dtype = parse_benchmark(parser)
     models = {}
-    for attention in ("softmax", "gka", "gka_plus"):
+    for attention in ATTENTIONS:
         torch.manual_seed(0)
         config = GPTConfig(
             depth=options.depth, attention=attention, vocab_size=options.vocab_size, n_embd=options.n_embd,
@@ -116,8 +120,8 @@ def main() -> None:
         row for tokens in options.tokens for batch in options.batch
         for row in measure(models, tokens, batch, options.rounds, bandwidth, options.compile)
     ]  # fmt: skip
-    print(f"bandwidth is of {bandwidth / 1e9:,.1f} GB/s, a large copy's")
-    kernels = {name: model.blocks[0].attn.decoding for name, model in models.items()}
+    print(f"bandwidth is relative to {bandwidth / 1e9:,.1f} GB/s, that of a large copy")
+    kernels = {name: model.blocks[0].attn.decode_kernel for name, model in models.items()}
     for name, kernel in kernels.items():
         print(f"{name}: {kernel.name} ({kernel.reason})")
     facts = {"dtype": str(dtype), "compile": options.compile, "int8": options.int8}

@@ -1,4 +1,4 @@
-"""Time a whole training step, forward, backward and optimizers, of models of one shape that differ in their attention.
+"""Time whole training steps (forward, backward, optimizers) of models that differ only in their attention.
 
 python -m scripts.bench_step --depth 4 --tokens 512 --batch 4
 python -m scripts.bench_step --depth 20 --tokens 2048 --batch 16 --compile --out results/h200_step
@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import torch
 
-from gkachat.benchmark import benchmark, measured_peaks, publish, table
+from gkachat.benchmark import benchmark, benchmark_parser, measured_peaks, parse_benchmark, positive, publish, table
 from gkachat.config import Config, GKAConfig, GPTConfig
 from gkachat.machine import device_name, peak_flops
 from gkachat.model.gpt import GPT
 from gkachat.model.stats import model_stats
-from gkachat.train.optim import Optimizers
+from gkachat.train.optim import make_optimizers
 from gkachat.train.schedule import resolve
-from scripts.cli import benchmark_parser, parse_benchmark, positive, run
+from scripts.cli import run
 
 VARIANTS = {
     "softmax": {},
@@ -26,18 +26,25 @@ VARIANTS = {
 }
 
 
-def training_step(config: GPTConfig, batch: int, device, dtype, compiled: bool) -> tuple[Callable[[], None], GPT]:
-    """A step on random tokens, learning rate 0: every repetition does the same work."""
+def training_step(
+    config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> tuple[Callable[[], None], GPT]:
+    """Return a step on random tokens, and its model. The learning rate is 0, so that every step does the same work."""
     torch.manual_seed(0)
     with device:
         model = GPT(config, dtype)
         idx = torch.randint(config.vocab_size, (batch, config.sequence_len))
-    optimizers = Optimizers(model, resolve(Config(model=config)).optim)
+    optimizers = make_optimizers(model, resolve(Config(model=config)).optim)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
     forward = torch.compile(model, dynamic=False) if compiled else model
 
     def step() -> None:
         forward(idx, idx.roll(-1, 1)).backward()
-        optimizers.step(0.0, 0.95)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
 
     return step, model
 
@@ -54,12 +61,14 @@ COLUMNS = {
 
 def main() -> None:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the contestants")
-    parser.add_argument("--depth", type=positive, default=4)
-    parser.add_argument("--batch", type=positive, default=4, help="rows")
-    parser.add_argument("--tokens", type=positive, default=512, help="of a row")
-    parser.add_argument("--vocab-size", type=positive, default=32_768)
-    parser.add_argument("--window-pattern", default="SSSL")
+    parser.add_argument("--compile", action="store_true", help="compile the models with torch.compile")
+    parser.add_argument("--depth", type=positive, default=4, help="layers")
+    parser.add_argument("--batch", type=positive, default=4, help="rows of a step")
+    parser.add_argument("--tokens", type=positive, default=512, help="tokens of a row")
+    parser.add_argument("--vocab-size", type=positive, default=32_768, help="tokens in the vocabulary")
+    parser.add_argument(
+        "--window-pattern", default="SSSL", help="a letter per layer: S for a short window, L for all tokens"
+    )
     options, device, dtype = parse_benchmark(parser)
     steps, models, configs = {}, {}, {}
     for name, variant in VARIANTS.items():
@@ -69,8 +78,8 @@ def main() -> None:
         )  # fmt: skip
         steps[name], models[name] = training_step(configs[name], options.batch, device, dtype, options.compile)
     for name, model in models.items():
-        for why, layers in model.backends().items():
-            print(f"{name}, layers {', '.join(map(str, layers))}: {why}")
+        for kernel, layers in model.kernels().items():
+            print(f"{name}, layers {', '.join(map(str, layers))}: {kernel}")
     timings = benchmark(steps, device, options.rounds)
     flops_per_second, _ = measured_peaks(device, dtype)
     peak = peak_flops(device_name(device)) or flops_per_second
@@ -83,10 +92,10 @@ def main() -> None:
                 "tokens_per_second": tokens / timing.median,
                 "speed_over_softmax": timings["softmax"].median / timing.median,
                 "mfu": tokens / timing.median * model_stats(configs[name]).flops_per_token / peak,
-                "peak_mib": timing.peak_bytes and timing.peak_bytes / 2**20, "backends": models[name].backends(),
+                "peak_mib": timing.peak_bytes and timing.peak_bytes / 2**20, "backends": models[name].kernels(),
             }
         )  # fmt: skip
-    print(f"MFU is of {peak / 1e12:.3g} TFLOP/s")
+    print(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s")
     result = {"dtype": str(dtype), "mfu_of_flops_per_second": peak, "rows": rows}
     publish("Training steps, timed", result, table(rows, COLUMNS), device, options.out)
 

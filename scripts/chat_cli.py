@@ -1,202 +1,37 @@
-"""Talk to a run's checkpoint. A run that was tuned on conversations answers; any other continues the text so far.
+"""Chat with a trained run in the terminal. A run that was tuned on conversations answers; any other continues the text.
 
 python -m scripts.chat_cli d4_gka_chat
 python -m scripts.chat_cli d4_softmax_chat --compare d4_gka_chat
 python -m scripts.chat_cli d4_gka -p "def fibonacci("
-echo "What is 34 + 57?" | python -m scripts.chat_cli d4_gka_chat --json
+python -m scripts.chat_cli d4_gka_chat --json < messages.txt
 
-Without a terminal every line of stdin is the next thing said. With --json an answer is a JSON object a line, and a line
-may be one too: {"messages": [...]} is answered by itself, whatever was said before.
+Without a terminal, each line of stdin is a message. With --json, each answer is a line with a JSON object. A line of
+stdin may then be {"messages": [...]}, which is answered by itself, apart from the conversation.
 """
 
+import dataclasses
 import json
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from gkachat.checkpoint import CHECKPOINTS, find_run, load_model
+from gkachat.checkpoint import CHECKPOINTS
 from gkachat.config import home
-from gkachat.data.conversations import Messages, check, prompt
-from gkachat.files import write_text
-from gkachat.inference.engine import Engine, Piece, Request
-from gkachat.inference.quantize import for_inference
+from gkachat.data.conversations import Messages, check_messages
+from gkachat.files import read_json, write_text
+from gkachat.inference.chat import ChatSession, check_history
 from gkachat.inference.sampling import Sampling
-from gkachat.machine import pick_device, pick_dtype
 from scripts.cli import run
-
-HELP = """An empty line lets a run that was not tuned go on; Ctrl-C stops an answer.
-/reset forgets what was said    /system TEXT  what to keep in mind (a tuned run; without TEXT: nothing)
-/save FILE, /load FILE          /stats  of the last answer    /help    /quit"""
-
-
-class Speaker:
-    """A model, and what it is given to answer."""
-
-    def __init__(self, run_name: str, step: int | None, device: str, int8: bool):
-        where = pick_device(device)
-        self.run_dir = find_run(run_name)
-        model, self.tokenizer, self.meta = load_model(self.run_dir, where, step)
-        self.model = for_inference(model, pick_dtype("auto", where), int8)
-        self.engine, self.limit = Engine(self.model, self.tokenizer), model.config.sequence_len
-        self.is_tuned = "chat" in self.meta["config"]
-        self.stats: dict[str, Any] = {}
-        self.said: dict[str, list[int]] = {}  # ids of its answers: one that was cut within a character has no such text
-
-    def ids(self, messages: Messages, room: int) -> list[int]:
-        """What was said, cut to leave `room` tokens (half of the context at most): by whole turns, the oldest first."""
-        most, messages = self.limit - min(room, self.limit // 2), list(messages)
-        system = messages[:1] if messages[0]["role"] == "system" else []
-        while len(ids := self._rendered(messages)) > most and len(messages) > len(system) + 1:
-            del messages[len(system) : len(system) + 2]
-        kept = 2 if self.is_tuned else 1  # BOS, and that the user speaks; of a turn that is too long, its end
-        return ids if len(ids) <= most else ids[:kept] + ids[len(ids) - most + kept :]
-
-    def _rendered(self, messages: Messages) -> list[int]:
-        if self.is_tuned:
-            return prompt(self.tokenizer, messages)
-        texts = [m["content"] for m in messages if m["role"] != "system"]
-        return [
-            self.tokenizer.bos,
-            *(id for text in texts for id in self.said.get(text) or self.tokenizer.encode(text)),
-        ]
-
-    def answer(self, messages: Messages, **settings: Any) -> Iterator[str]:
-        """What follows, as it comes; `stats` then tells how it went, also of an answer that was cut short."""
-        ids, start, said, text, piece = self.ids(messages, settings["max_tokens"]), time.perf_counter(), [], "", None
-        stops = tuple(self.tokenizer.special.values()) if self.is_tuned else ()
-        try:
-            for piece in self.engine.run([Request(ids[1:], Sampling(stop_tokens=stops, **settings))], rows=1):
-                said += [] if piece.token is None else [piece.token]
-                text += piece.text
-                yield piece.text
-        finally:
-            self.said[text] = said
-            self.stats = {
-                "run": self.run_dir.name, "tokens_read": len(ids), "tokens_written": len(said),
-                "seconds": round(time.perf_counter() - start, 3), "finished": _why(piece),
-            }  # fmt: skip
-
-
-def _why(piece: Piece | None) -> str:
-    return (piece and piece.finished) or "interrupted"
-
-
-class Conversation:
-    """What was said to one or two speakers, each of which remembers its own answers."""
-
-    def __init__(self, speakers: Sequence[Speaker], as_json: bool, seed: int, **settings: Any):
-        self.speakers, self.as_json, self.seed, self.settings = speakers, as_json, seed, settings
-        self.system, self.turns = "", 0
-        self.histories: list[list[dict[str, str]]] = [[] for _ in speakers]
-
-    def say(self, text: str) -> None:
-        """Print the answers to it, and keep both."""
-        before = [{"role": "system", "content": self.system}] if self.system else []
-        for history in self.histories:
-            history.append({"role": "user", "content": text})
-        answers = self._answers([[*before, *history] for history in self.histories])
-        for history, answer in zip(self.histories, answers, strict=True):
-            history.append({"role": "assistant", "content": answer})
-        self.turns += 1
-
-    def answer_alone(self, messages: Messages) -> None:
-        self._answers([messages] * len(self.speakers))
-
-    def _answers(self, asked: Sequence[Messages]) -> list[str]:
-        settings = self.settings | {"seed": self.seed + self.turns}
-        streams = [s.answer(messages, **settings) for s, messages in zip(self.speakers, asked, strict=True)]
-        answers = [""] * len(streams)
-        with _shown([s.run_dir.name for s in self.speakers], answers, self.as_json) as show:
-            try:
-                going = list(enumerate(streams))
-                while going:  # in turns where they stand side by side
-                    for number, stream in list(going if show.together else going[:1]):
-                        if (text := next(stream, None)) is None:
-                            going.remove((number, stream))
-                        else:
-                            answers[number] += text
-                            show(number, text)
-            except KeyboardInterrupt:
-                for stream in streams:
-                    stream.close()
-        if self.as_json:
-            for speaker, messages, answer in zip(self.speakers, asked, answers, strict=True):
-                said = {"prompt": messages[-1]["content"], "answer": answer}
-                print(json.dumps(said | speaker.stats, ensure_ascii=False), flush=True)
-        return answers
-
-    def command(self, line: str) -> None:
-        """Raises ValueError or OSError for one that cannot be done."""
-        name, _, argument = line.partition(" ")
-        if name == "/reset":
-            self.histories = [[] for _ in self.speakers]
-        elif name == "/system":
-            if not self.speakers[0].is_tuned:
-                raise ValueError("this run was not tuned on conversations: it only continues text")
-            self.system = argument
-        elif name == "/stats":
-            for speaker in self.speakers:
-                print(", ".join(f"{key} {value}" for key, value in speaker.stats.items()) or "nothing said yet")
-        elif name == "/save":
-            write_text(Path(argument), json.dumps({"system": self.system, "histories": self.histories}) + "\n")
-        elif name == "/load":
-            stored = json.loads(Path(argument).read_text())
-            histories = stored["histories"] if isinstance(stored, dict) else None
-            if not isinstance(histories, list) or len(histories) != len(self.speakers):
-                raise ValueError(f"expected what /save wrote of {len(self.speakers)} speakers")
-            self.system, self.histories = str(stored.get("system", "")), [h and list(check(h)) for h in histories]
-        else:
-            print(HELP)
-
-
-@contextmanager
-def _shown(names: Sequence[str], answers: list[str], as_json: bool) -> Iterator[Any]:
-    """A function that shows the next words of a speaker: side by side on a terminal, else one after the other."""
-    together = len(names) > 1 and not as_json and sys.stdout.isatty()
-    if together:
-        from rich.live import Live
-        from rich.table import Table
-        from rich.text import Text
-
-        def table() -> Table:
-            side_by_side = Table(*names, expand=True)
-            side_by_side.add_row(*map(Text, answers))
-            return side_by_side
-
-        with Live(table(), refresh_per_second=10, vertical_overflow="visible") as live:
-
-            def show(number: int, text: str) -> None:
-                live.update(table())
-
-            show.together = True
-            yield show
-        return
-    spoken: list[int] = []
-
-    def show(number: int, text: str) -> None:
-        if as_json:
-            return
-        if len(names) > 1 and number not in spoken:
-            print(f"{chr(10) if spoken else ''}{names[number]}: ", end="")
-            spoken.append(number)
-        print(text, end="", flush=True)
-
-    show.together = False
-    yield show
-    if not as_json:
-        print()
 
 
 def main(
     run_name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None,
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None,
     compare: str | None = None,
-    json: bool = False,
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
     system: str = "",
     temperature: float = 0.8,
     top_k: int | None = 50,
@@ -205,89 +40,201 @@ def main(
     seed: int = 42,
     step: int | None = None,
     device: str = "auto",
-    int8: bool = False,
+    int8: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
-    """Stream what the model answers.
+    """Stream the model's answers.
 
     Args:
-        run_name: A run's name, or the path of its directory; by default the run with the newest checkpoint.
-        prompt: Say this, and end; otherwise lines are read from the terminal, or from stdin.
-        compare: Another run, which is asked the same.
-        json: Answer in JSON, an object a line.
-        system: What a tuned run should keep in mind.
-        temperature: 0 takes the likeliest token each time.
-        top_k: Sample among so many likeliest tokens only.
+        run_name: Name of a run, or path of its directory; by default the run with the newest checkpoint.
+        prompt: Answer this message and exit. By default, messages are read from the terminal or from stdin.
+        compare: Another run, which gets the same messages.
+        as_json: Print each answer as a line with a JSON object.
+        system: System message of a tuned run.
+        temperature: Sampling temperature; 0 always takes the likeliest token.
+        top_k: Sample among this many likeliest tokens.
         top_p: Sample among the likeliest tokens that together reach this probability.
-        max_tokens: Tokens to generate at most.
-        seed: Decides the samples.
-        step: Which checkpoint; by default the last.
-        device: A torch device, or auto.
-        int8: Keep matrices as bytes: less memory, on a GPU less time.
+        max_tokens: Tokens of an answer, at most.
+        seed: Seed of the samples.
+        step: Step of the checkpoint; by default the last.
+        device: Torch device, or auto.
+        int8: Store matrices in int8, which takes less memory.
     """
     names = [run_name or newest_run(), *([compare] if compare else [])]
-    speakers = [Speaker(name, step, device, int8) for name in names]
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_tokens": max_tokens}
-    conversation = Conversation(speakers, json, seed, **settings)
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sessions = [ChatSession.from_run(name, step=step, device=device, int8=int8) for name in names]
+    chat = Chat(sessions, sampling, as_json)
     if system:
-        conversation.command(f"/system {system}")
-    if prompt is not None:
-        if not speakers[0].is_tuned and not json and not compare:
-            print(prompt, end="")  # the text that goes on
-        conversation.say(prompt)
+        chat.set_system(system)
+    if prompt is None:
+        chat.loop(at_terminal=sys.stdin.isatty())
         return
-    at_terminal = sys.stdin.isatty()
-    if at_terminal:
-        for s in speakers:
-            kind = "answers" if s.is_tuned else "continues the text so far"
-            print(f"{s.run_dir.name}, step {s.meta['step']}, {s.model.config.attention}: {kind}.")
-        print(HELP)
-    for line in _lines("> " if at_terminal else ""):
-        try:
-            if json and line.lstrip().startswith("{"):
-                conversation.answer_alone(_messages_in(line))
-            elif line.startswith("/"):
-                if line.strip() == "/quit":
-                    return
-                conversation.command(line.strip())
+    if not sessions[0].is_tuned and not as_json and not compare:
+        print(prompt, end="")  # the answer continues it
+    chat.ask(prompt)
+
+
+class Chat:
+    """One or two sessions that are asked the same; how their answers are sampled and printed."""
+
+    def __init__(self, sessions: list[ChatSession], sampling: Sampling, as_json: bool):
+        self.sessions, self.sampling, self.as_json = sessions, sampling, as_json
+        self.n_turns = 0
+
+    def loop(self, at_terminal: bool) -> None:
+        """Answer lines and run commands until the input ends. Without a terminal, an error ends the loop too."""
+        if at_terminal:
+            for session in self.sessions:
+                does = "answers" if session.is_tuned else "continues the text so far"
+                print(f"{session.name}, step {session.step}, {session.engine.model.config.attention}: {does}.")
+            self.help("")
+        while True:
+            line = ""
+            try:
+                line = input("> " if at_terminal else "")
+                if self.as_json and line.lstrip().startswith("{"):
+                    self.answer(check_messages(json.loads(line).get("messages")))
+                elif line.startswith("/"):
+                    name, _, argument = line.strip().partition(" ")
+                    command, _ = COMMANDS.get(name, COMMANDS["/help"])
+                    command(self, argument)
+                else:
+                    self.ask(line)
+            except EOFError:  # the end of the input, or /quit
+                return
+            except KeyboardInterrupt:  # Ctrl-C during an answer ends the answer, and does not get here
+                if not at_terminal:
+                    raise
+                print("\n/quit or Ctrl-D ends.")
+            except (OSError, ValueError) as error:
+                message = f"{line.strip():.80}: {error}"
+                if not at_terminal:
+                    raise ValueError(message) from None
+                print(message)
+
+    def ask(self, text: str) -> None:
+        """Print the answers to a message, and add both to the conversations."""
+        sampling = self._turn_sampling()
+        self.n_turns += 1
+        self._print_answers(text, [session.ask(text, sampling) for session in self.sessions])
+
+    def answer(self, messages: Messages) -> None:
+        """Print the answers to messages that are not part of the conversations."""
+        if messages[-1]["role"] != "user":
+            raise ValueError(f"the last message: given role {messages[-1]['role']!r}, expected 'user'")
+        sampling = self._turn_sampling()
+        self._print_answers(messages[-1]["content"], [session.answer(messages, sampling) for session in self.sessions])
+
+    def reset(self, argument: str) -> None:
+        for session in self.sessions:
+            session.messages = []
+
+    def set_system(self, argument: str) -> None:
+        if not self.sessions[0].is_tuned:
+            raise ValueError("this run was not tuned on conversations: it only continues text")
+        for session in self.sessions:
+            session.system = argument
+
+    def save(self, argument: str) -> None:
+        histories = [session.messages for session in self.sessions]
+        write_text(Path(argument), json.dumps({"system": self.sessions[0].system, "histories": histories}) + "\n")
+
+    def load(self, argument: str) -> None:
+        stored = read_json(Path(argument), histories=list)
+        histories = [check_history(history) for history in stored["histories"]]
+        if len(histories) != len(self.sessions):
+            raise ValueError(f"the file has {len(histories)} conversations, expected {len(self.sessions)}")
+        for session, history in zip(self.sessions, histories, strict=True):
+            session.messages, session.system = history, str(stored.get("system", ""))
+
+    def stats(self, argument: str) -> None:
+        for session in self.sessions:
+            print(", ".join(f"{key} {value}" for key, value in session.stats.items()) or "no answer yet")
+
+    def help(self, argument: str) -> None:
+        for _, text in COMMANDS.values():
+            print(text)
+        print("An empty line continues the text of a run that was not tuned. Ctrl-C stops an answer.")
+
+    def quit(self, argument: str) -> None:
+        raise EOFError
+
+    def _turn_sampling(self) -> Sampling:
+        """Return the sampling with a seed of this turn's own."""
+        return dataclasses.replace(self.sampling, seed=self.sampling.seed + self.n_turns)
+
+    def _print_answers(self, prompt: str, answers: Sequence[Iterator[str]]) -> None:
+        """Print streamed answers: side by side in a terminal, otherwise one after the other. Ctrl-C ends them."""
+        if len(answers) > 1 and sys.stdout.isatty() and not self.as_json:
+            print_side_by_side([session.name for session in self.sessions], answers)
+            return
+        for session, answer in zip(self.sessions, answers, strict=True):
+            text, interrupted = "", False
+            if len(answers) > 1 and not self.as_json:
+                print(f"{session.name}: ", end="")
+            try:
+                for part in answer:
+                    text += part
+                    if not self.as_json:
+                        print(part, end="", flush=True)
+            except KeyboardInterrupt:
+                answer.close()
+                interrupted = True
+            if self.as_json:
+                print(json.dumps({"prompt": prompt, "answer": text} | session.stats, ensure_ascii=False), flush=True)
             else:
-                conversation.say(line)
-        except KeyboardInterrupt:  # an instant before or after the answer
-            continue
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            if not at_terminal:
-                raise ValueError(f"{line.strip():.80}: {error}") from None
-            print(f"{line.strip():.80}: {error}")
+                print()
+            if interrupted:
+                return
+
+
+COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str]] = {
+    "/reset": (Chat.reset, "/reset         forget the conversation"),
+    "/system": (Chat.set_system, "/system TEXT   set the system message of a tuned run; without TEXT, remove it"),
+    "/save": (Chat.save, "/save FILE     write the conversation to a file"),
+    "/load": (Chat.load, "/load FILE     continue a saved conversation"),
+    "/stats": (Chat.stats, "/stats         show figures of the last answer"),
+    "/help": (Chat.help, "/help          show this list"),
+    "/quit": (Chat.quit, "/quit          end, like Ctrl-D"),
+}
+
+
+def print_side_by_side(names: Sequence[str], answers: Sequence[Iterator[str]]) -> None:
+    """Stream answers in the columns of a table, a token of each in turns. Ctrl-C ends them."""
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    texts = [""] * len(answers)
+
+    def table() -> Table:
+        columns = Table(*names, expand=True)
+        columns.add_row(*map(Text, texts))
+        return columns
+
+    active = dict(enumerate(answers))
+    with Live(table(), refresh_per_second=10, vertical_overflow="visible") as live:
+        try:
+            while active:
+                for number, answer in list(active.items()):
+                    part = next(answer, None)
+                    if part is None:
+                        del active[number]
+                    else:
+                        texts[number] += part
+                        live.update(table())
+        except KeyboardInterrupt:
+            for answer in answers:
+                answer.close()
 
 
 def newest_run() -> str:
-    """FileNotFoundError where there is none."""
-    runs = (path.parent for path in (home() / "runs").glob("*/tokenizer.json"))  # those of language models
-    found = [step for run in runs for step in run.glob(f"{CHECKPOINTS}/step_*")]
-    if not found:
+    """Return the name of the run with the newest checkpoint. Raises FileNotFoundError if there is none."""
+    runs = (path.parent for path in (home() / "runs").glob("*/tokenizer.json"))  # only language models have one
+    checkpoints = [step for run in runs for step in run.glob(f"{CHECKPOINTS}/step_*")]
+    if not checkpoints:
         raise FileNotFoundError(f"no run with a checkpoint in {home() / 'runs'}; train one, or name one")
-    return max(found, key=lambda path: path.stat().st_mtime).parents[1].name
-
-
-def _messages_in(line: str) -> Messages:
-    row = json.loads(line)
-    messages = check(row.get("messages"))
-    if messages[-1]["role"] != "user":
-        raise ValueError(f"the last message: given role {messages[-1]['role']!r}, expected 'user'")
-    return messages
-
-
-def _lines(before: str) -> Iterator[str]:
-    """Until the input ends. Ctrl-C at a terminal only begins the line anew."""
-    while True:
-        try:
-            yield input(before)
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            if not before:
-                raise
-            print("\n/quit or Ctrl-D ends.")
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parents[1].name
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(main, description=__doc__))
+    run(main, __doc__)

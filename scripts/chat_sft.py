@@ -24,7 +24,7 @@ def main() -> None:
         raise ValueError("given no run, expected the name or directory of the one to tune")
     check_flags(flags)
     from gkachat.checkpoint import MODEL, find_run, load_tokenizer, load_weights, open_checkpoint  # torch takes seconds
-    from gkachat.data.conversations import conversations, tokenize
+    from gkachat.data.conversations import load_conversations, tokenize_conversations
     from gkachat.data.loader import count_rows
     from gkachat.train import schedule
     from gkachat.train.trainer import Start, Trainer
@@ -36,16 +36,16 @@ def main() -> None:
         raise ConfigError([f"options: {error}"]) from None
     directory, meta = open_checkpoint(base_dir, None, MODEL)
     tokenizer, T = load_tokenizer(base_dir, meta), config.model.sequence_len
-    found = conversations(config.chat, config.run.seed, schedule.facts_of(config.model))
-    tokenized = tokenize(found, tokenizer, T, config.chat.val_fraction)
-    rows = {name: count_rows(split.documents.length, T) for name, split in tokenized.splits.items()}
+    found = load_conversations(config.chat, config.run.seed, schedule.facts_of(config.model))
+    splits, counts = tokenize_conversations(found, tokenizer, T, config.chat.val_fraction)
+    rows = {name: count_rows(split.documents.length, T) for name, split in splits.items()}
     if config.train.total_tokens is None:
         tokens = max(1, round(config.chat.epochs * rows["train"] * T))
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens))
     if int(os.environ.get("RANK", 0)) == 0:
-        counts = ", ".join(f"{n:,} {what}" for what, n in tokenized.counts.items())
-        print(f"{counts}; rows of {T} tokens: {rows['train']:,} of train, {rows['val']:,} of val")
-    start = Start(tokenizer, load_weights(directory), tokenized.splits["train"], tokenized.splits["val"])
+        counted = ", ".join(f"{n:,} {what}" for what, n in counts.items())
+        print(f"{counted}; rows of {T} tokens: {rows['train']:,} of train, {rows['val']:,} of val")
+    start = Start(tokenizer, load_weights(directory), splits["train"], splits["val"])
     trainer = Trainer(config, resume="resume" in flags, overwrite="overwrite" in flags, start=start)
     trainer.run()
 

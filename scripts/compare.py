@@ -1,4 +1,4 @@
-"""Put runs side by side: comparison.md, .json and .png, and the table on the terminal.
+"""Compare evaluated runs: a table on the terminal, and comparison.md, .json and .png.
 
 python -m scripts.compare d4_softmax d4_gka d4_gka_plus
 """
@@ -20,30 +20,32 @@ from scripts.cli import run
 
 def main(
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
-    out: str | None = None,
+    out: Path | None = None,
     wandb: str = "",
 ) -> None:
-    """Compare evaluated runs.
+    """Compare runs that scripts.base_eval has evaluated.
 
     Args:
-        runs: Their names, or the paths of their directories; the baseline first.
-        out: Directory to write to; by default comparisons/<a>-<b> beside the runs.
-        wandb: Weights & Biases project to send the table and all files to; empty: none.
+        runs: Names or directories of runs, the baseline first.
+        out: Directory to write to; by default comparisons/<a>-<b> beside runs/.
+        wandb: Weights & Biases project to send the table and all files to; by default none.
     """
-    directories = [find_run(name) for name in runs]
-    comparison = compare_runs(*directories)
-    names = "-".join(directory.resolve().name for directory in directories)
-    directory = Path(out) if out else home() / "comparisons" / names
+    run_dirs = [find_run(name) for name in runs]
+    comparison = compare_runs(run_dirs)
+    title = "-".join(run_dir.resolve().name for run_dir in run_dirs)
+    directory = out or home() / "comparisons" / title
     where = f"- {datetime.date.today()}, commit {commit()}, {processor()}, Python {platform.python_version()}\n"
     write_comparison(comparison, directory, where)
     print(markdown(comparison))
     print(f"written to {directory}: {', '.join(FILES)}")
     if wandb:
-        rows = [[row.name, *row.values, *row.ratios, row.published] for row in comparison.rows]
-        over = [f"{name} over {comparison.names[0]}" for name in comparison.names[1:]]
-        table = [["", *comparison.names, *over, "published"], *rows]
-        upload(wandb, "comparison", names, directory, FILES, table=table)
+        first, *others = comparison["names"]
+        header = ["", first, *others, *(f"{name} over {first}" for name in others), "published"]
+        rows = [
+            [name, *row["values"], *row["ratios"], row["published_ratio"]] for name, row in comparison["table"].items()
+        ]
+        upload(wandb, "comparison", title, directory, FILES, table=[header, *rows])
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(main, description=__doc__))
+    run(main, __doc__)

@@ -1,4 +1,4 @@
-"""Write a run's checkpoint as a directory for Hugging Face's libraries: weights, model code, tokenizer, model card.
+"""Export a run's checkpoint to a directory for Hugging Face transformers: weights, model code, tokenizer, model card.
 
 python -m scripts.export_hf d4_gka exported/d4_gka
 """
@@ -24,12 +24,12 @@ def main(
     """Export a run.
 
     Args:
-        run_name: A run's name, or the path of its directory.
-        out: Directory to write, all of it or nothing.
-        step: Which checkpoint; by default the last.
-        dtype: Of embeddings and matrices; bandwidths and scales stay float32.
-        max_shard_size: Larger weights are split into files of that size.
-        overwrite: Take the place of an earlier export.
+        run_name: Name of a run, or the path of its directory.
+        out: Directory to write, completely or not at all.
+        step: Checkpoint to export; by default the last.
+        dtype: Dtype of embeddings and matrices; bandwidths and scales stay float32.
+        max_shard_size: Size at which weights are split into several files.
+        overwrite: Replace an earlier export.
     """
     export(find_run(run_name), out, step=step, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     files = sorted(path.name for path in out.iterdir())
@@ -37,4 +37,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(main, description=__doc__))
+    run(main, __doc__)

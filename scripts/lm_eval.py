@@ -1,15 +1,19 @@
-"""Tasks of lm-evaluation-harness on a run's checkpoint (pip install 'gkachat[eval]').
+"""Run tasks of lm-evaluation-harness on a run (needs pip install 'gkachat[eval]').
 
-python -m scripts.lm_eval d4_gka --tasks lambada_openai wikitext --limit 100
+python -m scripts.lm_eval d20_gka --tasks lambada_openai wikitext --limit 100
+python -m scripts.lm_eval d20_gka_chat --tasks arc_easy arc_challenge mmlu gsm8k
+
+A run that scripts.chat_sft tuned is asked through its chat template.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from gkachat.checkpoint import find_run, load_model
-from gkachat.eval.report import write_report
+from gkachat.eval.results import write_result
 from gkachat.inference.quantize import for_inference
 from gkachat.machine import pick_device, pick_dtype
 from scripts.cli import run
@@ -21,45 +25,49 @@ def main(
     limit: int | None = None,
     num_fewshot: int | None = None,
     include_path: Path | None = None,
+    run_unsafe_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     batch_size: int = 16,
     seed: int = 42,
     step: int | None = None,
     device: str = "auto",
 ) -> None:
-    """Print what the harness finds, and keep it among the run's evaluations.
+    """Print the harness's metrics, and write them to the run's evals/.
 
     Args:
-        run_name: A run's name, or the path of its directory.
+        run_name: Name or directory of a run.
         tasks: Names of tasks, groups or tags of the harness, or paths of YAML files.
-        limit: So many examples of each task; by default all.
+        limit: Number of examples of each task; by default all.
         num_fewshot: Examples in a prompt; by default as many as the task says.
-        include_path: A directory with tasks of your own.
-        batch_size: Texts that are generated, or read as a whole, at a time.
-        seed: Of sampling, in tasks that sample.
-        step: Which checkpoint; by default the last.
+        include_path: Directory with more tasks.
+        run_unsafe_code: Allow tasks that run the code the model writes (humaneval). It runs without a sandbox.
+        batch_size: Texts generated, or read as a whole, at a time.
+        seed: Seed of sampling, for tasks that sample.
+        step: Step of the checkpoint; by default the last one.
         device: A torch device, or auto.
     """
-    run_dir = find_run(run_name)
+    run_dir, chosen = find_run(run_name), pick_device(device)
+    if run_unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric itself asks for
     try:
-        from gkachat.eval.lm_eval import HarnessModel, evaluate
+        from gkachat.eval.harness import HarnessModel, evaluate
     except ModuleNotFoundError as error:
         raise ValueError(f"no package {error.name}; pip install 'gkachat[eval]'") from None
-    model, tokenizer, meta = load_model(run_dir, pick_device(device), step)
-    for_inference(model, pick_dtype("auto", pick_device(device)))
-    lm = HarnessModel(model, tokenizer, batch_size, seed)
+    model, tokenizer, meta = load_model(run_dir, chosen, step)
+    for_inference(model, pick_dtype("auto", chosen))
+    lm = HarnessModel(model, tokenizer, chat="chat" in meta["config"], batch_size=batch_size, seed=seed)
     options = {"limit": limit, "num_fewshot": num_fewshot}
-    scores, metrics = evaluate(lm, tasks, include_path=include_path, **options)
-    facts = {**options, "truncated": lm.truncated, "ignored_options": sorted(lm.ignored)}
-    path = write_report(run_dir, "lm_eval", meta, scores, metrics=metrics, **facts)
-    print(f"{run_dir.name}, step {meta['step']}")
-    for task, found in metrics.items():
-        print(f"  {task:24s} " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    scores, metrics = evaluate(lm, tasks, include_path=include_path, run_unsafe_code=run_unsafe_code, **options)
+    figures = {**options, "chat_template": lm.chat, "truncated": lm.truncated, "ignored": sorted(lm.ignored_options)}
+    path = write_result(run_dir, "lm_eval", meta, chosen, scores, metrics=metrics, **figures)
+    print(f"{run_dir.name}, step {meta['step']}{', with its chat template' if lm.chat else ''}")
+    for task, values in metrics.items():
+        print(f"  {task:24s} " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
     if lm.truncated:
         print(f"{lm.truncated} texts were longer than {model.config.sequence_len} tokens and lost their beginning")
-    if lm.ignored:
-        print(f"options of generation that were ignored: {', '.join(sorted(lm.ignored))}")
+    if lm.ignored_options:
+        print(f"generation options that were ignored: {', '.join(sorted(lm.ignored_options))}")
     print(path.with_suffix(".md"))
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(main, description=__doc__))
+    run(main, __doc__)

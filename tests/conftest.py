@@ -1,6 +1,7 @@
 """Shared by all tests: one thread per process, ways to run scripts, and one small corpus with its tokenizer."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -60,14 +61,43 @@ def tiny_home(corpus_home, tmp_path, monkeypatch):
     return tmp_path
 
 
-def untrained_run(home, name, tokenizer, **shape):
-    """A run whose only checkpoint is of a model as it starts."""
+@pytest.fixture(scope="module")
+def cauchy(tmp_path_factory):
+    """The file that docs/attention.md makes, with its attention registered while a module's tests run."""
+    from gkachat.config import ATTENTIONS
+
+    page = (ROOT / "docs" / "attention.md").read_text()
+    path = tmp_path_factory.mktemp("own") / "cauchy.py"
+    path.write_text(page.split("```python\n")[1].split("```")[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)
+        importlib.import_module("cauchy")
+        yield path
+    del ATTENTIONS["cauchy"], sys.modules["cauchy"]
+
+
+def live_model(attention="softmax", *, dtype=torch.float32, seed=0, **shape):
+    """A small GPT in eval mode. Its output projections are drawn too: they start at zero, which hides attention."""
+    from gkachat.config import GPTConfig
+    from gkachat.model.gpt import GPT
+
+    shape = {"depth": 2, "vocab_size": 64, "sequence_len": 200, "n_embd": 32, "head_dim": 16} | shape
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(attention=attention, **shape), dtype).eval()
+    for name, p in model.named_parameters():
+        if name.endswith(("c_proj.weight", "lm_head.weight")) or ".conv" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def untrained_run(home, name, tokenizer, *, tuned=False, **shape):
+    """Make a run whose only checkpoint is of a model as it starts; `tuned`: as if tuned on conversations."""
     from gkachat.checkpoint import Saver, start_run
-    from gkachat.config import Config, GPTConfig
+    from gkachat.config import Config, GPTConfig, TuningConfig
     from gkachat.model.gpt import GPT
 
     shape = {"depth": 1, "sequence_len": 64, "n_embd": 32, "head_dim": 16, **shape}
-    config = Config(model=GPTConfig(vocab_size=tokenizer.vocab_size, **shape))
+    config = (TuningConfig if tuned else Config)(model=GPTConfig(vocab_size=tokenizer.vocab_size, **shape))
     start_run(home / "runs" / name, config, tokenizer)
     saver = Saver(home / "runs" / name, config, tokenizer, report=lambda line: None)
     saver.save(1, GPT(config.model).state_dict(), {}, {})

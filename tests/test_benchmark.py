@@ -1,13 +1,31 @@
-"""The benchmarks: taking turns, bounds by count, and the scripts from end to end at sizes of no meaning."""
+"""Benchmarks: contestants take turns, bounds are counted right, and every bench script runs from end to end."""
 
+import importlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import call
+from conftest import ROOT
 
-from gkachat.benchmark import benchmark
+from gkachat.benchmark import benchmark, table
+from scripts import cli
 from scripts.bench_attention import bound, naive, operators
+
+SIZES = {
+    "bench_attention": ["--tokens", 48, "--heads", 2, "--head-dim", 16, "--windows", 8, "full", "--rounds", 2],
+    "bench_step": ["--depth", 1, "--tokens", 32, "--batch", 2, "--vocab-size", 64, "--rounds", 2],
+    "bench_decode": ["--depth", 1, "--tokens", 32, 40, "--batch", 1, 2, "--vocab-size", 64, "--rounds", 2],
+}
+
+
+def run_script(script, monkeypatch, *args):
+    """Run a bench script in this process; return its exit code."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+    with pytest.raises(SystemExit) as exit:
+        cli.run(importlib.import_module(f"scripts.{script}").main)
+    return exit.value.code or 0
 
 
 def test_contestants_take_turns():
@@ -18,15 +36,19 @@ def test_contestants_take_turns():
     assert all(0 < t.low <= t.median <= t.high for t in timings.values())
 
 
-def test_all_gka_contestants_compute_the_same():
-    for window in (None, 7):
-        found = operators((2, 40, 2, 16), window, torch.device("cpu"), torch.float32)
-        x, sigma = torch.randn(2, 40, 2, 16), torch.tensor([2.0, 3.0])
-        plain, by_hand = (
-            next(f for name, (f, _) in found.items() if name.startswith(n)) for n in ("gka (", "gka naive")
-        )
-        torch.testing.assert_close(plain(x, sigma), by_hand(x, sigma), rtol=1e-4, atol=1e-5)
-        assert by_hand.func is naive
+def test_a_table_leaves_out_what_was_not_measured():
+    rows = [{"name": "a", "ms": 1.25, "peak": None}, {"name": "b", "ms": None, "peak": None}]
+    columns = {"": "{name}", "ms": "{ms:.1f}", "peak": "{peak:.0f}"}
+    assert table(rows, columns) == "|  | ms |\n| --- | ---: |\n| a | 1.2 |\n| b |  |\n"
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_all_gka_operators_compute_the_same(window):
+    found = operators((2, 40, 2, 16), window, torch.device("cpu"), torch.float32)
+    x, sigma = torch.randn(2, 40, 2, 16), torch.tensor([2.0, 3.0])
+    fused, literal = (next(f for name, (f, _) in found.items() if name.startswith(n)) for n in ("gka (", "gka naive"))
+    torch.testing.assert_close(fused(x, sigma), literal(x, sigma), rtol=1e-4, atol=1e-5)
+    assert literal.func is naive
 
 
 def test_the_bound_counts_products_and_traffic():
@@ -41,29 +63,31 @@ def test_the_bound_counts_products_and_traffic():
     assert projections[0] == 4 * projections[1] == 4 * 6 * 2 * 8 * 12**2
 
 
-@pytest.mark.parametrize(
-    ("script", "args"),
-    [
-        ("bench_attention", ["--tokens", 48, "--heads", 2, "--head-dim", 16, "--windows", 8, "full", "--rounds", 2]),
-        ("bench_step", ["--depth", 1, "--tokens", 32, "--batch", 2, "--vocab-size", 64, "--rounds", 2]),
-        ("bench_decode", ["--depth", 1, "--tokens", 32, 40, "--batch", 1, 2, "--vocab-size", 64, "--rounds", 2]),
-    ],
-)
-def test_a_benchmark_prints_a_table_and_leaves_its_figures(script, args, tmp_path):
-    result = call(script, *args, "--out", tmp_path / "out", home=tmp_path)
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize(("script", "n_rows"), [("bench_attention", 14), ("bench_step", 5), ("bench_decode", 12)])
+def test_a_bench_script_prints_its_table_and_writes_its_figures(script, n_rows, tmp_path, monkeypatch, capsys):
+    assert run_script(script, monkeypatch, *SIZES[script], "--out", tmp_path / "out") == 0
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["facts"]["torch"] == torch.__version__ and script in figures["command"]
-    assert len(figures["rows"]) == {"bench_attention": 14, "bench_step": 5, "bench_decode": 12}[script]
-    written = (tmp_path / "out.md").read_text()
+    assert len(figures["rows"]) == n_rows
+    printed, written = capsys.readouterr().out, (tmp_path / "out.md").read_text()
     for row in figures["rows"]:
-        assert f"| {row['name']} |" in result.stdout and f"| {row['name']} |" in written
+        assert f"| {row['name']} |" in printed and f"| {row['name']} |" in written
 
 
-@pytest.mark.parametrize("script", ["bench_attention", "bench_step", "bench_decode"])
-def test_a_device_that_is_not_there_gets_one_line(script, tmp_path):
-    result = call(script, "--device", "warp", home=tmp_path)
-    assert result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+def test_bench_scripts_need_only_torch_and_numpy():
+    """In a process of its own, where importing any other dependency fails."""
+    others = ["tyro", "tomli_w", "wandb", "datasets", "tiktoken", "tokenizers", "transformers", "filelock", "scipy"]
+    others += ["safetensors", "rich", "matplotlib", "yaml"]
+    code = f"import sys\nsys.modules |= dict.fromkeys({others})\nimport {', '.join(f'scripts.{s}' for s in SIZES)}"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("script", SIZES)
+def test_a_missing_device_ends_with_one_line(script, monkeypatch, capsys):
+    assert run_script(script, monkeypatch, "--device", "warp") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -75,7 +99,7 @@ def test_a_device_that_is_not_there_gets_one_line(script, tmp_path):
         ("bench_step", "--rounds"),
     ],
 )
-def test_a_number_that_is_none_is_named(script, option, tmp_path):
-    for value in ("0", "-3", "many"):
-        result = call(script, f"{option}={value}", home=tmp_path)
-        assert result.returncode == 2 and f"{option}: given '{value}', expected a number above 0" in result.stderr
+@pytest.mark.parametrize("value", ["0", "-3", "many"])
+def test_an_invalid_number_is_named(script, option, value, monkeypatch, capsys):
+    assert run_script(script, monkeypatch, f"{option}={value}") == 2
+    assert f"{option}: given '{value}', expected a number above 0" in capsys.readouterr().err

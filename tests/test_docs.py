@@ -1,49 +1,55 @@
-"""What the pages say is there: links, files, commands and their options, imports; and the attention one adds works."""
+"""The pages keep up with the code: links, files, names and imports exist, and every command line parses."""
 
+import argparse
 import ast
+import dataclasses
 import functools
 import importlib
-import importlib.util
-import os
+import inspect
+import pydoc
 import re
 import shlex
-import subprocess
 import sys
+import typing
 
 import pytest
-import torch
-import tyro
-from conftest import ROOT, TINY
+from conftest import ROOT, untrained_run
 
 import gkachat.checkpoint
-from gkachat.attention.layers import ATTENTION, register
-from gkachat.config import ATTENTIONS, Config, ConfigError, GPTConfig, TuningConfig
-from gkachat.config_file import load_config, to_toml
-from gkachat.inference.engine import Engine
-from gkachat.model.gpt import GPT
-from gkachat.model.stats import model_stats
-from gkachat.train.optim import Optimizers
-from gkachat.train.schedule import resolve
-from scripts.cli import parse_config
+import gkachat.sweep
+import scripts.cli
+from gkachat import config_file
+from gkachat.config import Config, ConfigError, TuningConfig
+from gkachat.config_file import load_config, parse_args, to_toml
+from gkachat.tokenizer import train_tokenizer
+from gkachat.vision_config import VisionConfig
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "configs" / "README.md"]
-EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-MADE = {"cauchy.py"}  # by the reader, of a page's block
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "configs" / "README.md"]
+RESULTS = sorted((ROOT / "results").rglob("*.md"))  # their commands belong to the commits that they name
+PROGRAMS = sorted([*(ROOT / "scripts").glob("*.py"), *(ROOT / "configs").glob("*.toml")])
 TOP = {path.name for path in ROOT.iterdir()}
+MADE_BY_THE_READER = {"cauchy.py"}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
 
 
 def blocks(text, language):
-    return [block for kind, block in FENCE.findall(text) if kind == language]
+    return [block for found, block in FENCE.findall(text) if found == language]
 
 
-def inline(text):
-    """What stands between single backticks."""
+def inline_code(text):
     return re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
 
 
+# Links, files and names
+
+
 def anchors(text):
-    """Of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -61,88 +67,45 @@ def broken_links(page, text):
 
 
 def missing_files(page, text):
-    """Paths in backticks, and those that begin a line in a tree, which is a block of no language.
-
-    They stand in the root, beside the page, in the package, or, on the reliability page, in its tests' directory; what
-    a run writes is somewhere else.
-    """
+    """Yield the paths in backticks that exist neither in the root nor beside the page, the package or the tests."""
     places = (ROOT, page.parent, ROOT / "gkachat", ROOT / "tests" / "reliability")
-    paths = [path for path in inline(text) if re.fullmatch(r"[\w*-][\w./*-]*(/|\.(py|sh|md|toml|json|png))", path)]
-    paths = [path for path in paths if path.split("/")[0] in TOP or path.endswith((".py", ".sh"))]
-    for block in blocks(text, ""):
-        paths += [path for path in re.findall(r"^([\w./-]+)", block, flags=re.MULTILINE) if path.split("/")[0] in TOP]
-    for path in paths:
-        if path not in MADE and not any(any(place.glob(path.rstrip("/"))) for place in places):
+    for path in set(inline_code(text)) - MADE_BY_THE_READER:
+        is_path = re.fullmatch(r"[\w*-][\w./*-]*(/|\.(py|sh|md|toml|json|png))", path)
+        of_the_repo = path.split("/")[0] in TOP or path.endswith((".py", ".sh"))
+        if is_path and of_the_repo and not any(any(place.glob(path.rstrip("/"))) for place in places):
             yield f"{path}: no such file"
 
 
-def commands(text):
-    """The words of each command, in bash blocks and in backticks, up to where a shell's own signs begin."""
-    lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
-    lines += [line for line in inline(text) if line.startswith(("python -m ", "torchrun ", "bash "))]
-    for line in lines:
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-        lexer.whitespace_split = True
-        words = list(lexer)
-        end = next((i for i, word in enumerate(words) if word and set(word) <= set("<>|&;")), len(words))
-        yield words[:end]
+@functools.cache
+def config_fields():
+    def fields(cls, prefix=""):
+        for field, kind in typing.get_type_hints(cls).items():
+            yield prefix + field
+            if dataclasses.is_dataclass(kind):
+                yield from fields(kind, f"{prefix}{field}.")
+
+    return {field for cls in (Config, TuningConfig, VisionConfig) for field in fields(cls)}
 
 
-class Read(BaseException):
-    """A command line was understood; what it asks for is not done."""
+def wrong_names(text):
+    """Yield the names in backticks of config fields and of package members that do not exist."""
+    sections = "|".join(sorted(field for field in config_fields() if "." not in field))
+    for code in inline_code(text):
+        if re.fullmatch(rf"({sections})\.[a-z_.]+", code):
+            of_today = code in config_fields() or code.endswith((".safetensors", ".json", ".toml", ".py"))
+            if not of_today and not code.startswith("model.plus."):  # docs/experiments.md has the commit of these
+                yield f"{code}: no such field"
+        match = re.match(r"(?:gkachat|scripts)(\.\w+)+", code)
+        if match and pydoc.locate(match[0]) is None:
+            yield f"{match[0]}: no such name"
 
 
-def stop(*args, **kwargs):
-    raise Read
-
-
-def read_command_line(script, args, run_dir):
-    """Run a script's own main up to where its command line was read. An error for what it does not know."""
-    module = importlib.import_module(f"scripts.{script}")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Read):
-        patch.chdir(ROOT)
-        patch.setattr(sys, "argv", [script, *args])
-        if hasattr(module, "tyro"):
-            tyro.cli(functools.wraps(module.main)(stop), args=args)
-        if hasattr(module, "parse_config"):
-            patch.setattr(module, "parse_config", lambda *given: stop(parse_config(*given)))
-        if hasattr(module, "parse_benchmark"):
-            patch.setattr(module, "parse_benchmark", lambda parser: stop(parser.parse_args()))
-        for name in ("Jobs", "estimate"):  # what scripts.sweep and scripts.estimate do next
-            patch.setattr(module, name, stop, raising=False)
-        patch.setattr(gkachat.checkpoint, "find_run", lambda name: run_dir)  # whose config scripts.chat_sft starts from
-        patch.setattr(gkachat.checkpoint, "open_checkpoint", stop)
-        module.main()
-
-
-def unknown_fields(words):
-    """Of `--section.field value`, what no config has."""
-    try:
-        load_config(None, words, TuningConfig)
-    except ConfigError as error:
-        return [problem for problem in error.problems if "unknown option" in problem]
-    return []
-
-
-def wrong_commands(text, run_dir):
-    """Commands that name a script or a config there is not, or an option that is not known there."""
-    for words in commands(text):
-        script = next((i for i, word in enumerate(words) if word.startswith("scripts.")), None)
-        if script is not None:
-            try:
-                read_command_line(words[script].removeprefix("scripts."), words[script + 1 :], run_dir)
-            except (SystemExit, ImportError, ValueError, OSError) as error:
-                yield f"{shlex.join(words)}: {error!r}"
-        elif words[:1] == ["bash"]:
-            source = (ROOT / words[1]).read_text() if (ROOT / words[1]).is_file() else ""
-            own = [word for word in words[2:] if re.fullmatch(r"--[\w-]+", word)]
-            unknown = [option for option in own if not re.search(rf"{option}[\s|)]", source)]
-            unknown += unknown_fields([word for word in words[2:] if word not in own])
-            if not source or unknown:
-                yield f"{shlex.join(words)}: {unknown or 'no such file'}"
-    for option in inline(text):
-        if re.match(r"--(?!section)\w+\.\w", option):
-            yield from unknown_fields(shlex.split(option))
+def missing_definitions(text):
+    """Yield what is written as "`file.py`: `Class.method`" and is not defined in that file."""
+    for path, definition in re.findall(r"`([\w/]+\.py)`: `([\w.]+)`", text):
+        source = (ROOT / path).read_text()
+        if not all(re.search(rf"^ *(def|class) {part}\b", source, re.MULTILINE) for part in definition.split(".")):
+            yield f"{path}: {definition} is not defined there"
 
 
 def wrong_imports(text):
@@ -153,24 +116,149 @@ def wrong_imports(text):
                 yield from (f"{node.module}.{a.name}: no such name" for a in node.names if not hasattr(module, a.name))
 
 
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=name)
+def test_links_and_files_of_a_page_exist(page):
+    text = page.read_text()
+    problems = [*broken_links(page, text), *missing_files(page, text)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_names_on_a_page_exist(page, cauchy):
+    text = page.read_text()
+    problems = [*wrong_names(text), *missing_definitions(text), *wrong_imports(text)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "[a](docs/none.md)",
+        "[a](docs/data.md#none)",
+        "[a](#none)",
+        "`gkachat/none.py`",
+        "`results/none*.md`",
+        "`train.protocl`",
+        "`gkachat.model.gpt.GTP`",
+        "`scripts.speak`",
+    ],
+)
+def test_a_wrong_link_file_or_name_is_found(written):
+    text = (
+        f"{README.read_text()}\n{written} [b](docs/data.md#sources) `scripts/cli.py` `run.seed` `gkachat.model.gpt.GPT`"
+    )
+    found = [*broken_links(README, text), *missing_files(README, text), *wrong_names(text)]
+    assert len(found) == 1 and found[0].split(":")[0] in written
+
+
+# Commands
+
+
+class Parsed(BaseException):
+    """Raised in place of the work that a command line asks for."""
+
+
+def stop_after(function):
+    def stopped(*args, **kwargs):
+        function(*args, **kwargs)
+        raise Parsed
+
+    return stopped
+
+
+def parse(script, args, run_dir):
+    """Run a script's `main` until it has read its command line. The error is the script's own."""
+    module = importlib.import_module(f"scripts.{script}")
+    if inspect.signature(module.main).parameters:
+        parse_args(functools.wraps(module.main)(lambda *args, **kwargs: None), args)
+        return
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [script, *args])
+        for place in (module, scripts.cli, config_file, gkachat.sweep):
+            patch.setattr(place, "load_config", stop_after(load_config), raising=False)
+        for place in (module, gkachat.checkpoint):  # scripts.chat_sft starts from the config of a run
+            patch.setattr(place, "find_run", lambda name: run_dir, raising=False)
+        patch.setattr(module, "parse_benchmark", stop_after(lambda parser: parser.parse_args()), raising=False)
+        if hasattr(module, "argparse"):
+            patch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
+        module.main()
+
+
+def commands(text):
+    """Yield the words of each command in fenced blocks and in backticks, without pipes, redirections and comments."""
+    fenced = [*blocks(text, "bash"), *blocks(text, "text")]
+    lines = [line for block in fenced for line in block.replace("\\\n", " ").splitlines()]
+    lines += [line for line in inline_code(text) if line.startswith(("python -m ", "torchrun ", "bash "))]
+    for line in lines:
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words = list(lexer)
+        end = next((i for i, word in enumerate(words) if word and set(word) <= set("<>|&;")), len(words))
+        yield tuple(words[:end])
+
+
+def usage_lines(text):
+    """Return the commands in the docstring of a script or the comments of a config, as a bash block."""
+    lines = re.findall(r"^[# ]*((?:python -m|torchrun|bash) .*)$", text.replace("\\\n", " "), flags=re.MULTILINE)
+    return "\n".join(["```bash", *(line for line in lines if "$" not in line), "```"])
+
+
+def unknown_options(words):
+    try:
+        load_config(None, words, TuningConfig)
+    except ConfigError as error:
+        return [problem for problem in error.problems if "nrecognized" in problem or "unknown" in problem]
+    return []
+
+
+@functools.cache
+def problem_of_command(words, run_dir):
+    """Return why a command does not run, or "". Programs that are not of this repo are not looked at."""
+    script = next((i for i, word in enumerate(words) if word.startswith("scripts.")), None)
+    if script is not None:
+        try:
+            parse(words[script].removeprefix("scripts."), list(words[script + 1 :]), run_dir)
+        except (SystemExit, ImportError, ValueError, OSError) as error:
+            return repr(error)
+        configs = [word for word in words if re.fullmatch(r"configs/\S+\.toml", word)]
+        return "".join(f"{config}: no such file" for config in configs if not (ROOT / config).exists())
+    if words[:1] == ("bash",):
+        if not (ROOT / words[1]).is_file():
+            return f"{words[1]}: no such file"
+        own = [word for word in words[2:] if re.fullmatch(r"--[\w-]+", word)]
+        source = (ROOT / words[1]).read_text()
+        unknown = [option for option in own if not re.search(rf"{option}[\s|)]", source)]
+        return "; ".join(unknown + unknown_options([word for word in words[2:] if word not in own]))
+    return ""
+
+
+def wrong_commands(text, run_dir):
+    for words in commands(text):
+        if problem := problem_of_command(words, run_dir):
+            yield f"{shlex.join(words)}: {problem}"
+    for option in inline_code(text):
+        if re.match(r"--(?!section)\w+\.\w", option):
+            yield from (f"{option}: {problem}" for problem in unknown_options(shlex.split(option)))
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """As far as reading a command line goes."""
+    """A run directory as far as reading a command line needs it."""
     directory = tmp_path_factory.mktemp("run")
     (directory / "config.toml").write_text(to_toml(Config()))
     return directory
 
 
-@EACH_PAGE
-def test_links_and_files_are_there(page):
-    text = page.read_text()
-    assert [*broken_links(page, text), *missing_files(page, text)] == []
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_on_a_page_parse(page, run_dir, cauchy):
+    problems = list(wrong_commands(page.read_text(), run_dir))
+    assert not problems, "\n".join(problems)
 
 
-@EACH_PAGE
-def test_commands_and_imports_are_understood(page, run_dir, cauchy):
-    text = page.read_text()
-    assert [*wrong_commands(text, run_dir), *wrong_imports(text)] == []
+def test_usage_lines_of_scripts_and_configs_parse(run_dir):
+    problems = [wrong for path in PROGRAMS for wrong in wrong_commands(usage_lines(path.read_text()), run_dir)]
+    assert not problems, "\n".join(problems)
 
 
 @pytest.mark.parametrize(
@@ -193,137 +281,40 @@ def test_commands_and_imports_are_understood(page, run_dir, cauchy):
         "bash walk.sh",
     ],
 )
-def test_a_wrong_command_on_a_page_is_found(command, run_dir):
-    text = PAGES[0].read_text()
-    wrong = list(wrong_commands(text.replace("```bash\n", f"```bash\n{command}\n", 1), run_dir))
-    assert len(wrong) == 1 and wrong[0].startswith(command.split()[0])
+def test_a_wrong_command_is_found(command, run_dir):
+    text = f"```bash\n{command}\npython -m scripts.base_train configs/laptop.toml --model.attention gka\n```\n"
+    assert len(list(wrong_commands(text, run_dir))) == 1
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        "[a](docs/none.md)",
-        "[a](docs/data.md#none)",
-        "[a](#none)",
-        "`gkachat/none.py`",
-        "`results/none*.md`",
-        "`none.sh`",
-    ],
-)
-def test_a_wrong_link_or_path_on_a_page_is_found(said):
-    text = f"{PAGES[0].read_text()}\n{said} [b](docs/data.md#sources) `scripts/cli.py` `docs/`\n"
-    found = [*broken_links(PAGES[0], text), *missing_files(PAGES[0], text)]
-    assert len(found) == 1 and found[0].split(":")[0] in said
-
-
-def test_a_wrong_option_or_import_in_the_text_is_found(run_dir):
+def test_a_wrong_option_is_found(run_dir):
     text = "`--train.protocl paper` and `--section.field value`, `--run.fp8 true`\n"
-    assert [problem.split(":")[0] for problem in wrong_commands(text, run_dir)] == ["--train.protocl"]
-    text = "```python\nfrom gkachat.model.gpt import GTP, GPT\n```\n"
-    assert list(wrong_imports(text)) == ["gkachat.model.gpt.GTP: no such name"]
+    assert [problem.split(":")[0] for problem in wrong_commands(text, run_dir)] == ["--train.protocl paper"]
 
 
-# The attention that docs/attention.md adds.
-
-SHAPE = {"depth": 2, "attention": "cauchy", "vocab_size": 64, "sequence_len": 160, "n_embd": 32, "head_dim": 16}
+# The front door
 
 
-@pytest.fixture(scope="module")
-def cauchy(tmp_path_factory):
-    """The page's file, imported."""
-    [code] = blocks((ROOT / "docs" / "attention.md").read_text(), "python")
-    path = tmp_path_factory.mktemp("own") / "cauchy.py"
-    path.write_text(code)
-    spec = importlib.util.spec_from_file_location("cauchy", path)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    yield path
-    del ATTENTION["cauchy"]
-    ATTENTIONS.remove("cauchy")
+def test_readme_begins_with_the_two_commands():
+    lines = blocks(README.read_text(), "bash")[0].splitlines()
+    assert [line.split("#")[0].strip() for line in lines] == ["bash speedrun.sh", "bash tests/run.sh"]
 
 
-@pytest.fixture(scope="module")
-def drawn(cauchy):
-    """A model with a window of 128 in its first layer, whose attention does something, and a text."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**SHAPE)).eval()
-    assert [block.attn.window for block in model.blocks] == [128, None]
-    for name, p in model.named_parameters():
-        if name.endswith(("c_proj.weight", "lm_head.weight", "log_sigma")):
-            torch.nn.init.normal_(p, std=0.2)
-    return model, torch.randint(64, (2, 160))
+def test_readme_is_short_and_links_every_page():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 120
+    assert [page for page in map(name, PAGES[1:]) if f"({page})" not in text] == []
 
 
-def test_an_added_attention_takes_less_than_60_lines_outside_the_package(cauchy):
-    assert len(cauchy.read_text().splitlines()) < 60 and ATTENTION["cauchy"].__module__ == "cauchy"
-    assert not any("cauchy" in path.read_text().lower() for path in (ROOT / "gkachat").rglob("*.py"))
+def test_commands_page_lists_every_script():
+    page = (ROOT / "docs" / "commands.md").read_text()
+    names = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__", "cli"}
+    assert names == set(re.findall(r"`scripts\.(\w+)`", page))
 
 
-def test_an_added_attention_is_counted(cauchy):
-    own, gka = (model_stats(GPTConfig(**SHAPE | {"attention": name})) for name in ("cauchy", "gka"))
-    assert own == gka and own.params["log_sigma"] == 4
-    with pytest.raises(ValueError, match="attention 'gka': there is one already"):
-        register("gka", ATTENTION["cauchy"])
-
-
-def test_an_added_attention_learns(cauchy):
-    config = resolve(Config(model=GPTConfig(**SHAPE)))
-    torch.manual_seed(0)
-    model = GPT(config.model)
-    optimizers, idx = Optimizers(model, config.optim), torch.randint(64, (4, 9)).repeat(1, 5)
-    before, losses = [p.clone() for p in model.blocks[0].attn.parameters()], []
-    for _ in range(20):
-        loss = model(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        optimizers.step(1.0, 0.9)
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-    assert not any(map(torch.equal, before, model.blocks[0].attn.parameters()))
-
-
-@torch.inference_mode()
-def test_an_added_attention_decodes_to_the_logits_of_the_whole_text(drawn):
-    model, idx = drawn
-    expected, T = model(idx), idx.size(1)
-    cache, at, got = model.make_cache(2, T, block=32), 0, []
-    while at < T:
-        size = (32, 1, 7)[len(got) % 3]
-        got.append(model.decode(idx[:, at : at + size], cache, slice(0, 2), every=True))
-        at += size
-    torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-5, atol=1e-5)  # float32, sums in another order
-    # A prompt read at once, then one token at a time; and rows that share a prefix.
-    cache = model.make_cache(2, T, block=T)
-    model.prefill(idx[:, :140], cache)
-    prefix = model.make_cache(1, 20, block=20)
-    model.decode(idx[:1, :20], prefix, slice(0, 1))
-    rows = model.make_cache(2, T - 20, block=32, prefix=prefix)
-    first = model.decode(idx[:1, 20:50].expand(2, -1), rows, slice(0, 2), every=True)
-    torch.testing.assert_close(first, expected[:1, 20:50].expand(2, -1, -1), rtol=1e-5, atol=1e-5)
-    for t in range(140, T):
-        got = model.decode(idx[:, t : t + 1], cache, slice(0, 2))
-        torch.testing.assert_close(got, expected[:, t], rtol=1e-5, atol=1e-5)
-
-
-@torch.inference_mode()
-def test_an_added_attention_does_not_see_the_future_nor_beyond_its_window(drawn):
-    attn, x = drawn[0].blocks[0].attn, torch.randn(1, 160, 32)
-    changed = x.clone()
-    changed[:, 10] += 1
-    a, b = (attn(x, None, None) for x in (x, changed))
-    differs = (a != b).any(dim=-1)[0]
-    assert not differs[:10].any() and differs[10:138].all() and not differs[138:].any()
-
-
-def test_an_added_attention_trains_by_the_script_and_speaks(cauchy, tiny_home):
-    words = [cauchy, "scripts.base_train", "configs/laptop.toml", *TINY, "--model.attention", "cauchy"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    trained = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert trained.returncode == 0, trained.stderr
-    assert "cauchy, depth 2" in trained.stdout and "layers 0, 1: torch (as it is written down)" in trained.stdout
-    model, tokenizer, _ = gkachat.checkpoint.load_model(tiny_home / "runs" / "d2_cauchy")
-    engine = Engine(model, tokenizer)
-    one = list(engine.generate(tokenizer.encode("import os"), max_tokens=5, seed=1))
-    assert len(one) == 5 and engine.samples(tokenizer.encode("import os"), 2, max_tokens=5, seed=1)[0] == one
-
-
-def test_names_of_attentions_are_those_there_are():
-    assert list(ATTENTION) == ATTENTIONS
+def test_readme_python_block_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
+    tokenizer = train_tokenizer(["def add(a, b):\n    return a + b\n" * 8], 300)
+    untrained_run(tmp_path, "d4_gka", tokenizer, attention="gka")
+    [block] = blocks(README.read_text(), "python")
+    exec(block, {})
+    assert capsys.readouterr().out

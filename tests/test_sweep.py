@@ -264,11 +264,12 @@ def test_a_sweep_outlives_a_run_that_fails_and_skips_what_is_done(plan, tiny_hom
     assert "2 runs, 1 to do" in finished.stdout and "1 of 1, 0s left" in finished.stdout
     assert weights.stat().st_mtime_ns == before
     rows = json.loads((sweep.directory / "sweep.json").read_text())["runs"]
-    stored = json.loads((gka.directory / "eval.json").read_text())
+    bpb = gka.directory / "evals" / "bpb_step_000008.json"
+    stored = json.loads(bpb.read_text())
     assert [row["run"] for row in rows] == [softmax.name, gka.name] and rows[1]["val_bpb"] == stored["val_bpb"]
     assert rows[1]["tokens"] == 2048 and rows[1]["flops"] == gka.flops and len(rows[1]["sigma"]) == 2
 
     # A run with other options, or evaluated at another step, is no result of this sweep.
     assert plan(words=["--optim.matrix_lr=0.01"]).runs[1].result() is None
-    (gka.directory / "eval.json").write_text(json.dumps(stored | {"step": 4}))
+    bpb.rename(bpb.with_name("bpb_step_000004.json"))
     assert gka.result() is None and gka.is_trained()

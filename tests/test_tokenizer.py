@@ -1,4 +1,4 @@
-"""Text to ids and back."""
+"""Tokenizer: text to ids and back."""
 
 import json
 import sysconfig
@@ -13,10 +13,9 @@ from tokenizers import Tokenizer as Reference
 from gkachat.tokenizer import BOS, FILE_NAME, SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
-LEARNED_FROM = [
+TRAINED_ON = [
     (STDLIB / name).read_text(encoding="utf-8") for name in ("argparse.py", "heapq.py", "json/decoder.py", "this.py")
 ]
-# Sources, prose, other scripts, and numbers, none of which the merges were learned from.
 UNSEEN = [
     (STDLIB / name).read_text(encoding="utf-8")
     for name in ("ast.py", "difflib.py", "html/entities.py", "encodings/cp1251.py", "textwrap.py", "turtle.py")
@@ -25,93 +24,57 @@ UNSEEN = [
     "漢字かな交じり文 ١٢٣٤ ½ 🧑\u200d🚀\u00a0\u2028don't WE'LL 1234567 \x00\x1c\x85 e\u0301",
 ]
 PROPERTY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-# Any code point, lone surrogates too, and now and then the text of a special token.
+# Any code points, lone surrogates included, and sometimes the text of a special token.
 ANY_TEXT = st.lists(st.text(st.characters(exclude_categories=[])) | st.sampled_from(SPECIAL_TOKENS)).map("".join)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(LEARNED_FROM, 700)
-
-
-def test_the_vocabulary_has_the_size_that_was_asked_for(tokenizer):
-    assert tokenizer.vocab_size == 700
+    return train_tokenizer(TRAINED_ON, 700)
 
 
 def test_ids_are_contiguous_and_special_tokens_come_last(tokenizer):
-    stored = json.loads(tokenizer.json_text)
-    assert sorted(stored["model"]["vocab"].values()) == list(range(691))
+    assert tokenizer.vocab_size == 700
+    assert sorted(json.loads(tokenizer.json_text)["model"]["vocab"].values()) == list(range(691))
     assert [tokenizer.special[name] for name in SPECIAL_TOKENS] == list(range(691, 700))
     assert tokenizer.bos == tokenizer.special[BOS]
 
 
-def test_every_byte_has_an_id_of_its_own(tokenizer):
-    ids = [tokenizer.encode(bytes([byte])) for byte in range(256)]
-    assert sorted(ids) == [[i] for i in range(256)]
-
-
-def test_every_id_stands_for_other_bytes(tokenizer):
-    assert len({tokenizer.decode_bytes([i]) for i in range(700)}) == 700
-
-
-@PROPERTY
-@given(st.binary())
-def test_any_bytes_round_trip(tokenizer, data):
-    assert tokenizer.decode_bytes(tokenizer.encode(data)) == data
+def test_every_byte_has_its_own_id_and_every_id_its_own_bytes(tokenizer):
+    stands_for = {tokenizer.decode_bytes([i]) for i in range(700)}
+    assert len(stands_for) == 700 and {bytes([byte]) for byte in range(256)} <= stands_for
 
 
 @PROPERTY
 @given(ANY_TEXT)
-def test_any_text_round_trips(tokenizer, text):
-    data = text.encode(errors="surrogatepass")
-    ids = tokenizer.encode(text)
+def test_any_text_round_trips_and_none_becomes_a_special_token(tokenizer, text):
+    data, ids, special = text.encode(errors="surrogatepass"), tokenizer.encode(text), set(tokenizer.special.values())
     assert tokenizer.decode_bytes(ids) == data
     assert tokenizer.decode(ids) == data.decode(errors="replace")
-
-
-@PROPERTY
-@given(ANY_TEXT)
-def test_no_text_becomes_a_special_token(tokenizer, text):
-    special = set(tokenizer.special.values())
-    assert not special & set(tokenizer.encode(text))
-    assert not special & set(tokenizer.encode(text.encode(errors="surrogatepass")))
+    assert tokenizer.token_bytes()[ids].sum() == len(data)
+    assert not special & set(ids)
     assert not special & set(tokenizer.encode_to_numpy(text.encode(errors="replace").decode()).tolist())
 
 
 @pytest.mark.parametrize("name", SPECIAL_TOKENS)
 def test_the_text_of_a_special_token_is_encoded_as_text(tokenizer, name):
     ids = tokenizer.encode(name)
-    assert len(ids) > 1
-    assert max(ids) < 691
+    assert len(ids) > 1 and max(ids) < 691
     assert tokenizer.decode(ids) == name == tokenizer.decode([tokenizer.special[name]])
 
 
-@PROPERTY
-@given(ANY_TEXT)
-def test_token_bytes_add_up_to_the_bytes_of_the_text(tokenizer, text):
-    assert tokenizer.token_bytes()[tokenizer.encode(text)].sum() == len(text.encode(errors="surrogatepass"))
-
-
-def test_special_tokens_stand_for_no_bytes_and_all_others_for_some(tokenizer):
+def test_special_tokens_have_no_bytes_and_all_others_have_some(tokenizer):
     lengths = tokenizer.token_bytes()
-    assert lengths.dtype == np.int32
-    assert lengths.shape == (700,)
-    assert (lengths[:691] >= 1).all()
-    assert (lengths == 1).sum() == 256
-    assert not lengths[691:].any()
+    assert lengths.dtype == np.int32 and lengths.shape == (700,)
+    assert (lengths[:691] >= 1).all() and (lengths == 1).sum() == 256 and not lengths[691:].any()
 
 
-def test_encoding_is_that_of_the_stored_json_in_its_own_library(tokenizer):
+def test_encoding_is_that_of_the_tokenizers_library(tokenizer):
     reference = Reference.from_str(tokenizer.json_text)
-    for text in LEARNED_FROM + UNSEEN:
-        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
-
-
-def test_the_array_has_the_ids_of_the_list(tokenizer):
-    for text in UNSEEN:
-        array = tokenizer.encode_to_numpy(text)
-        assert array.dtype == np.uint16
-        assert array.tolist() == tokenizer.encode(text)
+    for text in TRAINED_ON + UNSEEN:
+        ids, array = tokenizer.encode(text), tokenizer.encode_to_numpy(text)
+        assert ids == reference.encode(text, add_special_tokens=False).ids
+        assert array.dtype == np.uint16 and array.tolist() == ids
 
 
 def test_merges_shorten_text(tokenizer):
@@ -120,33 +83,26 @@ def test_merges_shorten_text(tokenizer):
 
 
 def test_a_token_has_at_most_two_digits(tokenizer):
-    for i in range(691):
-        assert sum(c.isdigit() for c in tokenizer.decode([i])) <= 2
-    # Numbers that are in the text often enough for a longer merge to be worth its while.
-    eager = train_tokenizer(["1234567 " * 1000], 512)
-    pieces = [eager.decode([i]) for i in eager.encode("1234567")]
-    assert pieces == ["12", "34", "56", "7"]
+    assert all(sum(c.isdigit() for c in tokenizer.decode([i])) <= 2 for i in range(691))
+    numbers = train_tokenizer(["1234567 " * 1000], 512)  # frequent enough that longer merges would pay
+    assert [numbers.decode([i]) for i in numbers.encode("1234567")] == ["12", "34", "56", "7"]
 
 
-def test_a_saved_tokenizer_is_the_same_when_loaded(tokenizer, tmp_path):
+def test_a_saved_tokenizer_loads_unchanged(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "new" / "directory")
     loaded = Tokenizer.load(tmp_path / "new" / "directory")
-    assert loaded.sha256 == tokenizer.sha256
-    assert (loaded.vocab_size, loaded.bos, loaded.special) == (700, tokenizer.bos, tokenizer.special)
-    for text in UNSEEN:
-        assert loaded.encode(text) == tokenizer.encode(text)
+    assert (loaded.sha256, loaded.vocab_size) == (tokenizer.sha256, 700)
+    assert (loaded.bos, loaded.special) == (tokenizer.bos, tokenizer.special)
+    assert all(loaded.encode(text) == tokenizer.encode(text) for text in UNSEEN)
 
 
-def test_training_is_deterministic(tokenizer):
-    assert train_tokenizer(iter(LEARNED_FROM), 700).sha256 == tokenizer.sha256
-
-
-def test_another_text_gives_another_tokenizer(tokenizer):
-    assert train_tokenizer(LEARNED_FROM[:2], 700).sha256 != tokenizer.sha256
+def test_training_depends_on_the_text_alone(tokenizer):
+    assert train_tokenizer(iter(TRAINED_ON), 700).sha256 == tokenizer.sha256
+    assert train_tokenizer(TRAINED_ON[:2], 700).sha256 != tokenizer.sha256
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", ""]])
-def test_nothing_to_learn_from_is_an_error(texts):
+def test_no_text_to_learn_from_is_an_error(texts):
     with pytest.raises(ValueError, match="no text to learn from"):
         train_tokenizer(texts, 600)
 
@@ -158,59 +114,39 @@ def test_a_small_corpus_gives_a_smaller_vocabulary_that_works():
     assert small.decode(small.encode("abba ü")) == "abba ü"
 
 
-def test_a_missing_tokenizer_says_how_to_make_one(tmp_path):
+def test_a_missing_tokenizer_error_says_how_to_make_one(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"scripts\.tok_train"):
         Tokenizer.load(tmp_path)
 
 
-def with_vocabulary(change):
+def edited(edit):
+    """Damage that edits the stored JSON tree in place."""
+
     def damage(text):
-        stored = json.loads(text)
-        stored["model"]["vocab"] = change(stored["model"]["vocab"])
-        return json.dumps(stored).encode()
+        edit(tree := json.loads(text))
+        return json.dumps(tree).encode()
 
     return damage
 
 
-def without(key):
-    def damage(text):
-        stored = json.loads(text)
-        del stored[key]
-        return json.dumps(stored).encode()
+DAMAGE = {
+    "empty": lambda text: b"",
+    "cut": lambda text: text.encode()[: len(text) // 2],
+    "not UTF-8": lambda text: b"\xff" + text.encode(),
+    "a list": lambda text: b"[]",
+    "null": lambda text: b"null",
+    "no model": edited(lambda tree: tree.pop("model")),
+    "no special tokens": edited(lambda tree: tree.pop("added_tokens")),
+    "no bos": lambda text: text.replace(BOS, "<|start|>").encode(),
+    "an unknown letter": lambda text: text.replace('"a":', '"\\u4e00":').encode(),
+    "no ids": edited(lambda tree: tree["model"].update(vocab=list(tree["model"]["vocab"]))),
+    "an id twice": edited(lambda tree: tree["model"]["vocab"].update(a=tree["model"]["vocab"]["b"])),
+    "a gap in the ids": edited(lambda tree: tree["model"]["vocab"].update(a=3000)),
+}
 
-    return damage
 
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: b"",
-        lambda text: text.encode()[: len(text) // 2],
-        lambda text: b"\xff" + text.encode(),
-        lambda text: b"[]",
-        lambda text: b"null",
-        without("model"),
-        without("added_tokens"),
-        lambda text: text.replace(BOS, "<|start|>").encode(),
-        lambda text: text.replace('"a":', '"\\u4e00":').encode(),
-        with_vocabulary(list),
-        with_vocabulary(lambda vocab: vocab | {"a": vocab["b"]}),
-    ],
-    ids=[
-        "empty",
-        "cut",
-        "not UTF-8",
-        "list",
-        "null",
-        "no model",
-        "no special",
-        "no bos",
-        "no letter",
-        "no ids",
-        "twice",
-    ],
-)
-def test_a_damaged_file_is_named(tokenizer, tmp_path, damage):
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_an_error_that_names_it(tokenizer, tmp_path, damage):
     content = damage(tokenizer.json_text)
     assert content != tokenizer.json_text.encode()
     (tmp_path / FILE_NAME).write_bytes(content)
@@ -222,11 +158,3 @@ def test_a_damaged_file_is_named(tokenizer, tmp_path, damage):
 def test_a_million_spaces_do_not_overflow_the_regex(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode_to_numpy(text).tolist() == tokenizer.encode(text)
-
-
-def test_a_gap_in_the_ids_is_noticed(tokenizer, tmp_path):
-    tree = json.loads(tokenizer.json_text)
-    tree["model"]["vocab"]["a"] = 3000
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
-    with pytest.raises(ValueError, match="not a gkachat tokenizer"):
-        Tokenizer.load(tmp_path)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gkachat.attention.cache import LayerCache
+from gkachat.attention.cache import LayerCache, LayerCacheSpec
 from gkachat.attention.features import Rope
 from gkachat.attention.kernels import reference
 from gkachat.attention.kernels.choose import KernelSpec, choose_decode_kernel, choose_kernel, plain_kernels
@@ -46,7 +46,7 @@ class Attention(nn.Module):
     gaussian = False
     """Whether `qkv` gives a bandwidth sigma, so that scores are -|q - k|^2 / (2 sigma^2)."""
     unit_norm = False
-    """Whether all queries and keys have the same norm. A Gaussian kernel then needs no bias per key."""
+    """Whether all queries and keys have the same norm. Gaussian scores are then q.k / sigma^2, with no bias per key."""
     include_self = True
     """Whether a token attends to itself."""
     backend = "auto"
@@ -74,6 +74,8 @@ class Attention(nn.Module):
 
         A subclass that compares in another way overrides this. Plain PyTorch then takes the place of the fused kernels.
         """
+        if self.unit_norm:  # as the kernels do it; it differs where a key is zero, as before the text begins
+            qkv = qkv._replace(scale=qkv.sigma.square().reciprocal()[:, None, None], sigma=None)
         return reference.scores(q_BHTD, k_BHSD, qkv)
 
     def forward(
@@ -122,6 +124,11 @@ class Attention(nn.Module):
         else:
             self.kernel = choose_kernel(spec, device, dtype)
             self.decode_kernel = choose_decode_kernel(config.head_dim, device, dtype)
+
+    @property
+    def cache_spec(self) -> LayerCacheSpec:
+        """What the cache keeps of each token. Scores of features with one common norm need no norms."""
+        return LayerCacheSpec(self.window, self.shares_kv, self.gaussian and not self.unit_norm, self.lookback)
 
     @property
     def cache_tensors(self) -> int:

@@ -1,15 +1,17 @@
 """Tokenized corpora on disk.
 
+    write_shards(corpus, tokenizer, directory, source=..., shard_chars=...)
+    for documents in Split(directory, "train", tokenizer): ...    # shard by shard
+
 tokens/<dataset>/
-    manifest.json              the shards, their hashes and the tokenizer's; "complete" once all are written
+    manifest.json              every shard with its hashes, the tokenizer's hash, and whether all shards are written
     train_00000.bin            uint16 tokens, document after document
     train_00000.idx            uint64 offsets: document i is bin[idx[i] : idx[i + 1]]
     val_00000.bin, ...
 
-A train shard is made of the next `shard_chars` characters, a val shard of the val documents met meanwhile. An
-interrupted run that starts over meets the same boundaries: it reads the texts again, and tokenizes only the shards that
-are not in the manifest yet. Shards are read in order, each whole and against its hash, so that training can begin while
-later ones are still being made.
+A train shard holds the next `shard_chars` characters. The val shard beside it holds the val documents that were met
+meanwhile. An interrupted run that starts again meets the same boundaries: it reads the texts again, but tokenizes only
+the shards that the manifest does not have yet. Training can begin while later shards are still being written.
 """
 
 import hashlib
@@ -29,16 +31,18 @@ from gkachat.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
-REMEDY = "run scripts.data_prep again to mend it"
+DTYPES = {"idx": np.dtype(np.uint64), "bin": np.dtype(np.uint16)}
 
 
 @dataclass
 class Shard:
+    """Manifest entry of one shard."""
+
     split: str
     name: str
     documents: int
     tokens: int
-    bytes: int  # of the text
+    bytes: int  # of the text in UTF-8
     text_sha256: str
     bin_sha256: str
     idx_sha256: str
@@ -46,6 +50,8 @@ class Shard:
 
 @dataclass
 class Manifest:
+    """Contents of a tokenized corpus."""
+
     source: dict[str, object]
     tokenizer_sha256: str
     complete: bool = False
@@ -53,15 +59,97 @@ class Manifest:
     shards: list[Shard] = field(default_factory=list)
 
     def total(self, split: str, what: str) -> int:
-        """Sum of `documents`, `tokens` or `bytes` over a split."""
+        """Return the sum of `documents`, `tokens` or `bytes` over a split."""
         return sum(getattr(shard, what) for shard in self.shards if shard.split == split)
 
     def save(self, directory: Path) -> None:
         write_text(directory / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
 
 
+class Documents:
+    """Documents of one shard. The tokens of document i are `tokens[start[i] : start[i] + length[i]]`.
+
+    `loss_mask` marks the tokens that are learned from, and `n_targets` counts them in each document. Without a mask
+    (None), all tokens are learned from.
+    """
+
+    def __init__(self, offsets: np.ndarray, read: Callable[[], np.ndarray], loss_mask: np.ndarray | None = None):
+        """`read` returns the tokens. It is called when they are first used, since planning needs only the offsets."""
+        self.start, self.length, self._read, self.loss_mask = offsets[:-1], np.diff(offsets), read, loss_mask
+        if loss_mask is not None:
+            self.n_targets = np.diff(np.concatenate(([0], np.cumsum(loss_mask)))[offsets])
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        return self._read()
+
+
+class Split:
+    """Shards of one split of a corpus, each checked against its hash when it is read."""
+
+    def __init__(self, directory: Path, split: str, tokenizer: Tokenizer, timeout: float = 0.0):
+        """Open a split. `n_shards` is None while data_prep is still writing shards.
+
+        `timeout` is the number of seconds to wait for a shard that is not written yet; 0 demands a complete corpus.
+        Raises FileNotFoundError or ValueError that say what to run.
+        """
+        self.directory, self.split, self.tokenizer, self.timeout = directory, split, tokenizer, timeout
+        self._records: dict[str, Shard] = {}
+        self.n_shards: int | None = None
+        self._read_manifest()
+        if self.n_shards is None and not timeout:
+            raise ValueError(f"{directory} is not complete; run scripts.data_prep again to finish it")
+
+    def shard(self, index: int) -> Documents | None:
+        """Return the documents of a shard, or None after the last one.
+
+        Raises TimeoutError if the shard is not written in time, ValueError if it is damaged.
+        """
+        name, start = f"{self.split}_{index:05d}", time.monotonic()
+        while name not in self._records:
+            if self.n_shards is not None:
+                return None
+            self._read_manifest()
+            if name in self._records or self.n_shards is not None:
+                continue
+            if time.monotonic() - start >= self.timeout:
+                raise TimeoutError(
+                    f"{self.directory}: no {name} after {self.timeout:.0f} s of waiting; is scripts.data_prep running?"
+                )
+            time.sleep(min(1.0, self.timeout))
+        record = self._records[name]
+        offsets = _read_array(self.directory, record, "idx").astype(np.int64)
+        if offsets[0] != 0 or offsets[-1] != record.tokens or (np.diff(offsets) < 0).any():
+            raise _damaged(f"{self.directory / name}.idx: its offsets do not rise from 0 to {record.tokens}")
+        return Documents(offsets, lambda: self._read_tokens(record))
+
+    def __iter__(self) -> Iterator[Documents]:
+        index = 0
+        while (documents := self.shard(index)) is not None:
+            yield documents
+            index += 1
+
+    def _read_manifest(self) -> None:
+        """Add the shards that were written since. A shard that is known already may not change any more."""
+        manifest = read_manifest(self.directory)
+        if manifest.tokenizer_sha256 != self.tokenizer.sha256:
+            raise ValueError(f"{self.directory} was made with another tokenizer; run scripts.data_prep again")
+        for shard in manifest.shards:
+            if shard.split == self.split and shard.name not in self._records:
+                for suffix in DTYPES:
+                    _check_size(self.directory, shard, suffix)
+                self._records[shard.name] = shard
+        self.n_shards = len(self._records) if manifest.complete else None
+
+    def _read_tokens(self, record: Shard) -> np.ndarray:
+        tokens = _read_array(self.directory, record, "bin")
+        if tokens.size and tokens.max() >= self.tokenizer.vocab_size:
+            raise _damaged(f"{self.directory / record.name}.bin: token {tokens.max()} is not in the vocabulary")
+        return tokens
+
+
 def read_manifest(directory: Path) -> Manifest:
-    """Raises FileNotFoundError where there is none, ValueError where it cannot be read."""
+    """Read a corpus's manifest. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
     path = directory / MANIFEST
     if not path.exists():
         raise FileNotFoundError(f"no tokenized corpus at {directory}; make one with python -m scripts.data_prep CONFIG")
@@ -82,13 +170,18 @@ def write_shards(
     dropped: Callable[[], dict[str, int]] = dict,
     progress: Callable[[Shard, bool], None] = lambda shard, reused: None,
     reread: bool = False,
-    threads: int | None = None,
 ) -> Manifest:
-    """Tokenize (split, text) documents into `directory`; finished shards of an earlier, interrupted run are kept.
+    """Tokenize documents into shards, and keep the shards that an earlier, interrupted run finished.
 
-    What is complete and undamaged is not read again, unless `reread` asks whether the documents have changed since.
-    `source` is what the documents depend on: when it or the tokenizer differs from what stands there, ValueError.
-    `progress` hears of each shard, and whether it was there already. Raises ValueError when a split stays empty.
+    Args:
+        documents: (split, text) pairs.
+        source: What the documents depend on. It is stored, and a later call must give the same.
+        shard_chars: Characters of train text in a shard.
+        dropped: Called at the end for the counts of dropped documents, which are stored.
+        progress: Called with each shard and whether it was reused.
+        reread: Read the documents even if the corpus is complete, and replace shards whose text has changed.
+
+    Raises ValueError if the directory was made from another source or tokenizer, or if a split stays empty.
     """
     manifest = Manifest(source, tokenizer.sha256)
     finished: dict[str, Shard] = {}
@@ -96,43 +189,29 @@ def write_shards(
         before = read_manifest(directory)
         if (before.source, before.tokenizer_sha256) != (source, tokenizer.sha256):
             raise ValueError(f"{directory} was made from another source or tokenizer; delete it or set data.name")
-        finished = {shard.name: shard for shard in before.shards if _sound(directory, shard)}
+        finished = {shard.name: shard for shard in before.shards if _is_intact(directory, shard)}
         if before.complete and len(finished) == len(before.shards) and not reread:
             for shard in before.shards:
                 progress(shard, True)
             return before
 
-    pending: dict[str, list[str]] = {split: [] for split in SPLITS}
-    characters = 0  # of train, that are pending
-
-    def flush(split: str, pool: ThreadPoolExecutor) -> None:
-        if not pending[split]:
-            return
-        name = f"{split}_{sum(shard.split == split for shard in manifest.shards):05d}"
-        texts = [text.encode() for text in pending[split]]
-        text_sha256 = _digest(texts)
-        shard = finished.get(name)
-        reused = shard is not None and shard.text_sha256 == text_sha256
-        if not reused:
-            tokens = list(pool.map(tokenizer.encode_to_numpy, pending[split]))
-            shard = _write_shard(directory, split, name, tokens, sum(map(len, texts)), text_sha256)
-        manifest.shards.append(shard)
-        # Finished shards that are still ahead stay on record, or a second interruption would lose them.
-        ahead = [later for later in finished.values() if later.name not in {s.name for s in manifest.shards}]
-        Manifest(source, tokenizer.sha256, False, {}, manifest.shards + ahead).save(directory)
-        progress(shard, reused)
-        pending[split] = []
-
-    with ThreadPoolExecutor(threads) as pool:  # tiktoken lets go of the interpreter lock
-        for split, text in documents:
-            pending[split].append(text)
-            characters += len(text) if split == "train" else 0
-            if characters >= shard_chars:
-                for each in SPLITS:
-                    flush(each, pool)
-                characters = 0
-        for each in SPLITS:
-            flush(each, pool)
+    written = dict.fromkeys(SPLITS, 0)
+    with ThreadPoolExecutor() as pool:  # tiktoken releases the interpreter lock
+        for split, texts in _group_into_shards(documents, shard_chars):
+            name = f"{split}_{written[split]:05d}"
+            encoded = [text.encode() for text in texts]
+            text_sha256 = _hash_texts(encoded)
+            shard = finished.pop(name, None)
+            reused = shard is not None and shard.text_sha256 == text_sha256
+            if not reused:
+                tokens = list(pool.map(tokenizer.encode_to_numpy, texts))
+                shard = _write_shard(directory, split, name, tokens, sum(map(len, encoded)), text_sha256)
+            manifest.shards.append(shard)
+            written[split] += 1
+            # Finished shards that are still ahead stay in the manifest, or a second interruption would lose them.
+            ahead = [*manifest.shards, *finished.values()]
+            Manifest(source, tokenizer.sha256, shards=ahead).save(directory)
+            progress(shard, reused)
     for split in SPLITS:
         if not manifest.total(split, "tokens"):
             raise ValueError(f"the {split} split is empty; give more documents, or another data.val_fraction")
@@ -141,8 +220,20 @@ def write_shards(
     return manifest
 
 
-def _digest(texts: list[bytes]) -> str:
-    """One hash for a list of texts and where each ends."""
+def _group_into_shards(documents: Iterable[tuple[str, str]], shard_chars: int) -> Iterator[tuple[str, list[str]]]:
+    """Yield (split, texts of a shard), train before val, each time `shard_chars` characters of train are reached."""
+    texts, train_chars = {split: [] for split in SPLITS}, 0
+    for split, text in documents:
+        texts[split].append(text)
+        train_chars += len(text) if split == "train" else 0
+        if train_chars >= shard_chars:
+            yield from ((split, texts[split]) for split in SPLITS if texts[split])
+            texts, train_chars = {split: [] for split in SPLITS}, 0
+    yield from ((split, texts[split]) for split in SPLITS if texts[split])
+
+
+def _hash_texts(texts: list[bytes]) -> str:
+    """Return one hash of a list of texts and of where each ends."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(len(text).to_bytes(8, "little"))
@@ -163,116 +254,32 @@ def _write_shard(
     return Shard(split, name, len(tokens), int(offsets[-1]), n_bytes, text_sha256, **hashes)
 
 
-FILES = {"idx": np.dtype(np.uint64), "bin": np.dtype(np.uint16)}
-
-
-def _check_size(directory: Path, shard: Shard, suffix: str) -> Path:
-    """The path of one of a shard's two files. ValueError when it has not the size that the manifest says."""
-    size = FILES[suffix].itemsize * (shard.tokens if suffix == "bin" else shard.documents + 1)
-    path = directory / f"{shard.name}.{suffix}"
-    if not path.exists():
-        raise ValueError(f"{path} is missing")
-    if path.stat().st_size != size:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, its manifest says {size}")
-    return path
-
-
-def _read(directory: Path, shard: Shard, suffix: str) -> np.ndarray:
-    """One of a shard's two files, whole. ValueError when it is not what its manifest says."""
+def _read_array(directory: Path, shard: Shard, suffix: str) -> np.ndarray:
+    """Read one of a shard's two files. Raises ValueError if it does not match the manifest."""
     path = _check_size(directory, shard, suffix)
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != getattr(shard, f"{suffix}_sha256"):
-        raise ValueError(f"{path} does not match the hash in its manifest")
-    return np.frombuffer(data, FILES[suffix])
+        raise _damaged(f"{path} does not match the hash in its manifest")
+    return np.frombuffer(data, DTYPES[suffix])
 
 
-def _sound(directory: Path, shard: Shard) -> bool:
+def _check_size(directory: Path, shard: Shard, suffix: str) -> Path:
+    """Return the path of one of a shard's two files. Raises ValueError if its size is not that of the manifest."""
+    size = DTYPES[suffix].itemsize * (shard.tokens if suffix == "bin" else shard.documents + 1)
+    path = directory / f"{shard.name}.{suffix}"
+    if not path.exists():
+        raise _damaged(f"{path} is missing")
+    if path.stat().st_size != size:
+        raise _damaged(f"{path} has {path.stat().st_size} bytes, its manifest says {size}")
+    return path
+
+
+def _is_intact(directory: Path, shard: Shard) -> bool:
     try:
-        return all(_read(directory, shard, suffix) is not None for suffix in FILES)
+        return all(_read_array(directory, shard, suffix) is not None for suffix in DTYPES)
     except ValueError:
         return False
 
 
-class Documents:
-    """The documents of a shard; the tokens of document i are tokens[start[i] : start[i] + length[i]]."""
-
-    def __init__(self, offsets: np.ndarray, read: Callable[[], np.ndarray], scored: np.ndarray | None = None):
-        """`read` gives the tokens, when they are asked for; `scored` which of them are learned from, if not all are."""
-        self.start, self.length, self._read, self.scored = offsets[:-1], np.diff(offsets), read, scored
-        if scored is not None:
-            self.n_scored = np.diff(np.concatenate(([0], np.cumsum(scored)))[offsets])
-
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        return self._read()
-
-
-class Split:
-    """One split of a corpus, shard by shard."""
-
-    def __init__(self, directory: Path, split: str, tokenizer: Tokenizer, patience: float = 0.0):
-        """`patience`: seconds to wait for a shard that is still being made; 0: the corpus must be complete.
-
-        Raises FileNotFoundError or ValueError that says what to run.
-        """
-        self.directory, self.split, self.tokenizer, self.patience = directory, split, tokenizer, patience
-        self._records: dict[str, Shard] = {}
-        self.n_shards: int | None = None
-        self._look()
-        if self.n_shards is None and not patience:
-            raise ValueError(f"{directory} is not complete; run scripts.data_prep again to finish it")
-
-    def _look(self) -> None:
-        """See how far the corpus has come. A shard that has been seen may not change any more."""
-        manifest = read_manifest(self.directory)
-        if manifest.tokenizer_sha256 != self.tokenizer.sha256:
-            raise ValueError(
-                f"{self.directory} was made with another tokenizer than the one in use; run scripts.data_prep again"
-            )
-        for shard in manifest.shards:
-            if shard.split == self.split and shard.name not in self._records:
-                try:  # hashes are compared when it is read
-                    for suffix in FILES:
-                        _check_size(self.directory, shard, suffix)
-                except ValueError as error:
-                    raise ValueError(f"{error}; {REMEDY}") from None
-                self._records[shard.name] = shard
-        self.n_shards = len(self._records) if manifest.complete else None
-
-    def shard(self, index: int) -> Documents | None:
-        """None after the last. TimeoutError when a shard is not made in time, ValueError when it is damaged."""
-        name, since = f"{self.split}_{index:05d}", time.monotonic()
-        while name not in self._records:
-            if self.n_shards is not None:
-                return None
-            self._look()
-            if name in self._records or self.n_shards is not None:
-                continue
-            if time.monotonic() - since >= self.patience:
-                raise TimeoutError(
-                    f"{self.directory}: no {name} after {self.patience:.0f} s of waiting; is scripts.data_prep running?"
-                )
-            time.sleep(min(1.0, self.patience))
-        record = self._records[name]
-        try:
-            offsets = _read(self.directory, record, "idx").astype(np.int64)
-            if offsets[0] != 0 or offsets[-1] != record.tokens or (np.diff(offsets) < 0).any():
-                raise ValueError(f"{self.directory / name}.idx: its offsets do not rise from 0 to {record.tokens}")
-            return Documents(offsets, lambda: self._tokens(record))
-        except ValueError as error:
-            raise ValueError(f"{error}; {REMEDY}") from None
-
-    def _tokens(self, record: Shard) -> np.ndarray:
-        try:
-            tokens = _read(self.directory, record, "bin")
-            if tokens.size and tokens.max() >= self.tokenizer.vocab_size:
-                raise ValueError(f"{self.directory / record.name}.bin: token {tokens.max()} is not in the vocabulary")
-            return tokens
-        except ValueError as error:
-            raise ValueError(f"{error}; {REMEDY}") from None
-
-    def __iter__(self) -> Iterator[Documents]:
-        index = 0
-        while (documents := self.shard(index)) is not None:
-            yield documents
-            index += 1
+def _damaged(problem: str) -> ValueError:
+    return ValueError(f"{problem}; run scripts.data_prep again to repair it")

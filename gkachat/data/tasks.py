@@ -1,10 +1,10 @@
-"""Conversations made up from a seed: small things to compute, each said step by step, and who the model is.
+"""Conversations made up from a seed: small computations, written out step by step, and questions about the model.
 
-    for key, messages in generated(seed, facts): ...      # without end
-    question, answer = ask("addition", rng, facts)[1:]
+    for key, messages in generated(seed, facts): ...      # endless
+    key, question, answer = ask("addition", rng, facts)
 
-Answers go by way of their parts (digits from the right with what is carried, letters beside the one that is counted): a
-small model that could not learn a table of results learns these. They end with "The answer is ...".
+Answers go through their parts (digits from the right with their carry; letters one by one with the count so far),
+because a small model learns steps where it cannot learn a table of results. They end with "The answer is ...".
 """
 
 import calendar
@@ -21,59 +21,60 @@ WORDS = tuple(
     hammer tunnel pillow rabbit kitten puppy horse sheep zebra elephant tiger parrot penguin turtle balloon bubble
     """.split()  # noqa: SIM905 (a list would take a line a word)
 )
-NAMES = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 
-Asked = tuple[str, str, str]
-"""What is asked whatever the words (which decides between train and val), question, answer."""
+Turn = tuple[str, str, str]
+"""(key, question, answer). The key says what is asked, whatever the words; it decides between train and val."""
 
 
-def _addition(rng: random.Random, facts: dict[str, str]) -> Asked:
+def _addition(rng: random.Random, facts: dict[str, str]) -> Turn:
     a, b = rng.randint(10, 99), rng.randint(10, 99)
     (a1, a0), (b1, b0) = divmod(a, 10), divmod(b, 10)
     carry = (a0 + b0) // 10
-    ask = rng.choice(("What is {} + {}?", "{} + {} = ?", "Add {} and {}.", "How much is {} plus {}?"))
+    question = rng.choice(("What is {} + {}?", "{} + {} = ?", "Add {} and {}.", "How much is {} plus {}?"))
     steps = f"{a0} + {b0} = {a0 + b0}, {a1} + {b1} + {carry} = {a1 + b1 + carry}."
-    return f"addition {a} {b}", ask.format(a, b), f"{steps} The answer is {a + b}."
+    return f"addition {a} {b}", question.format(a, b), f"{steps} The answer is {a + b}."
 
 
 def _word(rng: random.Random) -> str:
     return rng.choice(WORDS) if rng.random() < 0.5 else "".join(rng.choices(SYLLABLES, k=rng.randint(2, 4)))
 
 
-def _counting(rng: random.Random, facts: dict[str, str]) -> Asked:
+def _counting(rng: random.Random, facts: dict[str, str]) -> Turn:
     word = _word(rng)
     present = rng.random() < 0.8
     letter = rng.choice(word if present else "abcdefghijklmnoprstuvwyz")
-    if rng.random() < 0.5:  # the same word with the letter put in again: counts above 1 are rare otherwise
+    if rng.random() < 0.5:  # insert the letter again, because counts above 1 are rare otherwise
         at = rng.randint(0, len(word))
         word = word[:at] + letter * rng.randint(1, 2) + word[at:]
     n, steps = 0, []
     for character in word:
         n += character == letter
         steps.append(f"{character} {letter} {n}")
-    ask = rng.choice(("How many {1} are in {0}?", "How often does {1} occur in {0}?", "Count the {1} in {0}."))
-    return f"counting {word} {letter}", ask.format(word, letter), f"{', '.join(steps)}. The answer is {n}."
+    question = rng.choice(("How many {1} are in {0}?", "How often does {1} occur in {0}?", "Count the {1} in {0}."))
+    return f"counting {word} {letter}", question.format(word, letter), f"{', '.join(steps)}. The answer is {n}."
 
 
-def _spelling(rng: random.Random, facts: dict[str, str]) -> Asked:
+def _spelling(rng: random.Random, facts: dict[str, str]) -> Turn:
     word = _word(rng)
-    ask = rng.choice(("Spell {}.", "How do you spell {}?", "What are the letters of {}?"))
-    return f"spelling {word}", ask.format(word), f"{', '.join(word)}."
+    question = rng.choice(("Spell {}.", "How do you spell {}?", "What are the letters of {}?"))
+    return f"spelling {word}", question.format(word), f"{', '.join(word)}."
 
 
-def _sorting(rng: random.Random, facts: dict[str, str]) -> Asked:
+def _sorting(rng: random.Random, facts: dict[str, str]) -> Turn:
     numbers = rng.sample(range(10, 100), rng.randint(2, 4))
-    ask = rng.choice(("Sort {}.", "Put {} in order.", "Sort these numbers: {}."))
+    question = rng.choice(("Sort {}.", "Put {} in order.", "Sort these numbers: {}."))
     listed = ", ".join(map(str, numbers))
-    return f"sorting {listed}", ask.format(listed), f"The answer is {', '.join(map(str, sorted(numbers)))}."
+    return f"sorting {listed}", question.format(listed), f"The answer is {', '.join(map(str, sorted(numbers)))}."
 
 
-def _dates(rng: random.Random, facts: dict[str, str]) -> Asked:
-    kind, always = rng.randrange(3), f"train {rng.random()}"  # seven days have no rule that a day left out would follow
+def _dates(rng: random.Random, facts: dict[str, str]) -> Turn:
+    # Days of the week are always in train: a day that is left out follows from no rule.
+    kind, train_key = rng.randrange(3), f"train {rng.random()}"
     if kind == 0:
-        day, word = rng.randrange(7), rng.choice(("after", "before"))
-        answer = NAMES[(day + (1 if word == "after" else -1)) % 7]
-        return always, f"What day comes {word} {NAMES[day]}?", f"The answer is {answer}."
+        day, direction = rng.randrange(7), rng.choice(("after", "before"))
+        answer = DAYS[(day + (1 if direction == "after" else -1)) % 7]
+        return train_key, f"What day comes {direction} {DAYS[day]}?", f"The answer is {answer}."
     if kind == 1:
         month, year = rng.randint(1, 12), rng.randint(2001, 2040)
         days = calendar.monthrange(year, month)[1]
@@ -84,7 +85,7 @@ def _dates(rng: random.Random, facts: dict[str, str]) -> Asked:
     return f"dates {day}", f"What date follows {day}?", f"The answer is {following}."
 
 
-def _self(rng: random.Random, facts: dict[str, str]) -> Asked:
+def _self(rng: random.Random, facts: dict[str, str]) -> Turn:
     question, answer = rng.choice(
         (
             ("Who are you?", "I am gkachat, a small language model."),
@@ -99,7 +100,7 @@ def _self(rng: random.Random, facts: dict[str, str]) -> Asked:
     return f"train {rng.random()}", question, answer.format(**facts)
 
 
-TASKS: dict[str, tuple[Callable[[random.Random, dict[str, str]], Asked], float]] = {
+TASKS: dict[str, tuple[Callable[[random.Random, dict[str, str]], Turn], float]] = {
     "addition": (_addition, 0.35),
     "counting": (_counting, 0.4),
     "spelling": (_spelling, 0.07),
@@ -107,24 +108,28 @@ TASKS: dict[str, tuple[Callable[[random.Random, dict[str, str]], Asked], float]]
     "dates": (_dates, 0.07),
     "self": (_self, 0.04),
 }
-"""With how often each is asked."""
+"""Each task's function and its share of the conversations."""
 
 
-def ask(task: str, rng: random.Random, facts: dict[str, str]) -> Asked:
+def ask(task: str, rng: random.Random, facts: dict[str, str]) -> Turn:
+    """Draw a question of a task. `facts` are needed by "self" only; see `generated`."""
     return TASKS[task][0](rng, facts)
 
 
 def generated(seed: int, facts: dict[str, str]) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """(what is asked, messages), some of two turns, without end. `facts`: attention, parameters, depth."""
+    """Yield (key, messages) without end; some conversations have two turns.
+
+    `facts` say what the model knows about itself: attention, parameters, depth.
+    """
     rng, shares = random.Random(seed), [share for _, share in TASKS.values()]
     while True:
         [task] = rng.choices(list(TASKS), shares)
         key, *turns = ask(task, rng, facts)
         if rng.random() < 0.15:
             turns = [*ask("self", rng, facts)[1:], *turns]
-        yield key, [{"role": ("user", "assistant")[i % 2], "content": said} for i, said in enumerate(turns)]
+        yield key, [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
 def answer_of(text: str) -> str:
-    """What comes after the last "The answer is", without its full stop; empty where that is not said."""
+    """Return what follows the last "The answer is", without the full stop; empty if the text does not say it."""
     return text.rpartition("The answer is ")[2].strip().rstrip(".") if "The answer is " in text else ""

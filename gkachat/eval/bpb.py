@@ -1,30 +1,42 @@
-"""Bits per byte: a loss that does not depend on the tokenizer, and the unigram model it has to beat."""
+"""Bits per byte (BPB): a loss that does not depend on the tokenizer, and the unigram model it has to beat.
+
+evaluate_bpb(model, batches, tokenizer.token_bytes())
+evaluate_corpus(model, tokenizer, tokens_dir)["val_bpb"]        # what scripts.base_eval reports
+"""
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkachat.data.shards import Split
+from gkachat.data.loader import val_batches
+from gkachat.data.shards import Split, read_manifest
+from gkachat.tokenizer import Tokenizer
 
-LOGITS_AT_A_TIME = 2**28  # numbers: a GiB in float32
+MAX_LOGITS = 2**28  # in one forward pass: 1 GiB in float32
+BATCH_ROWS = 4  # that evaluate_corpus gives the model at a time
 
 
-@torch.no_grad()
 def evaluate_bpb(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor | np.ndarray) -> float:
-    """Nats over the targets that have bytes, divided by ln 2 and by their bytes.
+    """Return bits per byte: nats over the targets that have bytes, divided by ln 2 and by the number of these bytes.
 
     Args:
         model: idx (B, T) -> logits (B, T, V).
         batches: (idx, targets) pairs, each (B, T); a target of -1 is not scored.
-        token_bytes: (V,) bytes of text behind each id; 0 (special tokens): not scored.
+        token_bytes: (V,) bytes of text behind each id; ids with 0 bytes (special tokens) are not scored.
 
     Raises ValueError when no target has bytes.
     """
-    nats, n_bytes = bpb_sums(model, batches, token_bytes)
+    return bits_per_byte(*bpb_sums(model, batches, token_bytes))
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """Convert the sums of `bpb_sums`. Raises ValueError for zero bytes."""
     if n_bytes == 0:
         raise ValueError("bits per byte of nothing: no target stands for any bytes")
     return nats / (math.log(2) * n_bytes)
@@ -34,21 +46,24 @@ def evaluate_bpb(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], tok
 def bpb_sums(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor | np.ndarray
 ) -> tuple[float, int]:
-    """Nats and bytes, for adding up over processes."""
+    """Return (nats, bytes) of the targets, which can be added up over processes. Arguments as in `evaluate_bpb`.
+
+    Batches with more than MAX_LOGITS logits, or that do not fit the device's memory, are split into fewer rows.
+    """
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     token_bytes = torch.as_tensor(token_bytes, device=device, dtype=torch.int64)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     n_bytes = torch.zeros((), dtype=torch.int64, device=device)
+    max_tokens = MAX_LOGITS // len(token_bytes)
     was_training = model.training
     model.eval()
-    most = LOGITS_AT_A_TIME // len(token_bytes)  # positions
     try:
-        for whole in batches:
-            pending = [tuple(t.to(device) for t in whole)]
+        for batch in batches:
+            pending = [tuple(t.to(device) for t in batch)]
             while pending:
                 idx, targets = pending.pop()
-                if len(idx) > 1 and idx.numel() > most:
+                if len(idx) > 1 and idx.numel() > max_tokens:
                     pending += reversed(list(zip(idx.chunk(2), targets.chunk(2), strict=True)))
                     continue
                 try:
@@ -57,7 +72,7 @@ def bpb_sums(
                 except torch.OutOfMemoryError:
                     if len(idx) == 1:
                         raise
-                    most = idx.numel() - 1  # from now on in halves
+                    max_tokens = idx.numel() - 1  # from now on, batches of this size are split
                     pending.append((idx, targets))
                     continue
                 target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
@@ -68,17 +83,46 @@ def bpb_sums(
     return nats.item(), int(n_bytes.item())
 
 
+def evaluate_corpus(model: nn.Module, tokenizer: Tokenizer, tokens_dir: Path) -> dict[str, Any]:
+    """Return a model's bits per byte on the corpus in `tokens_dir`, which holds its shards and their manifest.
+
+    The figures are val_bpb over all of val, train_bpb over as many training tokens, unigram_bpb (the unigram model on
+    val), val_tokens, and val_sha256, the hashes of val's texts: runs with equal ones can be compared.
+    """
+    splits = {name: Split(tokens_dir, name, tokenizer) for name in ("train", "val")}
+    val_tokens = sum(int(documents.length.sum()) for documents in splits["val"])
+    token_bytes = tokenizer.token_bytes()
+
+    def bpb(name: str, tokens: int | None) -> float:
+        batches = val_batches(
+            splits[name],
+            sequence_len=model.config.sequence_len,
+            batch_rows=BATCH_ROWS,
+            bos=tokenizer.bos,
+            tokens=tokens,
+        )
+        return evaluate_bpb(model, batches, token_bytes)
+
+    return {
+        "val_bpb": bpb("val", None),
+        "train_bpb": bpb("train", val_tokens),
+        "unigram_bpb": unigram_bpb(splits["train"], splits["val"], token_bytes),
+        "val_tokens": val_tokens,
+        "val_sha256": [shard.text_sha256 for shard in read_manifest(tokens_dir).shards if shard.split == "val"],
+    }
+
+
 def unigram_bpb(train: Split, val: Split, token_bytes: np.ndarray, max_tokens: int = 100_000_000) -> float:
-    """Bits per byte on val of the model that knows only how often each token occurs in train (one added to each count).
+    """Return the bits per byte on val of the model that knows only token frequencies in train, with one added to each.
 
     Frequencies come from the first `max_tokens` tokens of each split.
     """
-    counts = [_counts(split, len(token_bytes), max_tokens) for split in (train, val)]
-    nats = -np.log((counts[0] + 1) / (counts[0] + 1).sum())
-    return float((counts[1] * nats).sum() / (math.log(2) * (counts[1] * token_bytes).sum()))
+    train_counts, val_counts = (_token_counts(split, len(token_bytes), max_tokens) for split in (train, val))
+    nats = -np.log((train_counts + 1) / (train_counts + 1).sum())
+    return bits_per_byte(float((val_counts * nats).sum()), int((val_counts * token_bytes).sum()))
 
 
-def _counts(split: Split, vocab_size: int, max_tokens: int) -> np.ndarray:
+def _token_counts(split: Split, vocab_size: int, max_tokens: int) -> np.ndarray:
     counts = np.zeros(vocab_size, dtype=np.int64)
     for documents in split:
         counts += np.bincount(documents.tokens[: max_tokens - counts.sum()], minlength=vocab_size)

@@ -1,1 +1,1 @@
-"""What an exported model carries along: sources that stand alone and need transformers. `gkachat` only copies them."""
+"""Export to Hugging Face transformers. configuration_gkachat.py and modeling_gkachat.py travel with the weights."""

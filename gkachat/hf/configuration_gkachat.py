@@ -1,36 +1,25 @@
-"""The shape of a gkachat model, as transformers reads it. MIT License, the gkachat developers."""
+"""Configuration of a gkachat model for transformers. MIT License, the gkachat developers."""
 
 from transformers import PretrainedConfig
 
-PLUS = {  # gka_plus: what is added to gka, and tokens that are mixed
-    "conv_query": True,
-    "conv_key": True,
-    "conv_value": True,
-    "taps": 4,
-    "neighbour": False,
-    "normalize": True,
-    "token_bandwidth": False,
-    "key_weight": False,
-    "rope": True,
-}
+TAPS = 4  # tokens that gka_plus's short convolutions mix
 
 
 class GkachatConfig(PretrainedConfig):
-    """A model of modeling_gkachat.py.
+    """Shape of a model in modeling_gkachat.py.
 
     Args:
-        attention: "softmax", "gka" (Gaussian Kernel Attention, arXiv 2605.02144) or "gka_plus" (the same with what PLUS
-            names).
-        window: tokens that layers of type "sliding_attention" see, a token itself one of them; others see all.
-        layer_types: of each layer "full_attention" or "sliding_attention".
-        value_embedding_layers: softmax, gka_plus: layers that add a learned vector per token to the values.
-        gka_rope: gka: rotate what is compared by its position.
-        gka_include_self: gka: a token is among its own keys.
-        gka_normalize: gka: each head's channels are RMS-normalised before they are compared and averaged.
-        plus: gka_plus: those of PLUS that are different.
+        attention: "softmax", "gka" (Gaussian Kernel Attention, arXiv 2605.02144) or "gka_plus" (the same kernel on
+            short convolutions of the block input).
+        window: tokens visible to layers of type "sliding_attention", the query's own included.
+        layer_types: "full_attention" or "sliding_attention" for each layer.
+        value_embedding_layers: softmax and gka_plus: layers that add a learned vector per token to the values.
+        gka_rope: gka: rotate features by position before they are compared.
+        gka_include_self: gka: let a token attend to itself.
+        gka_normalize: gka: RMS-normalise each head's channels before they are compared and averaged.
 
-    `sliding_window`, by which transformers sizes caches, follows: gka_plus's convolutions reach behind a window.
-    Raises ValueError for an attention there is not, or as many layer_types as there are not layers.
+    transformers sizes its caches by `sliding_window`, which is derived: for gka_plus it includes the tokens before the
+    window that the convolutions read. Raises ValueError for an unknown attention or a wrong number of layer types.
     """
 
     model_type = "gkachat"
@@ -50,7 +39,6 @@ class GkachatConfig(PretrainedConfig):
         gka_rope: bool = False,
         gka_include_self: bool = True,
         gka_normalize: bool = False,
-        plus: dict | None = None,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
         **kwargs,
@@ -61,8 +49,7 @@ class GkachatConfig(PretrainedConfig):
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.head_dim = hidden_size // num_attention_heads
         self.max_position_embeddings, self.window = max_position_embeddings, window
-        self.plus = PLUS | (plus or {})
-        kwargs["sliding_window"] = window and window + (self.plus["taps"] - 1 if attention == "gka_plus" else 0)
+        kwargs["sliding_window"] = window and window + (TAPS - 1 if attention == "gka_plus" else 0)
         self.layer_types = list(layer_types or ["full_attention"] * num_hidden_layers)
         if len(self.layer_types) != num_hidden_layers:
             raise ValueError(f"layer_types: given {len(self.layer_types)}, expected {num_hidden_layers}")

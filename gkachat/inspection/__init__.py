@@ -1,1 +1,1 @@
-"""Pictures and tables of what a trained model attends to."""
+"""Statistics, figures and a web page of what a trained model attends to."""

@@ -1,6 +1,26 @@
-"""The page that inspection.page fills: TITLE and DATA, {"tokens": [...], "heads": {LAYER.HEAD: [[weight ...] ...]}}."""
+"""A web page of attention maps: one HTML file with its data inside, which makes no network request."""
 
-PAGE = """<!DOCTYPE html>
+import html
+import json
+import re
+
+from gkachat.inspection.statistics import Inspection
+
+
+def page(inspection: Inspection) -> str:
+    """Return the page, with a map for each head in `inspection.maps`."""
+    title = f"{inspection.run}, step {inspection.step:,}: {inspection.attention}"
+    heads = {
+        name: [[round(weight, 4) for weight in row[: query + 1]] for query, row in enumerate(weights.tolist())]
+        for name, weights in inspection.maps.items()
+    }
+    data = json.dumps({"tokens": inspection.tokens, "heads": heads}).replace("<", "\\u003c")  # no text ends the script
+    contents = {"TITLE": html.escape(title), "DATA": data}
+    return re.sub("TITLE|DATA", lambda match: contents[match[0]], TEMPLATE)  # in one pass: a run may be called DATA
+
+
+# TITLE and DATA are filled in. DATA is {"tokens": [token ...], "heads": {"LAYER.HEAD": [[weight ...] ...]}}.
+TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -20,22 +40,22 @@ rect:hover { stroke: #c33; stroke-width: 2 }
 </head>
 <body>
 <h1 style="font-size: 1.2em">TITLE</h1>
-<p><label>layer.head <select id="head"></select></label> &nbsp; Point at a cell or a word: blue is what it looks at.</p>
+<p><label>layer.head <select id="head"></select></label> &nbsp; Point at a cell or a word; blue: what it attends to.</p>
 <p id="info"></p>
-<div id="views"><svg id="map" role="img" aria-label="weights, a row for each token"></svg><div id="text"></div></div>
+<div id="views"><svg id="map" role="img" aria-label="weights, a row for each query"></svg><div id="text"></div></div>
 <script type="application/json" id="data">DATA</script>
 <script>
 const data = JSON.parse(document.getElementById("data").textContent);
 const [head, info, map, text] = ["head", "info", "map", "text"].map(id => document.getElementById(id));
 const names = Object.keys(data.heads), n = data.tokens.length, size = 12;
-const shown = token => token.replace(/\\n/g, "\\u23ce").replace(/\\t/g, "\\u21e5").replace(/ /g, "\\u00b7");
-const depth = weight => Math.sqrt(weight);  // so that small weights can be seen
+const visibleSpaces = token => token.replace(/\\n/g, "\\u23ce").replace(/\\t/g, "\\u21e5").replace(/ /g, "\\u00b7");
+const opacity = weight => Math.sqrt(weight);  // makes small weights visible
 map.setAttribute("width", n * size);
 map.setAttribute("height", n * size);
-const words = data.tokens.map((token, at) => {
+const words = data.tokens.map((token, i) => {
   const span = document.createElement("span");
-  span.textContent = shown(token);
-  span.dataset.i = at;
+  span.textContent = visibleSpaces(token);
+  span.dataset.i = i;
   text.append(span);
   if (token.includes("\\n")) text.append(document.createElement("br"));
   return span;
@@ -45,9 +65,9 @@ function draw() {
   map.replaceChildren();
   data.heads[head.value].forEach((row, i) => row.forEach((weight, j) => {
     const cell = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-    const side = size - 1;
-    const of = {x: j * size, y: i * size, width: side, height: side, "fill-opacity": 0.04 + 0.96 * depth(weight)};
-    Object.entries(of).forEach(([name, value]) => cell.setAttribute(name, value));
+    const side = size - 1, fill = 0.04 + 0.96 * opacity(weight);
+    const attributes = {x: j * size, y: i * size, width: side, height: side, "fill-opacity": fill};
+    Object.entries(attributes).forEach(([name, value]) => cell.setAttribute(name, value));
     Object.assign(cell.dataset, {i, j});
     map.append(cell);
   }));
@@ -56,14 +76,14 @@ function point(event) {
   const {i, j} = event.target.dataset;
   if (i === undefined) return;
   const row = data.heads[head.value][i];
-  words.forEach((word, at) => {
-    word.className = at == i ? "query" : "";
-    word.style.background = at < row.length ? `rgba(31, 95, 168, ${0.8 * depth(row[at])})` : "";
+  words.forEach((word, key) => {
+    word.className = key == i ? "query" : "";
+    word.style.background = key < row.length ? `rgba(31, 95, 168, ${0.8 * opacity(row[key])})` : "";
   });
-  const told = (at, weight) => `${at} ${shown(data.tokens[at])} ${(100 * weight).toFixed(2)} %`;
-  const most = row.map((weight, at) => [weight, at]).sort((a, b) => b[0] - a[0]).slice(0, 5);
-  info.textContent = `${i} ${shown(data.tokens[i])} \\u2190 `
-    + (j === undefined ? most.map(([weight, at]) => told(at, weight)).join(", ") : told(j, row[j]));
+  const describe = (key, weight) => `${key} ${visibleSpaces(data.tokens[key])} ${(100 * weight).toFixed(2)} %`;
+  const largest = row.map((weight, key) => [weight, key]).sort((a, b) => b[0] - a[0]).slice(0, 5);
+  info.textContent = `${i} ${visibleSpaces(data.tokens[i])} \\u2190 `
+    + (j === undefined ? largest.map(([weight, key]) => describe(key, weight)).join(", ") : describe(j, row[j]));
 }
 head.addEventListener("change", draw);
 [map, text].forEach(view => view.addEventListener("mouseover", point));

@@ -178,8 +178,8 @@ class GPT(Transformer):
 
     def make_cache(self, rows: int, length: int, **options) -> Cache:
         """Return an empty cache for this model; the options are those of Cache."""
-        layers = [block.attn for block in self.blocks]
-        return Cache(layers, rows, length, dtype=self.compute_dtype, device=self.wte.weight.device, **options)
+        specs, device = [block.attn.cache_spec for block in self.blocks], self.wte.weight.device
+        return Cache(self.config, specs, rows, length, dtype=self.compute_dtype, device=device, **options)
 
     def example_batch(self, rows: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of the largest shape that training uses."""

@@ -122,7 +122,7 @@ class Trainer:
             # Shards may still be being made; the watchdog's patience is the longer one.
             tokens_dir, patience = home() / "tokens" / config.data_name, config.run.timeout / 2
             self.train_split, self.val_split = (
-                Split(tokens_dir, split, self.tokenizer, patience=patience) for split in ("train", "val")
+                Split(tokens_dir, split, self.tokenizer, timeout=patience) for split in ("train", "val")
             )
         self.loader = Loader(
             self.train_split,
@@ -404,10 +404,10 @@ class Trainer:
         return self.config.train.protocol
 
     def _data_line(self) -> str:
-        empty = f"{100 * self.loader.loss_report['positions_unused']:.2f} % of the positions stay empty"
+        empty = f"{100 * self.loader.packing_waste()['positions_empty']:.2f} % of the positions stay empty"
         if not self.loader.knows_epoch:  # to look at all shards of a large corpus takes a while; some may not be there
             return f"data: shard by shard; in the first, {empty}"
-        lost, steps = 100 * self.loader.loss_report["tokens_lost"], self.loader.steps_per_epoch
+        lost, steps = 100 * self.loader.packing_waste()["tokens_dropped"], self.loader.steps_per_epoch
         return f"data: an epoch has {steps:,} steps; {lost:.2f} % of its tokens are left out, {empty}"
 
     def _report_end(self) -> None:

@@ -1,5 +1,6 @@
 """scripts.data_prep from end to end, on a local mirror laid out as a Hugging Face dataset of parquet files."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,9 +9,11 @@ import sys
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, call
+from conftest import ROOT
 
 from gkachat.data.shards import read_manifest
+from gkachat.tokenizer import FILE_NAME
+from scripts import data_prep, tok_train
 
 WORDS = ["river", "stone", "lantern", "orchard", "gravel", "summit", "harbour", "meadow", "cellar", "bridge"]
 
@@ -27,51 +30,76 @@ def mirror(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
-def options(mirror):
-    return [
+@pytest.fixture
+def run(mirror, tmp_path, monkeypatch):
+    """Function that calls a script's main with the options of the mirror, or with others."""
+    monkeypatch.setenv("GKACHAT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    options = [
         "--data.source=huggingface", f"--data.dataset={mirror}", "--data.name=mirror", "--data.shard_chars=200000",
         "--data.max_chars=100000000", "--tokenizer.vocab_size=512", "--tokenizer.train_chars=200000",
     ]  # fmt: skip
 
+    def run(script, *more):
+        monkeypatch.setattr("sys.argv", [script.__name__, *options, *more])
+        script.main()
 
-@pytest.fixture
-def home(options, tmp_path):
-    result = call("tok_train", *options, home=tmp_path, HF_HOME=tmp_path / "hf")
-    assert result.returncode == 0, result.stderr
-    return tmp_path
+    run.options, run.home = options, tmp_path / "home"
+    run.tokens = run.home / "tokens" / "mirror-v512"
+    return run
 
 
-def test_a_mirror_is_streamed_and_the_disk_it_takes_announced(home, options):
-    result = call("data_prep", *options, home=home, HF_HOME=home / "hf")
-    assert result.returncode == 0, result.stderr
-    assert "disk: about" in result.stdout and "GiB are free at" in result.stdout
-    assert result.stdout.index("disk:") < result.stdout.index("train_00000")
-    manifest = read_manifest(home / "tokens" / "mirror-v512")
+def test_a_mirror_is_streamed_after_the_disk_it_takes_is_announced(run, capsys):
+    run(tok_train)
+    run(data_prep)
+    out = capsys.readouterr().out
+    assert "GiB are free at" in out and -1 < out.index("disk: about") < out.index("train_00000")
+    manifest = read_manifest(run.tokens)
     assert manifest.complete and manifest.total("train", "documents") + manifest.total("val", "documents") == 1200
 
 
-def test_killed_it_goes_on_and_tokenizes_no_finished_shard_again(home, options):
-    environment = {**os.environ, "GKACHAT_HOME": str(home), "HF_HOME": str(home / "hf"), "OMP_NUM_THREADS": "1"}
+def test_after_a_kill_no_finished_shard_is_tokenized_again(run, capsys):
+    run(tok_train)
     process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.data_prep", *options],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        [sys.executable, "-m", "scripts.data_prep", *run.options],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True,
     )  # fmt: skip
     for line in process.stdout:
         if line.startswith("train_00002"):
             process.send_signal(signal.SIGKILL)
             break
     process.wait()
-    assert not read_manifest(home / "tokens" / "mirror-v512").complete
-    result = call("data_prep", *options, home=home, HF_HOME=home / "hf")
-    assert result.returncode == 0, result.stderr
-    kept = [line.split()[0] for line in result.stdout.splitlines() if "was there" in line]
-    assert {"train_00000", "train_00001", "train_00002"} <= set(kept)
-    assert read_manifest(home / "tokens" / "mirror-v512").complete
+    assert not read_manifest(run.tokens).complete
+    run(data_prep)
+    reused = {line.split()[0] for line in capsys.readouterr().out.splitlines() if "was there" in line}
+    assert {"train_00000", "train_00001", "train_00002"} <= reused
+    assert read_manifest(run.tokens).complete
 
 
-def test_too_little_disk_is_said_before_anything_is_written(home, options):
-    vast = [option.replace("max_chars=100000000", "max_chars=900000000000000") for option in options]
-    result = call("data_prep", *vast, home=home, HF_HOME=home / "hf")
-    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("error: shards of 900,000,000,000,000")
-    assert not (home / "tokens").exists()
+def test_too_little_disk_is_an_error_before_anything_is_written(run):
+    run(tok_train)
+    with pytest.raises(OSError, match=r"shards of 900,000,000,000,000 characters take about .* set GKACHAT_HOME"):
+        run(data_prep, "--data.max_chars=900000000000000")
+    assert not (run.home / "tokens").exists()
+
+
+def test_a_damaged_corpus_of_files_is_repaired(run, tmp_path, capsys):
+    texts = [f"document {i}: " + "kept in a shard " * 10 for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, texts[0], ""]))
+    options = ["--data.source=files", "--data.name=mine", "--data.val_fraction=0.2", "--data.shard_chars=4096"]
+    options.append(f"--data.files={tmp_path}/*.jsonl")
+    run(tok_train, *options)
+    run(data_prep, *options)
+    assert (run.home / "tokenizer" / "mine-v512" / FILE_NAME).exists()
+    directory = run.home / "tokens" / "mine-v512"
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    assert read_manifest(directory).dropped == {"near_empty": 1, "duplicate": 1, "not_utf8": 0}
+    assert capsys.readouterr().out.endswith("dropped: 1 near empty, 1 duplicate, 0 not utf8\n")
+
+    (directory / "train_00001.bin").write_bytes(bytes(len(before["train_00001.bin"])))
+    run(data_prep, *options)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "_0" in line]
+    assert [line.split()[0] for line in lines if "was there" not in line] == ["train_00001"]
+    assert len(lines) == len(read_manifest(directory).shards) > 2
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before

@@ -1,4 +1,4 @@
-"""CORE written down plainly, one text at a time, all logits: what gkachat.eval.core is tested against."""
+"""CORE written plainly, one text at a time with all logits: the reference of gkachat.eval.core."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ import yaml
 
 
 def read_bundle(directory):
-    """{label: (rows, shots, kind, delimiter, baseline in percent)}"""
+    """Return {label: (rows, shots, kind, delimiter, baseline in percent)}."""
     directory = Path(directory)
     with open(directory / "eval_meta_data.csv") as file:
         baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
@@ -29,7 +29,7 @@ def read_bundle(directory):
 
 
 def prompts(rows, index, shots, kind, delimiter):
-    """The texts that are compared, and the index of the right one."""
+    """Return the texts that are compared, and the index of the right one."""
     others = [i for i in range(len(rows)) if i != index]
     examples = [rows[i] for i in random.Random(1234 + index).sample(others, shots)] if shots else []
     row, head = rows[index], ""
@@ -48,7 +48,7 @@ def prompts(rows, index, shots, kind, delimiter):
 
 
 def common(sequences):
-    """Length of the common prefix."""
+    """Return the length of the common prefix."""
     n = 0
     while all(len(s) > n and s[n] == sequences[0][n] for s in sequences):
         n += 1
@@ -57,7 +57,7 @@ def common(sequences):
 
 @torch.no_grad()
 def losses_and_predictions(model, tokens):
-    """Of every position but the last: loss of the next token, the likeliest next token, logits, the next token."""
+    """Return, for every position but the last, the next token's loss, the likeliest token, logits, the next token."""
     logits = model(torch.tensor([tokens], device=model.wte.weight.device))[0, :-1]
     targets = torch.tensor(tokens[1:], device=logits.device)
     losses = F.cross_entropy(logits, targets, reduction="none")
@@ -65,7 +65,7 @@ def losses_and_predictions(model, tokens):
 
 
 def decide(model, tokenizer, rows, index, shots, kind, delimiter):
-    """(right or not, how far the decision is from falling the other way: nats of mean loss, or of logits)."""
+    """Return (right or not, margin of the decision in nats of mean loss or in logits)."""
     texts, gold = prompts(rows, index, shots, kind, delimiter)
     sequences = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
     if kind == "language_modeling":
@@ -93,10 +93,24 @@ def decide(model, tokenizer, rows, index, shots, kind, delimiter):
 
 
 def evaluate(model, tokenizer, bundle_dir, max_per_task=None):
-    """{label: [(right or not, margin) for each row]}"""
+    """Return {label: [(right or not, margin) for each row]}."""
     results = {}
     for label, (rows, *task, _) in read_bundle(bundle_dir).items():
         random.Random(1337).shuffle(rows)
         rows = rows[:max_per_task]
         results[label] = [decide(model, tokenizer, rows, i, *task) for i in range(len(rows))]
     return results
+
+
+@torch.no_grad()
+def greedy_continuation(model, tokenizer, text, n):
+    """Return the model's own next n tokens as text, or fewer: as many as encode to these tokens again."""
+    context = [tokenizer.bos, *tokenizer.encode(text)]
+    tokens = list(context)
+    for _ in range(n):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1, : tokenizer.vocab_size].argmax()))
+    for end in range(len(tokens), len(context), -1):
+        answer = tokenizer.decode(tokens[len(context) : end])
+        if answer.strip() and tokenizer.encode(text + answer) == tokens[1:end]:
+            return answer
+    return ""

@@ -1,4 +1,4 @@
-"""Bits per byte against sums done by hand."""
+"""Bits per byte, against sums done by hand."""
 
 import math
 
@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from gkachat.data.shards import Documents
+from gkachat.eval import bpb
 from gkachat.eval.bpb import evaluate_bpb, unigram_bpb
 
 
-class Fixed(torch.nn.Module):
+class FixedModel(torch.nn.Module):
     """Predicts the same distribution everywhere."""
 
     def __init__(self, probabilities):
@@ -21,9 +22,9 @@ class Fixed(torch.nn.Module):
         return self.logits.expand(*idx.shape, -1)
 
 
-# Three tokens of 1, 2 and 4 bytes, and a special one without any.
+# Three tokens of 1, 2 and 4 bytes, and a special one without bytes.
 TOKEN_BYTES = np.array([1, 2, 4, 0])
-MODEL = Fixed([0.5, 0.25, 0.125, 0.125])
+MODEL = FixedModel([0.5, 0.25, 0.125, 0.125])
 
 
 def test_bits_per_byte_of_known_probabilities():
@@ -32,24 +33,26 @@ def test_bits_per_byte_of_known_probabilities():
     assert evaluate_bpb(MODEL, [(targets, targets)], TOKEN_BYTES) == pytest.approx(9 / 11)
 
 
-def test_special_tokens_and_unscored_targets_do_not_count():
+def test_special_tokens_and_ignored_targets_do_not_count():
     idx = torch.zeros(2, 3, dtype=torch.long)
     targets = torch.tensor([[3, 0, -1], [-1, -1, 2]])
     assert evaluate_bpb(MODEL, [(idx, targets)], TOKEN_BYTES) == pytest.approx((1 + 3) / (1 + 4))
 
 
-def test_batches_of_different_sizes_weigh_by_their_bytes():
+@pytest.mark.parametrize("max_logits", [bpb.MAX_LOGITS, 8])
+def test_batches_weigh_by_their_bytes_however_they_are_split(max_logits, monkeypatch):
+    monkeypatch.setattr(bpb, "MAX_LOGITS", max_logits)
     a, b = torch.tensor([[0, 1, 1], [0, 0, 0]]), torch.tensor([[2]])
-    whole = evaluate_bpb(MODEL, [(a, a), (b, b)], torch.as_tensor(TOKEN_BYTES))
-    assert whole == pytest.approx((4 * 1 + 2 * 2 + 3) / (4 * 1 + 2 * 2 + 4))
+    together = evaluate_bpb(MODEL, [(a, a), (b, b)], torch.as_tensor(TOKEN_BYTES))
+    assert together == pytest.approx((4 * 1 + 2 * 2 + 3) / (4 * 1 + 2 * 2 + 4))
 
 
 def test_a_uniform_model_over_single_bytes_needs_eight_bits():
-    model, text = Fixed([1 / 256] * 256), torch.randint(256, (3, 50))
+    model, text = FixedModel([1 / 256] * 256), torch.randint(256, (3, 50))
     assert evaluate_bpb(model, [(text, text)], np.ones(256)) == pytest.approx(8.0, abs=1e-5)
 
 
-def test_the_model_goes_back_to_the_mode_it_was_in():
+def test_the_model_returns_to_its_mode():
     for training in (True, False):
         MODEL.train(training)
         evaluate_bpb(MODEL, [(torch.tensor([[0]]),) * 2], TOKEN_BYTES)
@@ -67,13 +70,13 @@ def as_split(tokens):
     return [Documents(np.array([0, len(tokens)]), lambda: tokens)]
 
 
-def test_unigram_model_by_hand():
+def test_the_unigram_model_by_hand():
     train, val = as_split([0] * 5 + [1] * 2 + [2]), as_split([0, 0, 1, 2])
     # one added to each of four counts: 6, 3, 2, 1 of 12
     bits = -(2 * math.log2(6 / 12) + math.log2(3 / 12) + math.log2(2 / 12))
     assert unigram_bpb(train, val, TOKEN_BYTES) == pytest.approx(bits / (1 + 1 + 2 + 4))
 
 
-def test_unigram_model_stops_counting_where_it_is_told():
+def test_the_unigram_model_stops_counting_at_max_tokens():
     train, val = as_split([0, 1, 1, 1]), as_split([0])
     assert unigram_bpb(train, val, TOKEN_BYTES, max_tokens=1) == pytest.approx(-math.log2(2 / 5))

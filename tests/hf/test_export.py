@@ -1,4 +1,4 @@
-"""Exported runs in Hugging Face's own libraries: the same logits, tokens, ids; and what is written is whole."""
+"""Exported runs in Hugging Face transformers give the logits, tokens and ids of gkachat, and exports are complete."""
 
 import dataclasses
 import inspect
@@ -13,18 +13,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from conftest import call
+import tyro
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gkachat.checkpoint import Saver, load_model, start_run
-from gkachat.config import ChatConfig, Config, GKAConfig, GPTConfig, PlusConfig, TuningConfig
-from gkachat.data.conversations import prompt, render
+from gkachat.config import ChatConfig, Config, GKAConfig, GPTConfig, TuningConfig
+from gkachat.data.conversations import render, render_prompt
+from gkachat.eval.results import task_score, write_result
 from gkachat.hf.export import export
 from gkachat.inference.engine import Engine
 from gkachat.model.gpt import GPT
 from gkachat.model.stats import model_stats
 from gkachat.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from scripts.export_hf import main
 
 transformers = pytest.importorskip("transformers")
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -33,18 +35,11 @@ SHAPES = {
     "softmax_plain": {"attention": "softmax", "value_embeddings": False},
     "gka": {"attention": "gka"},
     "gka_rope": {"attention": "gka", "gka": GKAConfig(rope=True)},
-    "gka_others": {"attention": "gka", "gka": GKAConfig(include_self=False)},
-    "gka_normalize": {"attention": "gka", "gka": GKAConfig(normalize=True)},
-    "plus": {"attention": "gka_plus"},
-    "plus_embedded": {"attention": "gka_plus", "plus": PlusConfig(value_embeddings=True, taps=3)},
-    "plus_whole": {"attention": "gka_plus", "plus": PlusConfig(neighbour=True, token_bandwidth=True, key_weight=True)},
-    "plus_bare": {
-        "attention": "gka_plus",
-        "plus": PlusConfig(conv_query=False, normalize=False, rope=False),
-    },
     "gka_all": {"attention": "gka", "gka": GKAConfig(rope=True, include_self=False, normalize=True)},
+    "gka_plus": {"attention": "gka_plus"},
+    "gka_plus_embedded": {"attention": "gka_plus", "value_embeddings": True},
 }
-LENGTH, WINDOW = 200, 128  # so that short windows hide something
+LENGTH, WINDOW = 200, 128  # the short windows hide some tokens
 PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 NO_SURROGATES = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -55,7 +50,7 @@ def tokenizer():
 
 
 def make_run(directory, tokenizer, tuned=False, vocab_size=400, **shape):
-    """A run of one checkpoint, all of whose weights are drawn, so that logits depend on everything."""
+    """Return a run with one checkpoint. All weights are drawn, so that logits depend on each of them."""
     shape = {"depth": 3, "sequence_len": 256, "n_embd": 32, "head_dim": 16, "window_pattern": "SSL", **shape}
     config = Config(model=GPTConfig(vocab_size=vocab_size, **shape))
     if tuned:
@@ -66,9 +61,9 @@ def make_run(directory, tokenizer, tuned=False, vocab_size=400, **shape):
     for name, p in model.named_parameters():
         if name.endswith(("c_proj.weight", "lm_head.weight")):
             torch.nn.init.normal_(p, std=0.3)
-        elif name.endswith(("bandwidth", "key_weight")) or ".conv_" in name:
+        elif ".conv_" in name:
             p.data += 0.1 * torch.randn(p.shape)
-        elif p.ndim == 1:  # bandwidths and scales
+        elif p.ndim == 1:
             p.data += 0.3 * torch.randn(p.shape)
     start_run(directory, config, tokenizer)
     saver = Saver(directory, config, tokenizer, report=lambda line: None)
@@ -80,7 +75,7 @@ def make_run(directory, tokenizer, tuned=False, vocab_size=400, **shape):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("export")
-    with pytest.MonkeyPatch.context() as patch:  # where transformers copies the code of models to
+    with pytest.MonkeyPatch.context() as patch:  # transformers copies the code of models there
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(root / "modules"))
         patch.syspath_prepend(str(root / "modules"))
         yield root
@@ -88,7 +83,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=SHAPES)
 def both(request, root, tokenizer):
-    """gkachat's model and transformers' of the same run."""
+    """Return gkachat's model and transformers' model of the same run."""
     run = make_run(root / "runs" / request.param, tokenizer, **SHAPES[request.param])
     export(run, root / request.param)
     return load_model(run)[0], load(root / request.param)
@@ -96,7 +91,7 @@ def both(request, root, tokenizer):
 
 @pytest.fixture(scope="module")
 def tuned(root, tokenizer):
-    """A run tuned on conversations, its export's directory, and the tokenizer there."""
+    """Return a run tuned on conversations, the directory of its export, and the tokenizer there."""
     run = make_run(root / "runs" / "talks", tokenizer, tuned=True, attention="gka", depth=1, vocab_size=410)
     export(run, root / "talks")
     return run, root / "talks", transformers.AutoTokenizer.from_pretrained(root / "talks", trust_remote_code=True)
@@ -111,7 +106,7 @@ def some_tokens(B=2, T=LENGTH, seed=0):
 
 
 @torch.inference_mode()
-def test_logits_are_those_of_gkachat(both):
+def test_logits_equal_those_of_gkachat(both):
     ours, theirs = both
     idx = some_tokens()
     torch.testing.assert_close(theirs(idx).logits, ours(idx), atol=1e-5, rtol=1e-5)
@@ -119,14 +114,14 @@ def test_logits_are_those_of_gkachat(both):
 
 
 @torch.inference_mode()
-def test_a_text_read_in_parts_has_the_logits_of_the_whole(both):
+def test_reading_a_text_in_parts_gives_the_logits_of_the_whole(both):
     _, theirs = both
     idx, cache = some_tokens(), transformers.DynamicCache(config=theirs.config)
     parts = [theirs(part, cache=cache).logits for part in idx.split([3, 140, 1, 56], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), theirs(idx, use_cache=False).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_generate_writes_the_engines_greedy_tokens(both, tokenizer):
+def test_generate_gives_the_greedy_tokens_of_the_engine(both, tokenizer):
     ours, theirs = both
     text = some_tokens(1, 110, seed=1)[0].tolist()
     expected = list(Engine(ours, tokenizer).generate(text, max_tokens=50, temperature=0))
@@ -136,9 +131,9 @@ def test_generate_writes_the_engines_greedy_tokens(both, tokenizer):
     assert found[: len(expected)] == expected and found[len(expected) :] in ([], [tokenizer.bos])
 
 
-def test_rows_padded_on_the_left_go_on_as_they_do_alone(both):
+def test_rows_padded_on_the_left_continue_as_they_do_alone(both):
     _, theirs = both
-    rows = [row.tolist() for row in (some_tokens(1, 5)[0], some_tokens(1, 131, 1)[0], some_tokens(1, 60, 2)[0])]
+    rows = [some_tokens(1, T, seed)[0].tolist() for seed, T in enumerate((5, 131, 60))]
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     alone = [theirs.generate(torch.tensor([row]), **options)[0, len(row) :].tolist() for row in rows]
     padded = torch.tensor([[399] * (131 - len(row)) + row for row in rows])
@@ -158,20 +153,21 @@ def test_padding_on_the_right_changes_no_logits(both):
 
 
 @torch.inference_mode()
-def test_a_gka_cache_is_one_tensor_a_layer_and_windows_bound_it(both):
+def test_a_gka_cache_is_one_tensor_per_layer_bounded_by_the_window(both):
     ours, theirs = both
     cache = transformers.DynamicCache(config=theirs.config)
     theirs(some_tokens(), cache=cache)
     tensors = [(layer.keys, layer.values) for layer in cache.layers]
-    behind = ours.config.plus.taps - 1 if ours.config.attention == "gka_plus" else 0  # what convolutions reach back
-    kept = [2 * 2 * 16 * n * 4 for n in (*[WINDOW - 1 + behind] * 2, LENGTH)]  # rows, heads, channels, tokens, bytes
+    lookback = 3 if ours.config.attention == "gka_plus" else 0  # tokens that convolutions read before a window
+    tokens = [WINDOW - 1 + lookback] * 2 + [LENGTH]
     n_tensors = [2 if ours.config.attention == "softmax" else 1] * 3
-    if ours.config.attention == "gka_plus":  # what value embeddings add is kept beside the input
+    if ours.config.attention == "gka_plus":  # gated value embeddings are cached beside the block input
         n_tensors = [1 + (block.attn.value_embedding is not None) for block in ours.blocks]
-    assert [k.nbytes + v.nbytes for k, v in tensors] == [a * b for a, b in zip(n_tensors, kept, strict=True)]
+    expected = [n * 2 * 2 * 16 * kept * 4 for n, kept in zip(n_tensors, tokens, strict=True)]  # B, H, D, 4 bytes
+    assert [k.nbytes + v.nbytes for k, v in tensors] == expected
 
 
-def test_loss_and_gradients_are_those_of_gkachat(both):
+def test_loss_and_gradients_equal_those_of_gkachat(both):
     ours, theirs = both
     idx = some_tokens(T=40)
     labels = idx.clone()
@@ -186,27 +182,27 @@ def test_loss_and_gradients_are_those_of_gkachat(both):
     theirs.zero_grad(), ours.zero_grad(), theirs.eval()
 
 
-def test_beams_and_samples_can_be_drawn(both):
+def test_beam_search_and_sampling_run(both):
     _, theirs = both
     rows = theirs.generate(some_tokens(2, 4), max_new_tokens=6, num_beams=3, num_return_sequences=2, do_sample=False)
     assert rows.shape == (4, 10)
     assert theirs.generate(some_tokens(2, 4), max_new_tokens=3, do_sample=True).shape[0] == 2
 
 
-def test_what_is_not_supported_is_refused(both):
+def test_unsupported_caches_masks_and_packed_texts_are_refused(both):
     _, theirs = both
     idx = some_tokens(2, 6)
-    for options, named in (
+    for options, message in (
         ({"cache": transformers.StaticCache(config=theirs.config, max_cache_len=8)}, "expected a DynamicCache"),
         ({"attention_mask": torch.ones(2, 5)}, "attention_mask: given"),
         ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, "packed into one row"),
     ):
-        with pytest.raises(ValueError, match=named):
+        with pytest.raises(ValueError, match=message):
             theirs(idx, **options)
 
 
 @torch.inference_mode()
-def test_half_precision_is_kept_but_for_scales_and_sharded_files_load(root, tokenizer):
+def test_bfloat16_exports_keep_scales_in_float32_and_sharded_files_load(root, tokenizer):
     run = make_run(root / "runs" / "half", tokenizer, attention="gka")
     export(run, root / "half", dtype="bfloat16", max_shard_size="50KB")
     assert len(list((root / "half").glob("model-*.safetensors"))) > 1
@@ -220,8 +216,8 @@ def test_half_precision_is_kept_but_for_scales_and_sharded_files_load(root, toke
     assert difference.mean() < 0.05  # of logits up to 15, which bfloat16 rounds to 0.06
 
 
-def test_a_directory_is_all_it_takes(tuned, tokenizer, tmp_path):
-    """gkachat is out of reach: another interpreter, elsewhere, that sees installed packages only."""
+def test_an_export_loads_without_gkachat(tuned, tokenizer, tmp_path):
+    """Another interpreter, in another directory, sees only installed packages."""
     run, path, _ = tuned
     code = f"""
 import sys
@@ -236,7 +232,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "gkachat"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    asked = prompt(tokenizer, [{"role": "user", "content": "hi"}])
+    asked = render_prompt(tokenizer, [{"role": "user", "content": "hi"}])
     end = tokenizer.special["<|assistant_end|>"]
     engine = Engine(load_model(run)[0], tokenizer)
     answer = list(engine.generate(asked[1:], max_tokens=9, temperature=0, stop_tokens=(end,)))
@@ -247,7 +243,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "gkachat"]
 
 @PROPERTY
 @given(st.lists(NO_SURROGATES | st.sampled_from(SPECIAL_TOKENS) | st.from_regex(r"[\w\s\d']+")).map("".join))
-def test_any_text_has_the_ids_of_gkachat_and_comes_back(tuned, tokenizer, text):
+def test_any_text_has_the_ids_of_gkachat_and_decodes_to_itself(tuned, tokenizer, text):
     theirs = tuned[2]
     ids = theirs(text, split_special_tokens=True)["input_ids"]
     assert ids == tokenizer.encode(text)
@@ -256,7 +252,7 @@ def test_any_text_has_the_ids_of_gkachat_and_comes_back(tuned, tokenizer, text):
         assert theirs(text)["input_ids"] == ids
 
 
-def test_by_default_text_that_spells_a_special_token_is_that_token(tuned, tokenizer):
+def test_text_that_spells_a_special_token_is_that_token_by_default(tuned, tokenizer):
     theirs = tuned[2]
     assert theirs("<|bos|>a")["input_ids"] == [tokenizer.bos, *tokenizer.encode("a")]
     assert theirs.bos_token_id == theirs.pad_token_id == tokenizer.bos
@@ -264,7 +260,7 @@ def test_by_default_text_that_spells_a_special_token_is_that_token(tuned, tokeni
     assert theirs.decode([tokenizer.bos, *tokenizer.encode("a")], skip_special_tokens=True) == "a"
 
 
-def test_the_tokenizer_needs_none_of_the_code_and_adds_bos_when_asked(tuned, tokenizer):
+def test_the_tokenizer_loads_without_remote_code_and_adds_bos_on_request(tuned, tokenizer):
     plain = transformers.AutoTokenizer.from_pretrained(tuned[1], trust_remote_code=False, add_bos_token=True)
     assert isinstance(plain, transformers.PreTrainedTokenizerFast)
     assert plain("a b")["input_ids"] == [tokenizer.bos, *tokenizer.encode("a b")]
@@ -281,12 +277,12 @@ def test_the_chat_template_renders_what_gkachat_renders(tuned, tokenizer, system
     messages = messages if system is None else [{"role": "system", "content": system}, *messages]
     found = theirs.apply_chat_template(messages, return_dict=False)
     assert found == render(tokenizer, messages)[0]
-    assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == prompt(
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == render_prompt(
         tokenizer, messages
     )
 
 
-def test_special_tokens_in_what_others_say_can_be_made_text(tuned, tokenizer):
+def test_special_tokens_in_untrusted_messages_can_be_made_text(tuned, tokenizer):
     if "sanitize_control_tokens" not in inspect.signature(tuned[2].apply_chat_template).parameters:
         pytest.skip("this version of transformers has no sanitize_control_tokens")
     theirs, messages = tuned[2], [{"role": "user", "content": "a<|user_end|>"}]
@@ -296,12 +292,12 @@ def test_special_tokens_in_what_others_say_can_be_made_text(tuned, tokenizer):
 
 
 @pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["user", "system"], ["system"], ["tool"]])
-def test_what_is_no_conversation_is_refused(tuned, roles):
+def test_invalid_conversations_are_refused(tuned, roles):
     with pytest.raises(Exception, match="expected turns of user and assistant"):
         tuned[2].apply_chat_template([{"role": role, "content": "x"} for role in roles])
 
 
-def test_ids_that_no_token_belongs_to_are_never_generated(tuned, tokenizer):
+def test_ids_beyond_the_vocabulary_are_never_generated(tuned, tokenizer):
     model = load(tuned[1])
     assert model.config.vocab_size == 410 and tokenizer.vocab_size == 400
     assert model.generation_config.eos_token_id == [tokenizer.special["<|assistant_end|>"], tokenizer.bos]
@@ -310,20 +306,12 @@ def test_ids_that_no_token_belongs_to_are_never_generated(tuned, tokenizer):
     assert model.generate(some_tokens(4, 8), max_new_tokens=9, do_sample=False).max() < 400
 
 
-def test_the_card_has_the_accounts_and_the_scores_of_this_checkpoint(root, tokenizer):
+def test_the_card_has_the_counts_and_the_scores_of_this_checkpoint(root, tokenizer):
     run = make_run(root / "runs" / "scored", tokenizer, attention="gka")
-    (run / "evals").mkdir()
-    files = {
-        "eval.json": {"step": 7, "val_bpb": 1.2345, "val_sha256": ["x"]},
-        "evals/core_step_000007.json": {
-            "kind": "core", "step": 7, "scores": {"arc": {"accuracy": 0.25}}, "mean_centered": 0.125
-        },
-        "evals/core_step_000006.json": {"kind": "core", "step": 6, "scores": {"old": {"accuracy": 0.5}}},
-        "evals/odd.json": {"step": 7, "scores": {"odd": None}},
-    }  # fmt: skip
-    for name, content in files.items():
-        (run / name).write_text(json.dumps(content))
-    (run / "evals" / "broken.json").write_text("{")
+    meta, cpu = {"step": 7, "sha256": {"model.safetensors": "ab"}}, torch.device("cpu")
+    write_result(run, "bpb", meta, cpu, val_bpb=1.2345)
+    write_result(run, "core", meta, cpu, {"arc": task_score(0.25, 4, 1.0)}, mean_centered=0.125)
+    write_result(run, "core", meta | {"step": 6}, cpu, {"old": task_score(0.5, 4, 1.0)})
     export(run, root / "scored")
     card = (root / "scored" / "README.md").read_text()
     for row in (
@@ -335,12 +323,12 @@ def test_the_card_has_the_accounts_and_the_scores_of_this_checkpoint(root, token
     assert "old" not in card
 
 
-def test_a_directory_in_use_is_left_alone_unless_it_is_an_earlier_export(root, tokenizer, tmp_path):
+def test_only_an_earlier_export_is_overwritten(root, tokenizer, tmp_path):
     run, out = make_run(tmp_path / "run", tokenizer, attention="gka", depth=1), tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("x")
-    for overwrite, named in ((False, "not empty"), (True, "not an earlier export")):
-        with pytest.raises(FileExistsError, match=named):
+    for overwrite, message in ((False, "not empty"), (True, "not an earlier export")):
+        with pytest.raises(FileExistsError, match=message):
             export(run, out, overwrite=overwrite)
     (out / "mine.txt").unlink()
     export(run, out)
@@ -350,15 +338,15 @@ def test_a_directory_in_use_is_left_alone_unless_it_is_an_earlier_export(root, t
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
 
 
-def test_an_export_that_fails_leaves_nothing_and_spoils_nothing(root, tokenizer, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_nothing_and_keeps_the_earlier_one(root, tokenizer, tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", tokenizer, attention="gka", depth=1)
     export(run, tmp_path / "out")
     before = sorted(os.listdir(tmp_path))
 
-    def full(*args):
+    def no_space(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gkachat.hf.export.flush", full)
+    monkeypatch.setattr("gkachat.hf.export.flush", no_space)
     for out in ("out", "other"):
         with pytest.raises(OSError, match="cannot write"):
             export(run, tmp_path / out, overwrite=True)
@@ -366,17 +354,23 @@ def test_an_export_that_fails_leaves_nothing_and_spoils_nothing(root, tokenizer,
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gkachat"
 
 
-def test_the_script_exports_a_run(root, tokenizer, tmp_path):
+def test_the_script_exports_a_run(tokenizer, tmp_path, monkeypatch, capsys):
     make_run(tmp_path / "runs" / "d1", tokenizer, attention="gka", depth=1)
-    result = call("export_hf", "d1", tmp_path / "out", "--dtype", "bfloat16", home=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "model.safetensors" in result.stdout
+    monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
+    tyro.cli(main, args=["d1", str(tmp_path / "out"), "--dtype", "bfloat16"])
+    assert "model.safetensors" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_options_that_cannot_be_are_refused(root, tokenizer, tmp_path):
+def test_invalid_options_and_short_conv_are_refused(tokenizer, tmp_path):
     run = make_run(tmp_path / "run", tokenizer, attention="gka", depth=1)
-    for options, named in (({"step": 3}, "step"), ({"dtype": "int8"}, "dtype: given"), ({"max_shard_size": "y"}, "Y")):
-        with pytest.raises((ValueError, OSError), match=named):
-            export(run, tmp_path / "out", **options)
+    convolved = make_run(tmp_path / "convolved", tokenizer, attention="softmax", depth=1, short_conv=True)
+    for run_dir, options, message in (
+        (run, {"step": 3}, "step"),
+        (run, {"dtype": "int8"}, "dtype: given"),
+        (run, {"max_shard_size": "y"}, "Y"),
+        (convolved, {}, "given softmax attention with short_conv"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            export(run_dir, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

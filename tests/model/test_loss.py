@@ -3,69 +3,62 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gkachat.model import loss as loss_module
-from gkachat.model.loss import capped_logits, head_loss
+from gkachat.model import loss
+from gkachat.model.loss import LOGIT_CAP, head_loss, soft_cap
 
 N, C, V = 37, 8, 29
 
 
-def inputs(dtype=torch.float64, scale=4.0):
+def inputs(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(N, C, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = (scale * torch.randn(V, C, generator=generator, dtype=torch.float64)).requires_grad_()
+    weight = 4 * torch.randn(V, C, generator=generator, dtype=torch.float64)
     targets = torch.randint(V, (N,), generator=generator)
     targets[::5] = -1
-    return x, weight if dtype == torch.float64 else weight.detach().float().requires_grad_(), targets
+    return x, weight.to(torch.promote_types(dtype, torch.float32)).requires_grad_(), targets
 
 
-def at_once(x, weight, targets):
-    logits = 15 * torch.tanh((x @ weight.mT) / 15)
-    return F.cross_entropy(logits, targets, ignore_index=-1)
-
-
-@pytest.mark.parametrize("at_a_time", [1, 5 * V, 2**26])
+@pytest.mark.parametrize("logits_per_part", [1, 5 * V, 2**26])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-6), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_loss_and_gradients_are_those_of_all_logits_at_once(at_a_time, dtype, tolerance, monkeypatch):
-    # float64 inputs too: logits are float32 whatever comes in.
-    monkeypatch.setattr(loss_module, "LOGITS_AT_A_TIME", at_a_time)
+def test_loss_and_gradients_are_those_of_all_logits_at_once(logits_per_part, dtype, tolerance, monkeypatch):
+    # Logits are float32 whatever comes in, so that float64 inputs are no more exact.
+    monkeypatch.setattr(loss, "LOGITS_PER_PART", logits_per_part)
     x, weight, targets = inputs(dtype)
     got = head_loss(x, weight, targets)
     dx, dweight = torch.autograd.grad(3 * got, (x, weight))
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
-    expected = at_once(*exact, targets)
+    expected = F.cross_entropy(15 * torch.tanh((exact[0] @ exact[1].mT) / 15), targets, ignore_index=-1)
     gradients = torch.autograd.grad(3 * expected, exact)
     assert got.dtype == torch.float32 and dx.dtype == dtype and dweight.dtype == weight.dtype
     for a, b in ((got, expected), (dx, gradients[0]), (dweight, gradients[1])):
         assert (a.double() - b).norm() <= tolerance * b.norm()
 
 
-def test_logits_are_those_the_loss_is_taken_of():
+def test_the_loss_is_that_of_the_capped_logits():
     x, weight, targets = inputs(torch.float32)
-    expected = F.cross_entropy(capped_logits(x, weight), targets, ignore_index=-1)
+    expected = F.cross_entropy(soft_cap(F.linear(x / LOGIT_CAP, weight)), targets, ignore_index=-1)
     torch.testing.assert_close(head_loss(x, weight, targets), expected)
 
 
-def test_without_gradients_none_are_taken():
+def test_no_gradients_are_computed_where_none_are_wanted():
     x, weight, targets = inputs(torch.float32)
     with torch.no_grad():
         assert not head_loss(x, weight, targets).requires_grad
 
 
-def test_no_tensor_of_all_logits_is_ever_made(monkeypatch):
-    monkeypatch.setattr(loss_module, "LOGITS_AT_A_TIME", 4 * V)
+def test_no_tensor_of_all_logits_is_made(monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_PER_PART", 4 * V)
     x, weight, targets = inputs(torch.float32)
-    largest = 0
+    sizes = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class RecordSizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
             out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(t, torch.Tensor):
-                    largest = max(largest, t.numel())
+            sizes.extend(t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if torch.is_tensor(t))
             return out
 
-    with Watch():
+    with RecordSizes():
         head_loss(x, weight, targets).backward()
-    assert largest < N * V
+    assert max(sizes) < N * V

@@ -7,8 +7,8 @@ import signal
 import pytest
 import torch
 from conftest import TINY
-
 from gkachat.attention.layers import Linear
+
 from gkachat.checkpoint import checkpoint_steps, load_model, open_checkpoint
 from gkachat.config import ConfigError
 from gkachat.config_file import load_config

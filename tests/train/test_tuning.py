@@ -11,7 +11,7 @@ from conftest import TINY
 from gkachat.checkpoint import checkpoint_steps, load_model, load_weights, open_checkpoint, step_dir
 from gkachat.config import TuningConfig
 from gkachat.config_file import load_config
-from gkachat.data.conversations import conversations, tokenize
+from gkachat.data.conversations import load_conversations, tokenize_conversations
 from gkachat.train import schedule
 from gkachat.train.metrics import read_metrics
 from gkachat.train.trainer import Start, Trainer
@@ -31,8 +31,8 @@ def tuner(base, name, **flags):
     change = partial(schedule.tuning, base="base")
     config = load_config(base / "config.toml", options, TuningConfig, change)
     model, tokenizer, _ = load_model(base)
-    found = conversations(config.chat, 1, schedule.facts_of(model.config))
-    splits = tokenize(found, tokenizer, config.model.sequence_len, 0.1).splits
+    found = load_conversations(config.chat, 1, schedule.facts_of(model.config))
+    splits, _ = tokenize_conversations(found, tokenizer, config.model.sequence_len, 0.1)
     start = Start(tokenizer, load_weights(open_checkpoint(base)[0]), splits["train"], splits["val"])
     return Trainer(config, start=start, **QUIET, **flags)
 

@@ -1,17 +1,15 @@
-"""Attention of one new token a row to cached ones, fused in Triton and split over the keys. Imported only where used.
+"""Attention of one new token per row to cached ones, in Triton: the decode kernel on a GPU, split over the keys.
 
-A step reads the cache once and does little with it, so bytes are what counts. A key costs a head at d20 (D = 128,
-bfloat16) 2 D + 4 = 260 of them with GKA, which compares and averages one tensor and keeps a float32 norm, and 4 D = 512
-with softmax; a mask of 4, and tables of 4 D with rope, are shared by all heads and come from the device's L2 cache.
-With one query a product of matrices has nothing to share: it is done with plain sums, in float32.
+Imported only where it is used. A decode step reads the cache once and computes little, so that bytes decide its time.
+At d20 (D 128, bfloat16) a key costs each head 2 D + 4 = 260 bytes with GKA, whose keys are its values and have a
+float32 norm, and 4 D = 512 with softmax. All heads use the same mask, 4 bytes, and with rope the same tables, 4 D,
+which come from the L2 cache. One query shares no loads in a matrix product, so plain float32 sums take its place.
 
-Rows times heads are few programs for a device, so keys are split among more of them (Flash-Decoding, Dao et al. 2023).
-A program walks over its keys a tile at a time, and every row of the tile is a softmax of its own until the end: no sums
-across threads on the way but that of q.k. What a program found is a mean and the log2 of its sum of weights, and a
-mean of those, weighed by these, is the answer: the same again, with splits for keys.
-
-Axes: B rows, T new tokens, K cached ones, H heads, D head_dim; a, b: the two halves of a head's channels, which rope
-rotates against each other.
+Rows times heads are few programs for a GPU. Keys are therefore split among more programs (Flash-Decoding, Dao et al.
+2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). A program reads its keys tile by tile. Each row of the
+tile has a softmax of its own until the end, so that only q.k needs sums across threads. A program ends with a mean of
+values and the log2 of its sum of weights. A second kernel combines these means in the same way.
+Axes: B rows, S cached tokens, H heads, D head_dim. a and b are the halves of a head's channels that rope rotates.
 """
 
 from collections.abc import Sequence
@@ -22,126 +20,130 @@ import triton.language as tl
 from torch import Tensor
 
 from gkachat.attention.kernels import decode
-from gkachat.attention.kernels.gaussian_triton import _rounded, _rows
+from gkachat.attention.kernels.gaussian_triton import contiguous_channels, rounded
 from gkachat.attention.qkv import QKV, KVSlice
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are taken in base 2
-HIDDEN = tl.constexpr(float("-inf"))
-TILE = 4096  # channels of a tile, 32 keys of 128: up to 128 registers a thread, so four programs on a multiprocessor
-SPLITS = 16  # a tile's rows in the kernel that puts splits together
-PROGRAMS = 16  # wanted for each multiprocessor, so that the last ones to end are a small share
+NEG_INF = tl.constexpr(float("-inf"))
+TILE = 4096  # numbers in a tile, 32 keys of 128: at most 128 registers a thread let four programs share an SM
+SPLITS = 16  # splits that the combining kernel takes at a time
+PROGRAMS_PER_SM = 16  # so many that waiting for the last ones costs little
 
 
 @triton.jit
-def _halves(base, rows, stride, seen, D: tl.constexpr, HALF: tl.constexpr):
-    """(rows, D/2) twice, of those that are seen; the others are zeros and not read."""
+def _load_halves(base, rows, stride, visible, D: tl.constexpr, HALF: tl.constexpr):
+    """Load two halves, each (rows, D/2). Rows that are not visible are zeros and are not read."""
     d = tl.arange(0, HALF)
-    at = base + rows[:, None] * stride + d[None, :]
-    seen = seen[:, None] & (d < D // 2)[None, :]
-    return tl.load(at, mask=seen, other=0.0), tl.load(at + D // 2, mask=seen, other=0.0)
+    offset = base + rows[:, None] * stride + d[None, :]
+    visible = visible[:, None] & (d < D // 2)[None, :]
+    return tl.load(offset, mask=visible, other=0.0), tl.load(offset + D // 2, mask=visible, other=0.0)
 
 
 @triton.jit
-def _taken_in(acc_a, acc_b, total, top, z, a, b):
-    """Each row's own softmax goes on by one key, of base-2 score z and values a, b."""
-    new_top = tl.maximum(top, z)
-    safe_top = tl.where(new_top == HIDDEN, 0.0, new_top)
-    shrink, p = tl.exp2(top - safe_top), tl.exp2(z - safe_top)
-    acc_a = acc_a * shrink[:, None] + p[:, None] * a.to(tl.float32)
-    acc_b = acc_b * shrink[:, None] + p[:, None] * b.to(tl.float32)
-    return acc_a, acc_b, total * shrink + p, new_top
+def _add_keys(acc_a, acc_b, row_sum, row_max, z, a, b):
+    """Add one key to each row's own softmax; z is its base-2 score, a and b are the halves of its values."""
+    new_max = tl.maximum(row_max, z)
+    safe_max = tl.where(new_max == NEG_INF, 0.0, new_max)
+    rescale, p = tl.exp2(row_max - safe_max), tl.exp2(z - safe_max)
+    acc_a = acc_a * rescale[:, None] + p[:, None] * a.to(tl.float32)
+    acc_b = acc_b * rescale[:, None] + p[:, None] * b.to(tl.float32)
+    return acc_a, acc_b, row_sum * rescale + p, new_max
 
 
 @triton.jit
-def _together(acc_a, acc_b, total, top):
-    """The mean over all rows' keys, in halves, and log2 of the sum of their weights: 0, -infinity for no key."""
-    best = tl.max(top, 0)
-    share = tl.exp2(top - tl.where(best == HIDDEN, 0.0, best))
-    weight = tl.sum(total * share, 0)
-    safe = tl.where(weight > 0.0, weight, 1.0)
-    share = (share / safe)[:, None]
-    return tl.sum(acc_a * share, 0), tl.sum(acc_b * share, 0), best + tl.log2(safe)
+def _merge_rows(acc_a, acc_b, row_sum, row_max):
+    """Return the mean of all rows' values, in halves, and log2 of their sum of weights; 0 and -inf without a key."""
+    total_max = tl.max(row_max, 0)
+    scale = tl.exp2(row_max - tl.where(total_max == NEG_INF, 0.0, total_max))
+    total = tl.sum(row_sum * scale, 0)
+    safe_total = tl.where(total > 0.0, total, 1.0)
+    scale = (scale / safe_total)[:, None]
+    return tl.sum(acc_a * scale, 0), tl.sum(acc_b * scale, 0), total_max + tl.log2(safe_total)
 
 
-@triton.jit(do_not_specialize=["K", "mask_b", "first", "n_splits"])  # they change from step to step
+@triton.jit(do_not_specialize=["S", "stride_mb", "first_split", "n_splits"])  # these change from step to step
 def split_kernel(
-    Q, KEYS, VALUES, MASK, NORMS, COS, SIN, SCALE, MEAN, WEIGHT,
-    q_b, q_h, k_b, k_h, k_k, v_b, v_h, v_k, mask_b, norm_b, norm_h, norm_k, rope_b, K, per_split, first, n_splits,
-    D: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, ONE: tl.constexpr, PER_HEAD: tl.constexpr,
+    Q, KEYS, VALUES, MASK, NORMS, COS, SIN, SCALE, MEAN, LSE,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb,
+    stride_nb, stride_nh, stride_ns, stride_rb, S, keys_per_split, first_split, n_splits,
+    D: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, SHARED_KV: tl.constexpr, SCALE_PER_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """What one split of a span's keys comes to for one row and head. ONE: keys are the values; NORMS, COS may be None.
+    """Write the mean of one split of a slice's keys for one row and head, and log2 of its sum of weights.
 
-    Heads are next to each other in the grid, then rows: they find masks, tables and a shared prefix in the L2 cache.
+    SHARED_KV: keys are the values. NORMS, COS and SIN may be None. Heads are neighbours in the grid, then rows, so that
+    they find masks, tables and a shared prefix in the L2 cache.
     """
     head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    KEYS += batch * k_b + head * k_h
-    VALUES += batch * v_b + head * v_h
-    MASK += batch * mask_b
+    KEYS += batch * stride_kb + head * stride_kh
+    VALUES += batch * stride_vb + head * stride_vh
+    MASK += batch * stride_mb
     scale = SCALE
-    if PER_HEAD:
+    if SCALE_PER_HEAD:
         scale = tl.load(SCALE + head)
     scale = scale * LOG2E
     d, one = tl.arange(0, HALF), tl.arange(0, 1)
-    qa, qb = _halves(Q + batch * q_b + head * q_h, one, 0, one == 0, D, HALF)
+    qa, qb = _load_halves(Q + batch * stride_qb + head * stride_qh, one, 0, one == 0, D, HALF)
     qa, qb = qa.to(tl.float32), qb.to(tl.float32)
     acc_a = tl.zeros([BN, HALF], tl.float32)
     acc_b = tl.zeros([BN, HALF], tl.float32)
-    total = tl.zeros([BN], tl.float32)
-    top = tl.full([BN], HIDDEN, tl.float32)
-    k = split * per_split + tl.arange(0, BN)
-    following = tl.load(MASK + k, mask=k < K, other=HIDDEN)
-    for k0 in range(split * per_split, tl.minimum((split + 1) * per_split, K), BN):
-        k, z = k0 + tl.arange(0, BN), following
-        following = tl.load(MASK + k + BN, mask=k + BN < K, other=HIDDEN)  # a tile ahead: what is loaded waits for it
-        seen = z != HIDDEN
-        if tl.max(z, 0) != HIDDEN:  # all loads before anything waits for one
+    row_sum = tl.zeros([BN], tl.float32)
+    row_max = tl.full([BN], NEG_INF, tl.float32)
+    k = split * keys_per_split + tl.arange(0, BN)
+    next_mask = tl.load(MASK + k, mask=k < S, other=NEG_INF)
+    for k0 in range(split * keys_per_split, tl.minimum((split + 1) * keys_per_split, S), BN):
+        k, z = k0 + tl.arange(0, BN), next_mask
+        # The mask is loaded a tile ahead, since the other loads wait for it.
+        next_mask = tl.load(MASK + k + BN, mask=k + BN < S, other=NEG_INF)
+        visible = z != NEG_INF
+        if tl.max(z, 0) != NEG_INF:  # all loads are issued before the first is waited for
             if NORMS is not None:
-                norms = tl.load(NORMS + batch * norm_b + head * norm_h + k * norm_k, mask=seen, other=0.0)
-            a, b = _halves(KEYS, k, k_k, seen, D, HALF)
+                norms = tl.load(NORMS + batch * stride_nb + head * stride_nh + k * stride_ns, mask=visible, other=0.0)
+            a, b = _load_halves(KEYS, k, stride_ks, visible, D, HALF)
             va, vb = a, b
-            if not ONE:
-                va, vb = _halves(VALUES, k, v_k, seen, D, HALF)
+            if not SHARED_KV:
+                va, vb = _load_halves(VALUES, k, stride_vs, visible, D, HALF)
             a, b = a.to(tl.float32), b.to(tl.float32)
             if COS is not None:
-                at = batch * rope_b + k[:, None] * (D // 2) + d[None, :]
-                inside = seen[:, None] & (d < D // 2)[None, :]
-                cos, sin = tl.load(COS + at, mask=inside, other=0.0), tl.load(SIN + at, mask=inside, other=0.0)
+                offset = batch * stride_rb + k[:, None] * (D // 2) + d[None, :]
+                inside = visible[:, None] & (d < D // 2)[None, :]
+                cos = tl.load(COS + offset, mask=inside, other=0.0)
+                sin = tl.load(SIN + offset, mask=inside, other=0.0)
                 a, b = a * cos + b * sin, b * cos - a * sin
             score = tl.sum(a * qa + b * qb, 1)
             if NORMS is not None:
                 score -= 0.5 * norms
-            acc_a, acc_b, total, top = _taken_in(acc_a, acc_b, total, top, score * scale + z, va, vb)
-    mean_a, mean_b, weight = _together(acc_a, acc_b, total, top)
-    at = (batch * tl.num_programs(0) + head) * n_splits + first + split
-    tl.store(MEAN + at * D + d, mean_a, mask=d < D // 2)
-    tl.store(MEAN + at * D + D // 2 + d, mean_b, mask=d < D // 2)
-    tl.store(WEIGHT + at, weight)
+            acc_a, acc_b, row_sum, row_max = _add_keys(acc_a, acc_b, row_sum, row_max, score * scale + z, va, vb)
+    mean_a, mean_b, lse = _merge_rows(acc_a, acc_b, row_sum, row_max)
+    offset = (batch * tl.num_programs(0) + head) * n_splits + first_split + split
+    tl.store(MEAN + offset * D + d, mean_a, mask=d < D // 2)
+    tl.store(MEAN + offset * D + D // 2 + d, mean_b, mask=d < D // 2)
+    tl.store(LSE + offset, lse)
 
 
 @triton.jit(do_not_specialize=["n_splits"])
-def combine_kernel(MEAN, WEIGHT, Y, n_splits, D: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr):
-    """One row's and head's y from all splits of all spans."""
-    at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    MEAN += at * n_splits * D
-    WEIGHT += at * n_splits
+def combine_kernel(MEAN, LSE, Y, n_splits, D: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr):
+    """Write y of one row and head from all splits of all slices."""
+    offset = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    MEAN += offset * n_splits * D
+    LSE += offset * n_splits
     acc_a = tl.zeros([BN, HALF], tl.float32)
     acc_b = tl.zeros([BN, HALF], tl.float32)
-    total = tl.zeros([BN], tl.float32)
-    top = tl.full([BN], HIDDEN, tl.float32)
+    row_sum = tl.zeros([BN], tl.float32)
+    row_max = tl.full([BN], NEG_INF, tl.float32)
     for s0 in range(0, n_splits, BN):
         s = s0 + tl.arange(0, BN)
-        z = tl.load(WEIGHT + s, mask=s < n_splits, other=HIDDEN)
-        a, b = _halves(MEAN, s, D, z != HIDDEN, D, HALF)
-        acc_a, acc_b, total, top = _taken_in(acc_a, acc_b, total, top, z, a, b)
-    y_a, y_b, _ = _together(acc_a, acc_b, total, top)
+        z = tl.load(LSE + s, mask=s < n_splits, other=NEG_INF)
+        a, b = _load_halves(MEAN, s, D, z != NEG_INF, D, HALF)
+        acc_a, acc_b, row_sum, row_max = _add_keys(acc_a, acc_b, row_sum, row_max, z, a, b)
+    y_a, y_b, _ = _merge_rows(acc_a, acc_b, row_sum, row_max)
     d = tl.arange(0, HALF)
-    tl.store(Y + at * D + d, _rounded(y_a, Y.dtype.element_ty), mask=d < D // 2)
-    tl.store(Y + at * D + D // 2 + d, _rounded(y_b, Y.dtype.element_ty), mask=d < D // 2)
+    tl.store(Y + offset * D + d, rounded(y_a, Y.dtype.element_ty), mask=d < D // 2)
+    tl.store(Y + offset * D + D // 2 + d, rounded(y_b, Y.dtype.element_ty), mask=d < D // 2)
 
 
-def shape(head_dim: int) -> tuple[int, int]:
-    """Half of the head_dim as a power of two, and the keys of a tile."""
+def tile_shape(head_dim: int) -> tuple[int, int]:
+    """Return half of head_dim rounded up to a power of two, and the number of keys in a tile."""
     half = 1 << (head_dim // 2 - 1).bit_length()
     return half, max(16, min(128, TILE // (2 * half)))
 
@@ -155,30 +157,30 @@ def attend(qkv: QKV, slices: Sequence[KVSlice], multiprocessors: int = 132) -> T
     if T > 1:
         return decode.attend(qkv, slices)
     scale = qkv.scale if qkv.sigma is None else qkv.sigma.square().reciprocal()
-    half, tile = shape(D)
-    wanted = -(-PROGRAMS * multiprocessors // (B * H))  # splits
-    plan, n_splits = [], 0
+    half, tile = tile_shape(D)
+    max_splits = -(-PROGRAMS_PER_SM * multiprocessors // (B * H))
+    launches, n_splits = [], 0
     for part in slices:
         tiles = max(1, -(-part.k.size(2) // tile))
-        each = -(-tiles // min(tiles, wanted))
-        plan.append((part, each * tile, n_splits, -(-tiles // each)))
-        n_splits += -(-tiles // each)
+        tiles_per_split = -(-tiles // min(tiles, max_splits))
+        launches.append((part, tiles_per_split * tile, n_splits, -(-tiles // tiles_per_split)))
+        n_splits += -(-tiles // tiles_per_split)
     mean = qkv.q.new_empty(B, H, n_splits, D, dtype=torch.float32)
-    weight = qkv.q.new_empty(B, H, n_splits, dtype=torch.float32)
-    q = _rows(qkv.q)
-    for part, per_split, first, splits in plan:
-        one = part.k is part.v
-        keys = _rows(part.k).expand(B, -1, -1, -1)
-        values = keys if one else _rows(part.v).expand(B, -1, -1, -1)
-        mask = _rows(part.mask)
+    lse = qkv.q.new_empty(B, H, n_splits, dtype=torch.float32)
+    q = contiguous_channels(qkv.q)
+    for part, keys_per_split, first_split, splits in launches:
+        shared_kv = part.k is part.v
+        keys = contiguous_channels(part.k).expand(B, -1, -1, -1)
+        values = keys if shared_kv else contiguous_channels(part.v).expand(B, -1, -1, -1)
+        mask = contiguous_channels(part.mask)
         norm_strides = (0, 0, 0) if part.key_norms is None else part.key_norms.expand(B, -1, -1, -1).stride()[:3]
         cos, sin = (None, None) if part.rope is None else (t.contiguous().expand(B, -1, -1, -1) for t in part.rope)
         split_kernel[(H, B, splits)](
-            q, keys, values, mask, part.key_norms, cos, sin, scale, mean, weight,
+            q, keys, values, mask, part.key_norms, cos, sin, scale, mean, lse,
             q.stride(0), q.stride(2), *keys.stride()[:3], *values.stride()[:3], mask.stride(0), *norm_strides,
-            0 if cos is None else cos.stride(0), keys.size(2), per_split, first, n_splits,
-            D=D, HALF=half, BN=tile, ONE=one, PER_HEAD=isinstance(scale, Tensor),
+            0 if cos is None else cos.stride(0), keys.size(2), keys_per_split, first_split, n_splits,
+            D=D, HALF=half, BN=tile, SHARED_KV=shared_kv, SCALE_PER_HEAD=isinstance(scale, Tensor),
         )  # fmt: skip
     y = qkv.q.new_empty(B, 1, H, D)
-    combine_kernel[(H, B)](mean, weight, y, n_splits, D=D, HALF=half, BN=SPLITS)
+    combine_kernel[(H, B)](mean, lse, y, n_splits, D=D, HALF=half, BN=SPLITS)
     return y

@@ -61,11 +61,11 @@ class _ScaledWithBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq: Tensor, dbias: Tensor) -> tuple[Tensor, Tensor]:
         q, sigma = ctx.saved_tensors
-        wide = dbias.dtype
+        dtype, wide = q.dtype, dbias.dtype
         dq, q = cast(dq, wide), cast(q, wide)
         dq = dq - dbias * q
         dsigma = -(dq * q).sum((0, 1, 3)) / sigma
-        return cast(dq / cast(sigma, wide)[:, None], ctx.saved_tensors[0].dtype), cast(dsigma, sigma.dtype)
+        return cast(dq / cast(sigma, wide)[:, None], dtype), cast(dsigma, sigma.dtype)
 
 
 def _softmax_attention(

@@ -1,4 +1,4 @@
-"""The Gaussian kernel operator against its definition in float64."""
+"""gaussian_kernel_attention against its definition in float64."""
 
 import math
 
@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 from gkachat.attention import gaussian_kernel_attention
 from gkachat.attention.features import apply_rope, rms_norm, rope_table
 
-EVERYWHERE = ["reference", "sdpa"]  # the fused kernel has its own file
+BACKENDS = pytest.mark.parametrize(
+    "backend", ["reference", "sdpa"]
+)  # kernels/test_gaussian_triton.py has the fused one
 T = 37
-# Rounding of the operands, times a few: products accumulate in float32 at least.
+# Rounding of the operands, times a few; products accumulate in float32 at least.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
 def definition(x, sigma, window=None, causal=True, rope=None, include_self=True):
-    """The formula, spelled out with loops in float64."""
+    """Return the formula's value, query by query in float64."""
     x, sigma = x.double(), sigma.double()
     T = x.size(1)
     f = x if rope is None else apply_rope(x, rope)
@@ -48,8 +50,8 @@ def inputs(dtype=torch.float64, H=3, D=8, T=T, rope=True, seed=0):
 @pytest.mark.parametrize("rope", [True, False])
 @pytest.mark.parametrize("window", [1, 17, T, None])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", EVERYWHERE)
-def test_output_and_gradients_are_those_of_the_definition(backend, dtype, window, rope, include_self):
+@BACKENDS
+def test_outputs_and_gradients_are_those_of_the_definition(backend, dtype, window, rope, include_self):
     x, sigma, tables = inputs(dtype, rope=rope)
     options = {"window": window, "rope": tables, "include_self": include_self}
     y = gaussian_kernel_attention(x, sigma, backend=backend, **options)
@@ -63,12 +65,12 @@ def test_output_and_gradients_are_those_of_the_definition(backend, dtype, window
     for got, exact in ((y, y64), (dx, dx64)):
         scale = max(1.0, exact.abs().max().item())
         torch.testing.assert_close(got.double(), exact, rtol=0, atol=TOLERANCE[dtype] * scale)
-    # The bandwidth's gradient is a sum of products that cancel: its error is that of rounding each of them.
+    # The bandwidth's gradient is a sum of products that cancel. Its error is that of rounding each of them.
     products = ((dy.double() * y64).abs() + (x64 * dx64).abs()).sum((0, 1, 3)) / sigma64
     assert ((dsigma.double() - dsigma64).abs() <= torch.finfo(dtype).eps * products + 1e-12).all()
 
 
-@pytest.mark.parametrize("backend", EVERYWHERE)
+@BACKENDS
 @pytest.mark.parametrize("include_self", [True, False])
 def test_gradcheck(backend, include_self):
     x, sigma, tables = inputs(H=2, D=4, T=7)
@@ -79,7 +81,7 @@ def test_gradcheck(backend, include_self):
     assert torch.autograd.gradcheck(operator, (x, sigma))
 
 
-@pytest.mark.parametrize("backend", EVERYWHERE)
+@BACKENDS
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 5])
 def test_without_the_causal_mask_a_window_looks_both_ways(backend, window, include_self):
@@ -111,7 +113,7 @@ def test_normalised_features_need_no_bias():
     torch.testing.assert_close(gaussian_kernel_attention(x, sigma), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", EVERYWHERE)
+@BACKENDS
 def test_sigma_gradient_obeys_eulers_identity(backend):
     x, sigma, tables = inputs()
     y = gaussian_kernel_attention(x, sigma, rope=tables, backend=backend)
@@ -138,7 +140,7 @@ def test_scaling_features_and_bandwidth_together_scales_the_output(T, window, in
     torch.testing.assert_close(y, definition(x, sigma, **options), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("backend", EVERYWHERE)
+@BACKENDS
 def test_tokens_outside_the_window_do_not_change_the_output(backend):
     x, sigma, _ = inputs(rope=False)
     y = gaussian_kernel_attention(x, sigma, window=5, backend=backend)
@@ -150,7 +152,7 @@ def test_tokens_outside_the_window_do_not_change_the_output(backend):
     assert not torch.equal(y[:, 20:25], y2[:, 20:25])
 
 
-@pytest.mark.parametrize("backend", EVERYWHERE)
+@BACKENDS
 @pytest.mark.parametrize("sigma", [1e-3, 1e3])
 def test_extreme_bandwidths_stay_finite(backend, sigma):
     x, _, _ = inputs(torch.float32, rope=False)

@@ -1,0 +1,92 @@
+"""Results of evaluations in a run directory: evals/<kind>_step_000300.json, and a table .md beside it.
+
+    write_result(run_dir, "core", meta, device, {"arc_easy": task_score(0.4, examples=500, seconds=3.1)}, n_tasks=22)
+    read_results(run_dir, step=300)["core"]["scores"]["arc_easy"]["accuracy"]
+
+This is the only form in which evaluations leave figures. Kinds in use are bpb, core, chat and lm_eval.
+"""
+
+import json
+import math
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gkachat.benchmark import facts, table
+from gkachat.files import read_json, write_text
+
+DIRECTORY = "evals"
+COLUMNS = {
+    "": "{name}",
+    "accuracy": "{accuracy:.4f}",
+    "standard error": "{standard_error:.4f}",
+    "centered": "{centered:.4f}",
+    "examples": "{examples:,}",
+    "seconds": "{seconds:.1f}",
+}
+LONGEST_FACT = 400  # characters; longer values are in the JSON only
+
+
+def task_score(accuracy: float, examples: int, seconds: float, baseline: float | None = None) -> dict[str, Any]:
+    """Return the figures of one task, as results store them.
+
+    Args:
+        accuracy: share of right answers, 0 to 1.
+        baseline: accuracy of guessing, 0 to 1. With it, `centered` is (accuracy - baseline) / (1 - baseline): 0 for
+            guessing, 1 for all right.
+
+    `standard_error` is that of a share of independent answers, sqrt(p (1 - p) / n).
+    """
+    return {
+        "accuracy": accuracy,
+        "standard_error": math.sqrt(accuracy * (1 - accuracy) / examples),
+        "examples": examples,
+        "seconds": seconds,
+        "baseline": baseline,
+        "centered": None if baseline is None else (accuracy - baseline) / (1 - baseline),
+    }
+
+
+def write_result(
+    run_dir: Path,
+    kind: str,
+    meta: dict[str, Any],
+    device: torch.device,
+    scores: dict[str, dict[str, Any]] | None = None,
+    **figures: Any,
+) -> Path:
+    """Write one evaluation of a checkpoint and return the path of its .json.
+
+    Args:
+        kind: what was evaluated; first part of the file's name.
+        meta: the checkpoint's meta.json.
+        device: where the model ran.
+        scores: {task: figures}, from `task_score`, with more figures of the task where there are any.
+        figures: everything else; must be JSON. The .md lists those that fit on a line.
+    """
+    about = {
+        "kind": kind,
+        "step": meta["step"],
+        "checkpoint_sha256": meta["sha256"]["model.safetensors"],
+        "checkpoint_version": meta.get("version"),
+        "command": f"python -m scripts.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}",
+        "facts": facts(device),
+    }
+    path = run_dir / DIRECTORY / f"{kind}_step_{meta['step']:06d}.json"
+    write_text(path, json.dumps({**about, **figures, "scores": scores or {}}, indent=1) + "\n")
+    where = about.pop("facts")
+    shown = {**about, **where, **figures}
+    lines = [f"- {key}: {value}" for key, value in shown.items() if len(str(value)) <= LONGEST_FACT]
+    rows = table([{"name": task, **score} for task, score in scores.items()], COLUMNS) + "\n" if scores else ""
+    write_text(path.with_suffix(".md"), f"# {run_dir.name}: {kind}\n\n{rows}" + "\n".join(lines) + "\n")
+    return path
+
+
+def read_results(run_dir: Path, step: int) -> dict[str, dict[str, Any]]:
+    """Return all results on the checkpoint of a step, by kind. Raises ValueError for a file that is damaged."""
+    paths = sorted((Path(run_dir) / DIRECTORY).glob(f"*_step_{step:06d}.json"))
+    return {re.sub(r"_step_\d+$", "", path.stem): read_json(path, kind=str, step=int, scores=dict) for path in paths}

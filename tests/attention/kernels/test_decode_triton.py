@@ -1,0 +1,268 @@
+"""The decode kernel in Triton's interpreter against float64, and models that decode with it."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT, live_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from gkachat.attention.features import rope_at, rotate
+from gkachat.attention.kernels import decode
+from gkachat.attention.kernels.choose import Kernel
+from gkachat.attention.kernels.decode_triton import attend, split_kernel, tile_shape
+from gkachat.attention.qkv import QKV, KVSlice
+from gkachat.config import GKAConfig
+
+# Relative to the norm of the exact result. The kernel rounds its result alone: half a unit in the last place of 24, 11
+# and 8 bits; in float32, sums over S and D round too.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float32", "float16", "bfloat16"])
+VARIANTS = {
+    "softmax": {"attention": "softmax"},
+    "gka": {"attention": "gka"},
+    "gka rope": {"attention": "gka", "gka": GKAConfig(rope=True)},
+    "gka without self": {"attention": "gka", "gka": GKAConfig(include_self=False, rope=True)},
+}
+
+
+def exact(q, slices, scale):
+    """Return softmax attention to the keys of all slices, in float64; hidden keys are left out of the sum."""
+    B, _, H, D = q.shape
+    q = q.double().transpose(1, 2)
+    scores, values = [], []
+    for part in slices:
+        k = part.k.double()
+        if part.rope is not None:
+            k = rotate(k, *(table.double() for table in part.rope))
+        s = q @ k.mT
+        if part.key_norms is not None:
+            s = s - 0.5 * part.key_norms.double().mT
+        s = s * (scale.double()[:, None, None] if torch.is_tensor(scale) else scale)
+        scores.append(s + part.mask.double())
+        values.append(part.v.double().expand(B, -1, -1, -1))
+    weights = torch.cat(scores, -1).softmax(-1).nan_to_num(0.0)  # nan where a row sees nothing
+    return (weights @ torch.cat(values, 2)).transpose(1, 2).reshape(B, 1, H, D)
+
+
+def drawn_slice(dtype, B, H, S, D, lengths, *, shared_kv, rope=False, prefix=False, seed=0):
+    """Cached keys in a ring buffer's order; row b sees the first lengths[b]. With `shared_kv` they have norms."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = 1 if prefix else B
+    buffer = torch.randn(rows + 1, H, S + 5, D, generator=generator).to(dtype)  # the keys are a view of it
+    k = buffer[1:, :, :S]
+    v = k if shared_kv else torch.randn(rows, H, S, D, generator=generator).to(dtype)
+    order = torch.randperm(S, generator=generator)
+    mask = torch.zeros(B, 1, 1, S).masked_fill_(order >= torch.tensor(lengths)[:, None, None, None], -torch.inf)
+    norms = k.float().square().sum(-1, keepdim=True) if shared_kv else None
+    return KVSlice(k, v, mask, norms, rope_at(order.expand(rows, 1, -1), D) if rope else None)
+
+
+def query(dtype, B, H, D, seed=1):
+    return torch.randn(B, 1, H, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def qkv(q, scale):
+    """Queries with a scale that is a number, or 1 / sigma^2 of each head."""
+    return QKV(q, q, q, sigma=scale.rsqrt()) if torch.is_tensor(scale) else QKV(q, q, q, scale=scale)
+
+
+def check(q, slices, scale, **options):
+    got, expected = attend(qkv(q, scale), slices, **options), exact(q, slices, scale)
+    assert got.shape == q.shape and got.dtype == q.dtype
+    assert (got.double() - expected).norm() <= TOLERANCE[q.dtype] * expected.norm() + 1e-12
+    return got
+
+
+@DTYPES
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("D", [16, 24, 64, 128])
+def test_gka_decodes_as_by_the_definition(dtype, rope, D):
+    slices = [drawn_slice(dtype, 2, 2, 70, D, (70, 9), shared_kv=True, rope=rope)]
+    check(query(dtype, 2, 2, D), slices, torch.tensor([1.0, 4.0]) / D)
+
+
+@DTYPES
+@pytest.mark.parametrize("D", [16, 24, 64, 128])
+def test_softmax_decodes_as_by_the_definition(dtype, D):
+    check(query(dtype, 2, 2, D), [drawn_slice(dtype, 2, 2, 70, D, (9, 70), shared_kv=False)], D**-0.5)
+
+
+@DTYPES
+@pytest.mark.parametrize("shared_kv", [True, False])
+def test_it_agrees_with_the_kernel_in_pytorch(dtype, shared_kv):
+    q, scale = query(dtype, 3, 2, 16), torch.tensor([0.1, 0.2])
+    slices = [
+        drawn_slice(dtype, 3, 2, 40, 16, (40, 40, 12), shared_kv=shared_kv, prefix=True),
+        drawn_slice(dtype, 3, 2, 21, 16, (1, 21, 5), shared_kv=shared_kv, seed=3),
+    ]
+    got, plain = check(q, slices, scale), decode.attend(qkv(q, scale), slices)  # which rounds weights and parts too
+    assert (got.double() - plain.double()).norm() <= 4 * TOLERANCE[dtype] * plain.double().norm()
+
+
+def test_a_row_that_sees_nothing_gives_zeros_and_disturbs_no_other():
+    q = query(torch.float32, 3, 2, 16)
+    slices = [drawn_slice(torch.float32, 3, 2, S, 16, (0, 0, S), shared_kv=True, seed=S) for S in (30, 150)]
+    got = check(q, slices, torch.full((2,), 0.1))
+    assert (got[:2] == 0).all() and (got[2] != 0).all()
+
+
+def test_keys_that_no_row_sees_are_not_read():
+    part = drawn_slice(torch.float32, 2, 2, 300, 16, (7, 0), shared_kv=True)
+    hidden = (part.mask[:, 0, 0] != 0)[:, None, :, None]
+    part.k.masked_fill_(hidden, torch.nan)
+    part.key_norms.masked_fill_(hidden, torch.nan)
+    got = attend(qkv(query(torch.float32, 2, 2, 16), torch.full((2,), 0.1)), [part])
+    assert torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_large_scores_do_not_overflow(scale, multiprocessors):
+    q, slices = query(torch.float32, 2, 2, 16), [drawn_slice(torch.float32, 2, 2, 290, 16, (290, 200), shared_kv=False)]
+    got, expected = attend(qkv(q, scale), slices, multiprocessors), exact(q, slices, scale)
+    # A score's own rounding, 2^-24 of up to 40 scale, is the relative error of its weight.
+    assert (got - expected).norm() <= (1e-6 + 1e-5 * scale) * expected.norm()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    B=st.integers(1, 3),
+    H=st.integers(1, 3),
+    D=st.sampled_from([2, 6, 16, 64]),
+    sizes=st.lists(st.tuples(st.integers(0, 300), st.booleans()), min_size=1, max_size=3),
+    shared_kv=st.booleans(),
+    rope=st.booleans(),
+    multiprocessors=st.sampled_from([1, 2, 132]),
+    data=st.data(),
+)
+def test_any_shapes_lengths_and_splits(B, H, D, sizes, shared_kv, rope, multiprocessors, data):
+    slices = [
+        drawn_slice(
+            torch.float32, B, H, S, D, data.draw(st.tuples(*[st.integers(0, S)] * B)),
+            shared_kv=shared_kv, rope=rope and shared_kv, prefix=prefix, seed=i,
+        )
+        for i, (S, prefix) in enumerate(sizes)
+    ]  # fmt: skip
+    check(query(torch.float32, B, H, D), slices, torch.linspace(0.5, 1, H) / D, multiprocessors=multiprocessors)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 8, 132])
+def test_splits_keep_the_device_busy_and_have_at_least_a_tile_each(multiprocessors, monkeypatch):
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return split_kernel[grid]
+
+    monkeypatch.setattr("gkachat.attention.kernels.decode_triton.split_kernel", Kernel())
+    slices = [drawn_slice(torch.float32, 4, 2, 600, 16, (600, 1, 0, 300), shared_kv=True)]
+    check(query(torch.float32, 4, 2, 16), slices, torch.ones(2), multiprocessors=multiprocessors)
+    tiles = -(-600 // tile_shape(16)[1])
+    assert grids == [(2, 4, {1: 2, 8: tiles, 132: tiles}[multiprocessors])]
+
+
+def test_several_new_tokens_run_on_the_kernel_in_pytorch():
+    q, k = torch.randn(2, 3, 2, 16), torch.randn(2, 2, 9, 16)
+    slices = [KVSlice(k, k, torch.zeros(2, 1, 3, 9))]
+    assert torch.equal(attend(qkv(q, 0.3), slices), decode.attend(qkv(q, 0.3), slices))
+
+
+@pytest.fixture(params=VARIANTS)
+def made(request):
+    """A layer with a window of 128, and one without."""
+    model = live_model(**VARIANTS[request.param], sequence_len=190)
+    assert [block.attn.window for block in model.blocks] == [128, None]
+    return model
+
+
+def use_triton(model):
+    for block in model.blocks:
+        block.attn.decode_kernel = Kernel("triton", "a test", partial(attend, multiprocessors=1))
+
+
+@torch.inference_mode()
+def read(model, idx, cache, row=0, rows=1):
+    for part in idx.split(cache.block, dim=1):
+        logits = model(part, cache=cache.step(slice(row, row + rows), part.size(1)), logits_to_keep=1)
+    return logits[:, -1]
+
+
+@torch.inference_mode()
+def test_a_model_decodes_with_it_to_the_logits_of_the_whole_text(made):
+    """Rows of different lengths continue a shared prefix, token by token, while their ring buffers start over."""
+    idx, shared, starts, steps = torch.randint(64, (2, 190)), 20, (150, 172), 12
+    idx[:, :shared] = idx[0, :shared]
+    expected = made(idx)
+    use_triton(made)
+    prefix = made.make_cache(1, shared, block=32)
+    read(made, idx[:1, :shared], prefix)
+    cache = made.make_cache(2, 190 - shared, block=32, prefix=prefix)
+    for row, start in enumerate(starts):
+        read(made, idx[row : row + 1, shared:start], cache, row)
+    assert cache.layers[0]["k"].size(2) == 159 and starts[0] < shared + 159 < starts[1] + steps
+    for step in range(steps):
+        new, wanted = (torch.stack([t[row, start + step] for row, start in enumerate(starts)]) for t in (idx, expected))
+        torch.testing.assert_close(read(made, new[:, None], cache, rows=2), wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_model_in_bfloat16_is_as_near_to_float32_with_it_as_without(made):
+    idx = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(1))
+    expected = made(idx)[:, -1]
+
+    def error():
+        cache = made.make_cache(2, 40, block=39)
+        read(made, idx[:, :39], cache, rows=2)
+        return (read(made, idx[:, 39:], cache, rows=2) - expected).norm() / expected.norm()
+
+    made.prepare(torch.bfloat16)
+    plain = error()
+    use_triton(made)
+    assert 0 < error() <= max(1.25 * plain, 0.01)  # 2^-8 per rounding
+
+
+TRACE = """
+import json
+import torch, torch.utils._triton
+torch.utils._triton.has_triton = lambda: True  # Dynamo looks for kernels only where there is a GPU
+from gkachat.attention.qkv import QKV, KVSlice
+from gkachat.attention.kernels.decode_triton import attend
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+def step(q, x, norms, mask, table, sigma):
+    slices = [KVSlice(x[:1], x[:1], mask, norms[:1], (table, table)), KVSlice(x, x + 1, mask)]
+    return attend(QKV(q, q, q, sigma=sigma), slices)
+
+def backend(graph, inputs):
+    found = [n.kwargs["kernel_idx"] for n in graph.graph.nodes if "triton_kernel" in str(n.target)]
+    print(json.dumps([kernel_side_table.get_kernel(i).fn.__name__ for i in found]))
+    raise KeyboardInterrupt  # nothing to run it on
+
+x = torch.randn(2, 3, 70, 16)
+q, table = torch.randn(2, 1, 3, 16), torch.ones(1, 1, 70, 8)
+for dynamic in (False, True):
+    torch._dynamo.reset()
+    try:
+        torch.compile(step, backend=backend, fullgraph=True, dynamic=dynamic)(
+            q, x, x.square().sum(-1, keepdim=True), torch.zeros(2, 1, 1, 70), table, torch.ones(3)
+        )
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+def test_torch_compile_traces_it_whole():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", TRACE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert kernels == 2 * [["split_kernel", "split_kernel", "combine_kernel"]]

@@ -1,0 +1,219 @@
+"""Chat in the terminal and by scripts: a run that was tuned on conversations, and one that was not."""
+
+import io
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, untrained_run
+
+from gkachat.data.conversations import render_prompt
+from gkachat.inference.chat import ChatSession
+from gkachat.inference.sampling import Sampling
+from gkachat.tokenizer import train_tokenizer
+from scripts import chat_cli
+
+TURNS = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(7)]
+CONTEXT = 32  # tokens
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Home with two runs: `base`, and `chat`, which is the newest."""
+    home = tmp_path_factory.mktemp("home")
+    tokenizer = train_tokenizer(["import os\ndef f(x = 1):\n turn 0 1 2 3 4 5 6 é 漢\n" * 9], 300)
+    for name, tuned in (("base", False), ("chat", True)):
+        untrained_run(home, name, tokenizer, tuned=tuned, sequence_len=CONTEXT)
+    return home
+
+
+@pytest.fixture
+def chat(home, monkeypatch, capsys):
+    """Function that runs the script on lines of stdin and returns what it prints."""
+    monkeypatch.setenv("GKACHAT_HOME", str(home))
+
+    def chat(run, *lines, **options):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+        chat_cli.main(run, device="cpu", **{"max_tokens": 4} | options)
+        return capsys.readouterr().out
+
+    return chat
+
+
+@pytest.fixture
+def session(home, monkeypatch):
+    monkeypatch.setenv("GKACHAT_HOME", str(home))
+    return lambda run: ChatSession.from_run(run, device="cpu")
+
+
+def test_a_base_run_continues_the_prompt_and_the_seed_decides_how(chat):
+    a, b, c = (chat("base", prompt="def f(", max_tokens=12, seed=seed) for seed in (1, 1, 2))
+    assert a == b != c
+    assert a.startswith("def f(") and len(a) > len("def f(\n")
+
+
+def test_a_base_run_continues_its_own_answer_from_the_very_same_tokens(chat):
+    def answers(max_tokens, *lines):
+        out = chat("base", *lines, as_json=True, temperature=0, max_tokens=max_tokens)
+        return [json.loads(line)["answer"] for line in out.splitlines()]
+
+    two, one = answers(4, "import", "", "/quit", "not read"), answers(8, "import")
+    # A character that is cut between two answers shows as U+FFFD.
+    assert len(two) == 2 and "".join(two).replace("\ufffd", "") == one[0].replace("\ufffd", "")
+
+
+def test_commands_show_save_forget_and_load_the_conversation(chat, tmp_path):
+    saved = tmp_path / "talk.json"
+    out = chat(
+        None, "/stats", "/system be kind", "turn 1", "/stats", f"/save {saved}", "/reset", f"/load {saved}", "/?"
+    )
+    assert "no answer yet" in out and "Ctrl-C stops an answer" in out
+    assert re.search(r"run chat, tokens_read \d+, tokens_written 4, seconds [\d.]+, finished max_tokens", out)
+    stored = json.loads(saved.read_text())
+    assert stored["system"] == "be kind" and stored["histories"][0][0] == {"role": "user", "content": "turn 1"}
+    again = tmp_path / "again.json"
+    chat(None, f"/load {saved}", f"/save {again}", "/reset", f"/save {saved}")
+    assert json.loads(again.read_text()) == stored
+    assert json.loads(saved.read_text()) == {"system": "be kind", "histories": [[]]}
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "message"),
+    [
+        ("", "/load /no/such/file", "/load /no/such/file: .*No such file"),
+        ("[]", "/load {}", "cannot be read"),
+        ('{"histories": []}', "/load {}", "has 0 conversations, expected 1"),
+        ('{"histories": [3]}', "/load {}", "given 3, expected a list"),
+        ('{"histories": [[{"role": "assistant", "content": ""}]]}', "/load {}", "role 'assistant', expected 'user'"),
+        ('{"histories": [[{"role": "user", "content": ""}]]}', "/load {}", "role 'user', expected 'assistant'"),
+        ("", "/system be kind", "not tuned on conversations"),
+    ],
+)
+def test_a_command_that_fails_ends_a_script_with_an_error(chat, tmp_path, content, line, message):
+    (tmp_path / "talk.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        chat("base", line.format(tmp_path / "talk.json"))
+
+
+def test_a_home_without_runs_is_an_error(chat, tmp_path, monkeypatch):
+    monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no run with a checkpoint"):
+        chat(None)
+
+
+def test_scripts_get_json_and_may_give_whole_conversations(chat):
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "Hello!"}]
+    lines = ["What?", json.dumps({"messages": messages}), "/reset", "Again"]
+    answers = [json.loads(line) for line in chat("chat", *lines, compare="base", as_json=True).splitlines()]
+    assert [(answer["run"], answer["prompt"]) for answer in answers] == [
+        (run, prompt) for prompt in ("What?", "Hello!", "Again") for run in ("chat", "base")
+    ]
+    assert all(0 < answer["tokens_written"] <= 4 and answer["finished"] for answer in answers)
+    for bad, message in (
+        ({"messages": []}, "expected a list"),
+        ({"messages": TURNS[:2]}, "expected 'user'"),
+        ({}, "given None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chat("chat", json.dumps(bad), as_json=True)
+
+
+def test_compared_runs_are_named_in_front_of_their_answers(chat):
+    assert re.fullmatch(r"chat: .*\nbase: .*\n", chat("chat", prompt="turn", compare="base"), flags=re.DOTALL)
+
+
+def test_the_oldest_turns_are_left_out_whole_and_the_system_message_stays(session):
+    chat, system = session("chat"), [{"role": "system", "content": "x"}]
+    assert len(chat.prompt_tokens(TURNS, 4)) <= CONTEXT - 4
+    prompt = chat.prompt_tokens(system + TURNS, 4)
+    rendered = [render_prompt(chat.engine.tokenizer, system + TURNS[first:]) for first in (2, 4, 6)]
+    assert prompt in rendered
+    assert len(chat.prompt_tokens(TURNS, 1000)) <= CONTEXT / 2  # an answer gets at most half of the context
+
+
+@pytest.mark.parametrize(("run", "n_head"), [("chat", 2), ("base", 1)])
+def test_the_end_of_a_message_that_is_too_long_stays(session, run, n_head):
+    chat, message = session(run), {"role": "user", "content": "x = 1 " * 40}
+    whole, cut = (chat.prompt_tokens([message], max_tokens) for max_tokens in (-1000, 4))
+    assert cut == whole[:n_head] + whole[-(CONTEXT - 4 - n_head) :]
+
+
+def test_an_answer_that_is_closed_early_stays_in_the_conversation(session):
+    chat = session("chat")
+    answer = chat.ask("turn", Sampling(max_tokens=9, temperature=0))
+    text = next(answer)
+    answer.close()
+    assert chat.messages == [{"role": "user", "content": "turn"}, {"role": "assistant", "content": text}]
+    assert chat.stats["finished"] == "interrupted" and chat.stats["tokens_written"] == 1
+
+
+class InterruptedSession:
+    """Session whose second answer Ctrl-C cuts short."""
+
+    name, n_asked = "x", 0
+
+    def ask(self, text, sampling):
+        self.n_asked += 1
+        yield f"answer {self.n_asked}"
+        if self.n_asked == 2:
+            raise KeyboardInterrupt
+        yield "."
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_chat(capsys):
+    chat = chat_cli.Chat([InterruptedSession()], Sampling(), as_json=False)
+    for question in "abc":
+        chat.ask(question)
+    assert capsys.readouterr().out == "answer 1.\nanswer 2\nanswer 3.\n"
+
+
+def test_answers_side_by_side_take_turns_and_ctrl_c_ends_both(capsys):
+    closed = []
+
+    def answer(name):
+        try:
+            yield from (f"{name}{i} " for i in range(2))
+            raise KeyboardInterrupt
+        finally:
+            closed.append(name)
+
+    chat_cli.print_side_by_side(["one", "two"], [answer("x"), answer("y")])
+    assert re.search(r"x0 x1 .* y0 y1", capsys.readouterr().out) and closed == ["x", "y"]
+
+
+def test_ctrl_c_at_a_terminal_does_not_end_the_program(home):
+    import pty
+
+    main, terminal = pty.openpty()
+    env = {**os.environ, "GKACHAT_HOME": str(home), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.chat_cli"], cwd=ROOT, env=env, stdin=terminal, stdout=terminal, stderr=terminal,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore SIGINT
+    )  # fmt: skip
+    os.close(terminal)
+
+    def read_until(text):
+        seen = b""
+        while text not in seen:
+            assert select.select([main], [], [], 60)[0], f"{text} did not come after {seen}"
+            seen += os.read(main, 4096)
+
+    def press_ctrl_c():
+        """Send SIGINT until something is printed: Python's prompt misses one between its last check and its wait."""
+        for _ in range(60):
+            process.send_signal(signal.SIGINT)
+            if select.select([main], [], [], 1)[0]:
+                return
+
+    read_until(b"stops an answer.\r\n> ")
+    press_ctrl_c()
+    read_until(b"Ctrl-D ends.\r\n> ")
+    os.write(main, b"/load nothing\n")
+    read_until(b"No such file")
+    os.write(main, b"/quit\n")
+    assert process.wait(timeout=60) == 0
