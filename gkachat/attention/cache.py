@@ -1,4 +1,4 @@
-"""Key/value cache: what decoding keeps of the tokens so far.
+"""Key/value cache: what decoding keeps of the tokens that it has read.
 
     cache = model.make_cache(rows=8, length=2048, block=256)
     logits = model(idx, cache=cache.step(slice(0, 8), idx.size(1)), logits_to_keep=1)
@@ -111,7 +111,12 @@ class CacheStep:
     """
 
     def __init__(self, cache: Cache, rows: slice, lengths: Tensor, T: int, longest: int, prefill: bool = False):
-        """`lengths` (B,): tokens of each row before this step. `longest`: upper bound of the slots in use after it."""
+        """Prepare T new tokens for each of the rows.
+
+        Args:
+            lengths: (B,) tokens of each row before this step.
+            longest: upper bound of the slots in use after this step.
+        """
         self.cache, self.rows, self.longest, self.is_prefill = cache, rows, longest, prefill
         self.positions = lengths[:, None] + torch.arange(T, device=cache.device)  # (B, T)
         self.row_index = torch.arange(len(cache.lengths), device=cache.device)[rows, None]  # (B, 1)

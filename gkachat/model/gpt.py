@@ -146,12 +146,12 @@ class GPT(Transformer):
         cache: CacheStep | None = None,
         logits_to_keep: int | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) in float32; with targets (B, T), the mean loss in nats over those that are not -1.
+        """Return logits (B, T, V) in float32, or with targets (B, T) the mean loss in nats over those that are not -1.
 
         Args:
             idx: (B, T) token ids.
             cache: step of a cache that holds the tokens before idx (`make_cache(...).step(...)`). idx is added to it.
-            logits_to_keep: compute logits for the last so many tokens only; None: for all.
+            logits_to_keep: number of tokens, the last ones, whose logits are computed; None: all.
 
         Raises:
             ValueError: idx is longer than sequence_len.
