@@ -214,26 +214,23 @@ def frequencies(logits=LOGITS, n=4000, seen=(), **settings):
     return [drawn.count(i) / n for i in range(4)]
 
 
-def test_samples_follow_the_probabilities():
-    assert frequencies() == pytest.approx([0.5, 0.2, 0.2, 0.1], abs=1e-3)
-    assert frequencies(temperature=0.5) == pytest.approx([25 / 34, 4 / 34, 4 / 34, 1 / 34], abs=1e-3)
-
-
-def test_top_k_keeps_the_likeliest_ids():
-    assert frequencies(top_k=1) == [1, 0, 0, 0]
-    assert frequencies(top_k=9) == pytest.approx([0.5, 0.2, 0.2, 0.1], abs=1e-3)
-
-
-def test_top_p_keeps_the_ids_that_reach_it_and_at_least_one():
-    assert frequencies(top_p=0.01) == [1, 0, 0, 0]
-    assert frequencies(top_p=0.9) == pytest.approx([5 / 9, 2 / 9, 2 / 9, 0], abs=1e-3)
-    assert frequencies(top_p=1.0) == frequencies()
-
-
-def test_min_p_keeps_the_ids_with_that_share_of_the_likeliest():
-    assert frequencies(min_p=1.0) == [1, 0, 0, 0]
-    assert frequencies(min_p=0.3) == pytest.approx([5 / 9, 2 / 9, 2 / 9, 0], abs=1e-3)
-    assert frequencies(min_p=0.0) == frequencies()
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [5, 2, 2, 1]),
+        ({"temperature": 0.5}, [25, 4, 4, 1]),
+        ({"top_k": 1}, [1, 0, 0, 0]),
+        ({"top_k": 9}, [5, 2, 2, 1]),
+        ({"top_p": 0.01}, [1, 0, 0, 0]),  # at least one id stays
+        ({"top_p": 0.9}, [5, 2, 2, 0]),
+        ({"top_p": 1.0}, [5, 2, 2, 1]),
+        ({"min_p": 1.0}, [1, 0, 0, 0]),
+        ({"min_p": 0.3}, [5, 2, 2, 0]),
+        ({"min_p": 0.0}, [5, 2, 2, 1]),
+    ],
+)
+def test_samples_follow_the_probabilities_that_settings_leave(settings, expected):
+    assert frequencies(**settings) == pytest.approx([n / sum(expected) for n in expected], abs=1e-3)
 
 
 def test_the_repetition_penalty_is_for_ids_that_occurred():

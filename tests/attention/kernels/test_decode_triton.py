@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from gkachat.attention.features import rope_at, rotate
-from gkachat.attention.kernels import decode
+from gkachat.attention.features import rope_at
+from gkachat.attention.kernels import decode, reference
 from gkachat.attention.kernels.choose import Kernel
 from gkachat.attention.kernels.decode_triton import attend, split_kernel, tile_shape
 from gkachat.attention.qkv import QKV, KVSlice
@@ -33,23 +33,15 @@ VARIANTS = {
 }
 
 
-def exact(q, slices, scale):
-    """Return softmax attention to the keys of all slices, in float64; hidden keys are left out of the sum."""
-    B, _, H, D = q.shape
-    q = q.double().transpose(1, 2)
-    scores, values = [], []
-    for part in slices:
-        k = part.k.double()
-        if part.rope is not None:
-            k = rotate(k, *(table.double() for table in part.rope))
-        s = q @ k.mT
-        if part.key_norms is not None:
-            s = s - 0.5 * part.key_norms.double().mT
-        s = s * (scale.double()[:, None, None] if torch.is_tensor(scale) else scale)
-        scores.append(s + part.mask.double())
-        values.append(part.v.double().expand(B, -1, -1, -1))
-    weights = torch.cat(scores, -1).softmax(-1).nan_to_num(0.0)  # nan where a row sees nothing
-    return (weights @ torch.cat(values, 2)).transpose(1, 2).reshape(B, 1, H, D)
+def exact(qkv, slices):
+    """Return the reference's result in float64."""
+    inv_sigma2 = None if qkv.sigma is None else qkv.sigma.double().pow(-2)[:, None, None]
+    if inv_sigma2 is not None and slices[0].key_norms is None:  # features of one norm: q.k / sigma^2
+        qkv = qkv._replace(scale=inv_sigma2, sigma=None)
+    rope = [part.rope and tuple(table.double() for table in part.rope) for part in slices]
+    wide = [KVSlice(part.k.double(), part.v.double(), part.mask, rope=r) for part, r in zip(slices, rope, strict=True)]
+    q = qkv.q.double()
+    return reference.attend_cached(qkv._replace(q=q, v=q), wide)
 
 
 def drawn_slice(dtype, B, H, S, D, lengths, *, shared_kv, rope=False, prefix=False, seed=0):
@@ -75,7 +67,7 @@ def qkv(q, scale):
 
 
 def check(q, slices, scale, **options):
-    got, expected = attend(qkv(q, scale), slices, **options), exact(q, slices, scale)
+    got, expected = attend(qkv(q, scale), slices, **options), exact(qkv(q, scale), slices)
     assert got.shape == q.shape and got.dtype == q.dtype
     assert (got.double() - expected).norm() <= TOLERANCE[q.dtype] * expected.norm() + 1e-12
     return got
@@ -127,7 +119,7 @@ def test_keys_that_no_row_sees_are_not_read():
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_large_scores_do_not_overflow(scale, multiprocessors):
     q, slices = query(torch.float32, 2, 2, 16), [drawn_slice(torch.float32, 2, 2, 290, 16, (290, 200), shared_kv=False)]
-    got, expected = attend(qkv(q, scale), slices, multiprocessors), exact(q, slices, scale)
+    got, expected = attend(qkv(q, scale), slices, multiprocessors), exact(qkv(q, scale), slices)
     # A score's own rounding, 2^-24 of up to 40 scale, is the relative error of its weight.
     assert (got - expected).norm() <= (1e-6 + 1e-5 * scale) * expected.norm()
 
