@@ -83,7 +83,7 @@ def test_options_of_an_attention_hold_for_its_runs_alone(plan):
     ("head", "fields"),
     [
         ('name = "a/b"\nbase = "tiny.toml"\nflops = [0]', ["sweep.name", "sweep.flops"]),
-        ("name = 3\nbase = 4\nflop = 5", ["sweep.name", "sweep.base", "sweep.flop"]),
+        ("name = 3\nbase = 4\nflop = 5", ["sweep.flop", "sweep.name", "sweep.base"]),
         ('base = "tiny.toml"', ["sweep.name"]),
         ('name = ".."\nbase = "tiny.toml"', ["sweep.name"]),
         ('name = "t"\nbase = "none.toml"', ["sweep.base"]),
