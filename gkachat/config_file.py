@@ -161,15 +161,17 @@ def _without_post_init(cls: type) -> type:
 def _construct(
     cls: type, tree: dict[str, Any], problems: list[str], prefix: str = "", of: Callable[[type], type] = lambda cls: cls
 ) -> Any:
-    """Return `of(cls)` built from well-typed nested dicts. Adds to `problems`; None if the class refuses its values."""
-    values = {}
+    """Return `of(cls)` built from well-typed nested dicts. None, and more `problems`, if a value is invalid."""
+    values, before = {}, len(problems)
     for name, kind in get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
             values[name] = _construct(kind, tree.get(name, {}), problems, f"{prefix}{name}.", of)
         elif name in tree:
             values[name] = _as_type(tree[name], kind)
+    if len(problems) > before:
+        return None
     try:
-        return of(cls)(**{name: value for name, value in values.items() if value is not None})
+        return of(cls)(**values)
     except ConfigError as error:
         problems += [prefix + problem for problem in error.problems]
         return None
@@ -195,7 +197,7 @@ def _type_problems(cls: type, tree: Any, prefix: str = "") -> list[str]:
 def _as_type(value: Any, kind: Any) -> Any:
     """Return an int as a float, and a list as a tuple, where the field's type asks for that."""
     if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(value)
+        return tuple(_as_type(item, get_args(kind)[0]) for item in value)
     if float in (kind, *get_args(kind)) and type(value) is int and abs(value) < 2**53:
         return float(value)
     return value

@@ -6,14 +6,16 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import os
 import pydoc
 import re
 import shlex
+import subprocess
 import sys
 import typing
 
 import pytest
-from conftest import ROOT, untrained_run
+from conftest import ROOT, TINY, untrained_run
 
 import gkachat.checkpoint
 import gkachat.sweep
@@ -21,6 +23,7 @@ import scripts.cli
 from gkachat import config_file
 from gkachat.config import Config, ConfigError, TuningConfig
 from gkachat.config_file import load_config, parse_args, to_toml
+from gkachat.inference.engine import Engine
 from gkachat.tokenizer import train_tokenizer
 from gkachat.vision_config import VisionConfig
 
@@ -318,3 +321,23 @@ def test_readme_python_block_runs(tmp_path, monkeypatch, capsys):
     [block] = blocks(README.read_text(), "python")
     exec(block, {})
     assert capsys.readouterr().out
+
+
+# The attention that docs/attention.md adds. tests/attention/test_conformance.py holds it to what every attention must.
+
+
+def test_an_added_attention_takes_at_most_30_lines_outside_the_package(cauchy):
+    assert len(cauchy.read_text().splitlines()) <= 30
+    assert not any("cauchy" in path.read_text().lower() for path in (ROOT / "gkachat").rglob("*.py"))
+
+
+def test_an_added_attention_trains_by_its_own_file_and_generates(cauchy, tiny_home):
+    command = [cauchy, "scripts.base_train", "configs/laptop.toml", *TINY, "--model.attention", "cauchy"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    trained = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert trained.returncode == 0, trained.stderr
+    assert "layers 0, 1: reference (the layer defines its own scores)" in trained.stdout
+    model, tokenizer, _ = gkachat.checkpoint.load_model(tiny_home / "runs" / "d2_cauchy")
+    engine, prompt = Engine(model, tokenizer), tokenizer.encode("import os")
+    tokens = list(engine.generate(prompt, max_tokens=5, seed=1))
+    assert len(tokens) == 5 and engine.samples(prompt, 2, max_tokens=5, seed=1)[0] == tokens

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gkachat.attention.cache import LayerCache
+from gkachat.attention.cache import LayerCache, LayerCacheSpec
 from gkachat.attention.features import Rope
 from gkachat.attention.kernels import reference
 from gkachat.attention.kernels.choose import KernelSpec, choose_decode_kernel, choose_kernel, plain_kernels
@@ -44,13 +44,13 @@ class Attention(nn.Module):
     shares_kv = False
     """Whether keys and values are one tensor (`qkv.cached_k is qkv.v`), so that the cache keeps it once."""
     gaussian = False
-    """Whether `qkv` gives a bandwidth sigma, so that scores are -|q - k|^2 / (2 sigma^2)."""
+    """Whether scores are a Gaussian kernel's, -|q - k|^2 / (2 sigma^2), with the bandwidth sigma that `qkv` gives."""
     unit_norm = False
     """Whether all queries and keys have the same norm. Gaussian scores are then q.k / sigma^2, with no bias per key."""
     include_self = True
     """Whether a token attends to itself."""
     backend = "auto"
-    """Kernel that was asked for by name; auto: the fastest one that can run."""
+    """Kernel by name, for Gaussian scores; auto: the fastest one that can run."""
     lookback = 0
     """Number of earlier block inputs that `qkv` needs, as short convolutions do."""
 
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def qkv(self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None) -> QKV:
-        """Queries, keys and values of the last T tokens of the block input.
+        """Return queries, keys and values of the last T tokens of the block input.
 
         Args:
             x_BTC: block input after its norm. While decoding, `lookback` earlier block inputs stand in front of it.
@@ -126,12 +126,17 @@ class Attention(nn.Module):
             self.decode_kernel = choose_decode_kernel(config.head_dim, device, dtype)
 
     @property
+    def cache_spec(self) -> LayerCacheSpec:
+        """What the cache keeps of each token. Scores of features with one common norm need no norms."""
+        return LayerCacheSpec(self.window, self.shares_kv, self.gaussian and not self.unit_norm, self.lookback)
+
+    @property
     def cache_tensors(self) -> int:
         """Number of tensors with C numbers that the cache keeps for each token."""
         return 1 if self.shares_kv else 2
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, H, D)."""
+        """Reshape (B, T, C) to (B, T, H, D)."""
         return x_BTC.view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)
 
     def init_weights(self) -> None:
@@ -139,9 +144,9 @@ class Attention(nn.Module):
         nn.init.zeros_(self.c_proj.weight)
 
     def parameter_groups(self) -> Groups:
-        """Every parameter of the layer once, by group."""
+        """Return every parameter of the layer once, by group."""
         return {"matrices": [self.c_proj.weight]}
 
     def statistics(self) -> dict[str, Tensor]:
-        """Numbers to log, by name; each a tensor of one dimension."""
+        """Return numbers to log, by name; each is a tensor of one dimension."""
         return {}

@@ -1,4 +1,4 @@
-"""Key/value cache: what decoding keeps of the tokens so far.
+"""Key/value cache: what decoding keeps of the tokens that it has read.
 
     cache = model.make_cache(rows=8, length=2048, block=256)
     logits = model(idx, cache=cache.step(slice(0, 8), idx.size(1)), logits_to_keep=1)
@@ -9,16 +9,27 @@ share without a copy.
 Axes: B rows of a step, T new tokens, S cache slots, H heads, D head_dim, C channels.
 """
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gkachat.attention.features import Rope, rope_at
 from gkachat.attention.qkv import QKV, KVSlice
+from gkachat.config import GPTConfig
 
-if TYPE_CHECKING:
-    from gkachat.attention.base import Attention
+
+class LayerCacheSpec(NamedTuple):
+    """What one layer keeps of each token; `Attention.cache_spec` gives it."""
+
+    window: int | None
+    """Visible positions, the token itself included; None: all of the past."""
+    shares_kv: bool
+    """Whether keys and values are one tensor."""
+    key_norms: bool
+    """Whether |k|^2 is kept beside the keys."""
+    lookback: int
+    """Number of earlier block inputs that the layer reads."""
 
 
 class Cache:
@@ -26,7 +37,8 @@ class Cache:
 
     def __init__(
         self,
-        layers: "list[Attention]",
+        config: GPTConfig,
+        specs: list[LayerCacheSpec],
         rows: int,
         length: int,
         *,
@@ -38,29 +50,27 @@ class Cache:
         """Allocate room for `rows` texts.
 
         Args:
-            layers: the model's attention layers.
+            specs: what each layer keeps.
             length: tokens of each row, those of the prefix not counted.
             block: largest number of tokens that a step adds to a row.
             prefix: a cache of one row that every row continues.
         """
-        config = layers[0].config
-        self.prefix, self.block, self.device, self.head_dim = prefix, block, device, config.head_dim
+        self.specs, self.prefix, self.block, self.device = specs, prefix, block, device
+        self.head_dim = config.head_dim
         self.first = 0 if prefix is None else prefix.lengths[0]  # position of a row's first token in this cache
         self.lengths = [self.first] * rows
-        self.windows = [layer.window for layer in layers]
-        self.lookbacks = [layer.lookback for layer in layers]
         self.layers: list[dict[str, Tensor]] = []
-        for layer, window in zip(layers, self.windows, strict=True):
-            slots = min(length, window + block - 1) if window else length
+        for spec in specs:
+            slots = min(length, spec.window + block - 1) if spec.window else length
             shape = (rows, config.n_head, slots)
             buffers = {"k": torch.zeros(*shape, config.head_dim, dtype=dtype, device=device)}
-            if not layer.shares_kv:
+            if not spec.shares_kv:
                 buffers["v"] = torch.zeros_like(buffers["k"])
-            if layer.gaussian and not layer.unit_norm:
+            if spec.key_norms:
                 buffers["key_norms"] = torch.zeros(*shape, 1, dtype=torch.float32, device=device)
-            if layer.lookback:
+            if spec.lookback:
                 # A whole text that is read at once may be cut afterwards, at any token.
-                recent = length if block >= length else min(length, layer.lookback + 1)
+                recent = length if block >= length else min(length, spec.lookback + 1)
                 buffers["x"] = torch.zeros(rows, recent, config.n_embd, dtype=dtype, device=device)
             self.layers.append(buffers)
 
@@ -101,7 +111,12 @@ class CacheStep:
     """
 
     def __init__(self, cache: Cache, rows: slice, lengths: Tensor, T: int, longest: int, prefill: bool = False):
-        """`lengths` (B,): tokens of each row before this step. `longest`: upper bound of the slots in use after it."""
+        """Prepare T new tokens for each of the rows.
+
+        Args:
+            lengths: (B,) tokens of each row before this step.
+            longest: upper bound of the slots in use after this step.
+        """
         self.cache, self.rows, self.longest, self.is_prefill = cache, rows, longest, prefill
         self.positions = lengths[:, None] + torch.arange(T, device=cache.device)  # (B, T)
         self.row_index = torch.arange(len(cache.lengths), device=cache.device)[rows, None]  # (B, 1)
@@ -149,7 +164,7 @@ class LayerCache:
 
     def __init__(self, step: CacheStep, index: int):
         self.step, self.cache, self.index = step, step.cache, index
-        self.buffers, self.window = step.cache.layers[index], step.cache.windows[index]
+        self.buffers, self.spec = step.cache.layers[index], step.cache.specs[index]
         self.is_prefill, self.rotates_keys = step.is_prefill, False
 
     def with_lookback(self, x_BTC: Tensor) -> Tensor:
@@ -157,7 +172,7 @@ class LayerCache:
 
         Before the text there are zeros. Layers without lookback get x_BTC as it is.
         """
-        lookback = self.cache.lookbacks[self.index]
+        lookback = self.spec.lookback
         if not lookback:
             return x_BTC
         cache, buffer, positions = self.cache, self.buffers["x"], self.step.positions
@@ -193,13 +208,13 @@ class LayerCache:
         own = {name: buffer[step.rows, :, : step.longest] for name, buffer in self.buffers.items() if name != "x"}
         part = self._slice(own, self.buffers["k"].size(2), of_prefix=False)
         if not include_self:
-            positions, _ = step.positions_and_mask(self.window, self.buffers["k"].size(2), False)
+            positions, _ = step.positions_and_mask(self.spec.window, self.buffers["k"].size(2), False)
             is_self = positions[:, None, None, :] == step.positions[:, None, :, None]
             part = part._replace(mask=part.mask.masked_fill(is_self, -torch.inf))
         return [*slices, part]
 
     def _slice(self, tensors: dict[str, Tensor], slots: int, of_prefix: bool) -> KVSlice:
-        _, mask = self.step.positions_and_mask(self.window, slots, of_prefix)
-        rope = self.step.rope(self.window, slots, of_prefix) if self.rotates_keys else None
+        _, mask = self.step.positions_and_mask(self.spec.window, slots, of_prefix)
+        rope = self.step.rope(self.spec.window, slots, of_prefix) if self.rotates_keys else None
         k = tensors["k"]
         return KVSlice(k, tensors.get("v", k), mask, tensors.get("key_norms"), rope)

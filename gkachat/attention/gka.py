@@ -27,7 +27,7 @@ def gaussian_kernel_attention(
     include_self: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """Kernel-weighted mean of each head's own channels over the visible tokens.
+    """Return the kernel-weighted mean of each head's own channels over the visible tokens.
 
     Args:
         x: (B, T, H, D), features and payload in one; any floating dtype.
@@ -101,10 +101,10 @@ class GaussianKernelAttention(Attention):
         nn.init.constant_(self.log_sigma, 0.5 * math.log(self.config.head_dim / 2))
 
     def parameter_groups(self) -> Groups:
-        """One matrix, and the bandwidths."""
+        """Return one matrix and the bandwidths."""
         return super().parameter_groups() | {"log_sigma": [self.log_sigma]}
 
     def statistics(self) -> dict[str, Tensor]:
-        """Smallest, median and largest bandwidth, and every head's."""
+        """Return the smallest, median and largest bandwidth, and that of every head."""
         sigma = self.sigma.detach()
         return {"sigma": torch.stack((sigma.min(), sigma.median(), sigma.max())), "sigma_by_head": sigma}

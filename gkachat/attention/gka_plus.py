@@ -56,7 +56,7 @@ class GKAPlus(GaussianKernelAttention):
             self.value_embedding.init_weights()
 
     def parameter_groups(self) -> Groups:
-        """One matrix, bandwidths, convolutions, and what value embeddings add."""
+        """Return one matrix, bandwidths, convolutions, and what value embeddings add."""
         groups = super().parameter_groups()
         groups["convolutions"] = [conv.weight for conv in (self.conv_q, self.conv_k, self.conv_v)]
         return groups if self.value_embedding is None else groups | self.value_embedding.parameter_groups()

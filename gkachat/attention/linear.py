@@ -1,4 +1,4 @@
-"""The matrix that attention and MLP are built from."""
+"""Linear layer without bias, which attention and MLP are built from."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What an attention gives its kernel: queries, keys and values, and how they are compared."""
+"""Queries, keys and values, which an attention gives its kernel, and the way they are compared."""
 
 from typing import NamedTuple
 

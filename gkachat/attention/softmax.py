@@ -52,7 +52,7 @@ class SoftmaxAttention(Attention):
                 conv.init_weights(delays)
 
     def parameter_groups(self) -> Groups:
-        """Four matrices, and what convolutions and value embeddings add."""
+        """Return four matrices, and what convolutions and value embeddings add."""
         groups: Groups = {"matrices": [m.weight for m in (self.c_q, self.c_k, self.c_v, self.c_proj)]}
         if self.convs is not None:
             groups["convolutions"] = [conv.weight for conv in self.convs]

@@ -33,5 +33,5 @@ class ValueEmbedding(nn.Module):
         return v_BTHD + gate_BTH[..., None] * self.table(idx_BT).to(v_BTHD.dtype).view(v_BTHD.shape)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Table and gate, each in a group of its own."""
+        """Return table and gate, each in a group of its own."""
         return {"value_embeddings": [self.table.weight], "value_gates": [self.gate.weight]}

@@ -1,4 +1,4 @@
-"""Weights as decoding wants them. A step reads all of them once, so their bytes are its time.
+"""Weights for decoding. A decode step reads all of them once, so that their bytes decide its time.
 
 model = for_inference(load_model(run_dir)[0], torch.bfloat16, int8=True)
 """

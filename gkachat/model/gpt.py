@@ -146,12 +146,12 @@ class GPT(Transformer):
         cache: CacheStep | None = None,
         logits_to_keep: int | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) in float32; with targets (B, T), the mean loss in nats over those that are not -1.
+        """Return logits (B, T, V) in float32, or with targets (B, T) the mean loss in nats over those that are not -1.
 
         Args:
             idx: (B, T) token ids.
             cache: step of a cache that holds the tokens before idx (`make_cache(...).step(...)`). idx is added to it.
-            logits_to_keep: compute logits for the last so many tokens only; None: for all.
+            logits_to_keep: number of tokens, the last ones, whose logits are computed; None: all.
 
         Raises:
             ValueError: idx is longer than sequence_len.
@@ -178,8 +178,8 @@ class GPT(Transformer):
 
     def make_cache(self, rows: int, length: int, **options) -> Cache:
         """Return an empty cache for this model; the options are those of Cache."""
-        layers = [block.attn for block in self.blocks]
-        return Cache(layers, rows, length, dtype=self.compute_dtype, device=self.wte.weight.device, **options)
+        specs, device = [block.attn.cache_spec for block in self.blocks], self.wte.weight.device
+        return Cache(self.config, specs, rows, length, dtype=self.compute_dtype, device=device, **options)
 
     def example_batch(self, rows: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of the largest shape that training uses."""

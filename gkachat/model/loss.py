@@ -16,12 +16,12 @@ LOGITS_PER_PART = 2**26
 
 
 def soft_cap(logits: Tensor) -> Tensor:
-    """15 tanh of logits that are divided by 15 already, in float32. May overwrite its input."""
+    """Return 15 tanh(logits) in float32, of logits that are divided by 15 already. May overwrite its input."""
     return logits.float().tanh_() * LOGIT_CAP
 
 
 def head_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
-    """Mean cross-entropy in nats, float32, over the targets that are not -1; NaN where there are none."""
+    """Return the mean cross-entropy in nats, float32, over the targets that are not -1; NaN where there are none."""
     return _HeadLoss.apply(x_NC, weight_VC, targets_N, torch.is_grad_enabled())
 
 

@@ -34,7 +34,7 @@ class ModelStats:
     flops_per_token: int
     """Training FLOPs, forward and backward."""
     cache_bytes_per_token: int
-    """Bytes that decoding keeps for each token of context, in bfloat16."""
+    """Bytes of keys and values that decoding keeps for each token of context, in bfloat16."""
 
     @property
     def scaling_params(self) -> int:
@@ -59,7 +59,7 @@ def model_stats(config: GPTConfig) -> ModelStats:
 
 
 def state_bytes(config: GPTConfig, world_size: int = 1) -> int:
-    """Bytes per rank of weights and gradients in float32, and of its share of the optimizer state.
+    """Return the bytes per rank of weights and gradients in float32, and of its share of the optimizer state.
 
     Muon keeps one number per weight, AdamW two.
     """
@@ -69,7 +69,7 @@ def state_bytes(config: GPTConfig, world_size: int = 1) -> int:
 
 
 def activation_bytes(config: GPTConfig, rows: int) -> int:
-    """Bytes of activations that so many rows in bfloat16 save for the backward, counted operation by operation.
+    """Return the bytes of activations that `rows` rows in bfloat16 save for the backward, counted by operation.
 
     This is an upper bound. It contains bfloat16 copies of the weights. A compiled model recomputes what is cheap. GKA
     is counted on its softmax kernels, which save more than the fused kernel.

@@ -14,6 +14,7 @@ from gkachat.attention.kernels.choose import KernelSpec, plain_kernels
 from gkachat.config import ATTENTIONS, Config, GKAConfig, GPTConfig
 from gkachat.model.gpt import GPT
 from gkachat.model.stats import model_stats
+from gkachat.train.optim import make_optimizers
 from gkachat.train.schedule import resolve
 
 T, BLOCK, WINDOW = 200, 32, 128
@@ -290,8 +291,6 @@ def test_recomputed_blocks_have_the_same_gradients(case):
 
 @EVERY
 def test_every_parameter_belongs_to_one_group_and_is_stepped_by_an_optimizer(case):
-    from gkachat.train.optim import make_optimizers
-
     config = resolve(Config(model=model(case).config))
     made = live_model(**CASES[case])
     grouped = [p for group in made.parameter_groups().values() for p in group]

@@ -1,38 +1,42 @@
-"""The accounts, against the architecture's own arithmetic and the paper's figure."""
+"""Counts against the architecture's own arithmetic, the paper's figures and real models."""
 
 import dataclasses
 import json
 
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, run_script
 
+from gkachat.config import ATTENTIONS, GPTConfig
 from gkachat.config_file import load_config
-from gkachat.model.gpt import GPT, GPTConfig
-from gkachat.model.stats import PROTOCOLS, activation_bytes, compare_stats, model_stats, state_bytes, token_budget
+from gkachat.model.gpt import GPT
+from gkachat.model.stats import PROTOCOLS, activation_bytes, compare_stats, state_bytes, token_budget
 from gkachat.train.optim import make_optimizers, named_state
 from gkachat.train.schedule import resolve
 
 D20 = compare_stats(GPTConfig(depth=20))
+SMALL = {"depth": 2, "vocab_size": 64, "sequence_len": 32, "n_embd": 32, "head_dim": 16}
 
 
 def test_at_depth_20_the_counted_ratio_is_the_published_one():
     assert round(D20["ratio"]["params"], 2) == 0.42
     assert D20["ratio"]["cache_bytes_per_token"] == 0.5
+    assert D20["ratios"]["gka"] == D20["ratio"]
 
 
-@pytest.mark.parametrize(("attention", "per_layer"), [("softmax", 12), ("gka", 9)])
-def test_depth_20_matches_the_architectures_arithmetic(attention, per_layer):
+@pytest.mark.parametrize(("attention", "per_layer"), [("softmax", 12), ("gka", 9), ("gka_plus", 9)])
+def test_depth_20_matches_the_arithmetic_of_the_architecture(attention, per_layer):
     params = D20[attention]["params"]
     C, V = 1280, 32768
     assert params["matrices"] == per_layer * C * C * 20
     assert params["embedding"] == params["lm_head"] == V * C
     assert params.get("value_embeddings", 0) == (10 * V * C if attention == "softmax" else 0)
-    assert params.get("log_sigma", 0) == (200 if attention == "gka" else 0)
+    assert params.get("log_sigma", 0) == (0 if attention == "softmax" else 200)
     assert params["total"] == sum(n for group, n in params.items() if group != "total")
+    multiplied = params["matrices"] + params["lm_head"] + params.get("convolutions", 0)
     seen = 15 * 512 + 5 * 2048
-    assert D20[attention]["flops_per_token"] == 6 * (params["matrices"] + params["lm_head"]) + 12 * C * seen
-    assert D20[attention]["cache_bytes_per_token"] == {"softmax": 2, "gka": 1}[attention] * 20 * C * 2
+    assert D20[attention]["flops_per_token"] == 6 * multiplied + 12 * C * seen
+    assert D20[attention]["cache_bytes_per_token"] == (1 if attention == "gka" else 2) * 20 * C * 2
 
 
 def test_total_flops_by_protocol():
@@ -44,18 +48,7 @@ def test_total_flops_by_protocol():
     assert flops["equal-flops"] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("attention", ["softmax", "gka"])
-def test_counts_are_those_of_a_real_model(attention):
-    config = GPTConfig(depth=3, attention=attention, vocab_size=100, sequence_len=64, n_embd=32, head_dim=16)
-    assert model_stats(config).params["total"] == sum(p.numel() for p in GPT(config).parameters())
-
-
-def test_counting_allocates_nothing():
-    with torch.device("meta"):
-        assert all(p.is_meta for p in GPT(GPTConfig(depth=2)).parameters())
-
-
-def test_horizons_only_differ_for_gka():
+def test_token_budgets_differ_for_gka_alone():
     softmax = GPTConfig(depth=4)
     gka = dataclasses.replace(softmax, attention="gka")
     assert {token_budget(protocol, softmax, 1000) for protocol in PROTOCOLS} == {1000}
@@ -65,59 +58,49 @@ def test_horizons_only_differ_for_gka():
         token_budget("fair", gka, 1000)
 
 
-def test_the_script_prints_the_same_as_json(tmp_path):
-    result = call("cost", "--depth", 20, "--json", home=tmp_path)
-    assert json.loads(result.stdout) == D20
-
-
-def test_the_script_prints_a_table_and_names_bad_options(tmp_path):
-    table = call("cost", "--depth", 20, home=tmp_path).stdout
+def test_the_script_prints_the_counts_as_json_and_as_tables(tmp_path):
+    printed = run_script("cost", "--depth", 20, "--json", home=tmp_path)
+    assert json.loads(printed.stdout) == D20
+    table = run_script("cost", "--depth", 20, home=tmp_path).stdout
     assert "896,533,720" in table and "378,798,320" in table and "0.4225" in table
-    bad = call("cost", "--depth", 0, home=tmp_path)
+    bad = run_script("cost", "--depth", 0, home=tmp_path)
     assert (bad.returncode, bad.stderr) == (1, "error: model.depth: given 0, expected 1 or more\n")
 
 
 def test_the_plan_in_the_docs_is_the_one_that_is_counted(tmp_path):
-    printed = call("cost", "--config", "configs/d20.toml", "--plan", 12, 16, 20, 24, home=tmp_path).stdout
+    printed = run_script("cost", "--config", "configs/d20.toml", "--plan", 12, 16, 20, 24, home=tmp_path).stdout
     assert printed.count("\n") == 11 and printed.strip() in (ROOT / "configs" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("attention", ["softmax", "gka"])
+@pytest.mark.parametrize("attention", list(ATTENTIONS))
 def test_the_bytes_of_a_training_state_are_those_of_its_tensors(attention):
-    config = GPTConfig(depth=2, attention=attention, vocab_size=64, sequence_len=32, n_embd=32, head_dim=16)
+    config = GPTConfig(attention=attention, **SMALL)
     model = GPT(config)
     optimizers = make_optimizers(model, resolve(load_config(None, ["--model.depth=2"])).optim)
     idx = torch.zeros(1, 32, dtype=torch.long)
     model(idx, idx).backward()
-    held = 2 * sum(p.numel() * 4 for p in model.parameters())
+    n_bytes = 2 * sum(p.numel() * 4 for p in model.parameters())
     for optimizer in optimizers:
         optimizer.step()
     state = named_state(optimizers, model)
-    held += sum(t.numel() * 4 for key, t in state.items() if t.ndim and "variance" not in key)
-    assert state_bytes(config) == held
+    n_bytes += sum(t.numel() * 4 for key, t in state.items() if t.ndim and "variance" not in key)
+    assert state_bytes(config) == n_bytes
 
 
-def test_activations_grow_with_rows_and_are_those_a_real_forward_keeps():
-    config = GPTConfig(depth=2, attention="gka", vocab_size=64, sequence_len=32, n_embd=32, head_dim=16)
-    model, kept = GPT(config, torch.bfloat16), {}
+@pytest.mark.parametrize("attention", list(ATTENTIONS))
+def test_counted_activations_are_those_a_real_forward_saves(attention):
+    config = GPTConfig(attention=attention, **SMALL)
+    model, saved = GPT(config, torch.bfloat16), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-    def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t
+    def save(t):
+        saved[t.untyped_storage().data_ptr()] = t
         return t
 
     idx = torch.zeros(3, 32, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
         loss = model(idx, idx)
-    expected = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+    expected = sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in weights)
     assert loss.isfinite() and activation_bytes(config, 3) == expected
     one, two, three = (activation_bytes(config, rows) for rows in (1, 2, 3))
     assert two - one == three - two > 0
-
-
-def test_what_gka_plus_adds_is_counted():
-    plain, plus, C = D20["gka"], D20["gka_plus"], 1280
-    added = plus["params"]["total"] - plain["params"]["total"]
-    assert added == 12 * C * 20  # three convolutions of 4 taps
-    assert plus["flops_per_token"] - plain["flops_per_token"] == 6 * added
-    assert D20["ratios"]["gka"] == D20["ratio"] and D20["ratios"]["gka_plus"]["params"] < 0.424

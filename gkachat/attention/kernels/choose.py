@@ -1,10 +1,10 @@
-"""Which kernel an attention layer runs on, chosen once when the model is placed on a device, with the reason.
+"""Choice of the kernel that a layer runs on, made once when the model is placed on a device, with the reason.
 
     kernel = choose_kernel(KernelSpec(head_dim=128, sequence_len=2048, window=512), device, dtype)
     y = kernel.attend(qkv)                                # training and prefill
     print(kernel.name, kernel.reason)
 
-`choose_decode_kernel` does it for new tokens that attend to a cache: `kernel.attend(qkv, slices)`.
+`choose_decode_kernel` chooses for new tokens that attend to a cache: `kernel.attend(qkv, slices)`.
 """
 
 import importlib

@@ -37,19 +37,19 @@ def queries_and_keys(qkv: QKV) -> tuple[Tensor, Tensor]:
 
 
 def squared_distances(q_BHTD: Tensor, k_BHSD: Tensor) -> Tensor:
-    """|q_i - k_j|^2, (B, H, T, S), from differences and not from norms, which would cancel."""
+    """Return |q_i - k_j|^2, (B, H, T, S), from differences. Norms and products would cancel."""
     return torch.cdist(q_BHTD, k_BHSD, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 def scores(q_BHTD: Tensor, k_BHSD: Tensor, qkv: QKV) -> Tensor:
-    """Scores (B, H, T, S): `scale * q.k`, or with sigma -|q - k|^2 / (2 sigma^2)."""
+    """Return scores (B, H, T, S): `scale * q.k`, or with sigma -|q - k|^2 / (2 sigma^2)."""
     if qkv.sigma is None:
         return qkv.scale * q_BHTD @ k_BHSD.mT
     return -squared_distances(q_BHTD, k_BHSD) / (2 * qkv.sigma.to(q_BHTD.dtype).square()[:, None, None])
 
 
 def weights(scores_BHTS: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the visible keys, (B, H, T, S). A row without a key has weights of 0."""
+    """Return the softmax over the visible keys, (B, H, T, S). A row without a key has weights of 0."""
     keyless = ~mask.any(dim=-1, keepdim=True)
     weights_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf).masked_fill(keyless, 0).softmax(dim=-1)
     return weights_BHTS.masked_fill(keyless, 0)

@@ -1,4 +1,4 @@
-"""Softmax attention through torch's scaled_dot_product_attention: full windows everywhere, any mask where need be."""
+"""Softmax attention through torch's scaled_dot_product_attention, with a mask where there is a window."""
 
 import torch.nn.functional as F
 from torch import Tensor
