@@ -40,13 +40,9 @@ from gkachat.vision_config import VisionConfig, ViTConfig
 
 MODEL, META, CHECKPOINTS = "model.safetensors", "meta.json", "checkpoints"
 FORMAT = 2  # of configs and checkpoints; to be raised when older runs can no longer be read
-META_FIELDS = {"step": int, "config": dict, "sha256": dict, "tokenizer_sha256": str, "world_size": int}
+META_FIELDS = {"format": int, "step": int, "config": dict, "sha256": dict, "tokenizer_sha256": str, "world_size": int}
 
 Model = TypeVar("Model", bound=Transformer)
-
-
-class FormatError(ValueError):
-    """A checkpoint of another format: sound, but only the version that wrote it can read it."""
 
 
 def find_run(name: str | Path) -> Path:
@@ -216,31 +212,20 @@ def remove(directory: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def read_meta(directory: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's meta.json.
-
-    Raises FormatError that names the version which wrote it, if this version cannot read it, and ValueError for a
-    damaged file.
-    """
-    meta = read_json(directory / META)
-    if meta.get("format") != FORMAT and "version" in meta:
-        version, found = str(meta["version"])[:40], str(meta.get("format", 1))[:9]
-        raise FormatError(
-            f"{directory} was written by version {version} in format {found}, expected format {FORMAT}: "
-            "use that version, or train the run again"
-        )
-    return read_json(directory / META, format=int, **META_FIELDS)
-
-
-def check_format(run_dir: Path) -> None:
-    """Raise FormatError when a run's last checkpoint is of another format. A damaged one passes."""
+def check_format(run_dir: str | Path) -> None:
+    """Raise ValueError if a run was written in another format. The message names the version that wrote it."""
     for step in checkpoint_steps(run_dir)[-1:]:
+        directory = step_dir(run_dir, step)
         try:
-            read_meta(step_dir(run_dir, step))
-        except FormatError:
-            raise
-        except ValueError:
-            pass
+            meta = read_json(directory / META)
+        except ValueError:  # damaged, which `verify` reports
+            return
+        if meta.get("format") != FORMAT and "version" in meta:
+            version, found = str(meta["version"])[:40], str(meta.get("format", 1))[:9]
+            raise ValueError(
+                f"{directory} was written by version {version} in format {found}, expected format {FORMAT}: "
+                "use that version, or train the run again"
+            )
 
 
 def verify(directory: Path, *names: str) -> dict[str, Any]:
@@ -248,7 +233,7 @@ def verify(directory: Path, *names: str) -> dict[str, Any]:
 
     Raises ValueError that says what is wrong with it.
     """
-    meta = read_meta(directory)
+    meta = read_json(directory / META, **META_FIELDS)
     size = meta["world_size"]
     expected = {MODEL, *(_part(rank, size) for rank in range(min(size, 2**16)))}
     if meta["sha256"].keys() != expected:
@@ -267,8 +252,6 @@ def newest_sound(run_dir: Path, report: Callable[[str], None]) -> int:
         try:
             verify(directory)
             return step
-        except FormatError:
-            raise
         except ValueError as error:
             aside = directory.with_name(f"damaged_{directory.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -282,6 +265,7 @@ def open_checkpoint(run_dir: str | Path, step: int | None = None, *names: str) -
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged or of another format.
     """
+    check_format(run_dir)
     steps = checkpoint_steps(run_dir)
     if not steps or (step is not None and step not in steps):
         has = ", ".join(map(str, steps)) or "none"
@@ -290,9 +274,7 @@ def open_checkpoint(run_dir: str | Path, step: int | None = None, *names: str) -
         )
     directory = step_dir(run_dir, steps[-1] if step is None else step)
     try:
-        return directory, verify(directory, *names) if names else read_meta(directory)
-    except FormatError:
-        raise
+        return directory, verify(directory, *names) if names else read_json(directory / META, **META_FIELDS)
     except ValueError as error:
         raise ValueError(f"{error}; delete {directory} to use an earlier one") from None
 

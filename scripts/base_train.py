@@ -19,7 +19,7 @@ def main() -> None:
     from gkachat.machine import pick_device
     from gkachat.model.gpt import GPT
     from gkachat.tokenizer import Tokenizer
-    from gkachat.train.distributed import init_process_group
+    from gkachat.train.distributed import destroy_process_group, init_process_group
     from gkachat.train.language import LanguageTask
     from gkachat.train.optim import make_optimizers
     from gkachat.train.schedule import resolve
@@ -40,6 +40,7 @@ def main() -> None:
     model = build_model(GPT, config, device)
     optimizers = make_optimizers(model, config.optim, world)
     Trainer(config, model, optimizers, task, device, world).fit(run_dir)
+    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main() -> None:
     from gkachat.eval.bpb import bpb_sums
     from gkachat.machine import pick_device
     from gkachat.model.gpt import GPT
-    from gkachat.train.distributed import init_process_group
+    from gkachat.train.distributed import destroy_process_group, init_process_group
     from gkachat.train.language import LanguageTask
     from gkachat.train.optim import make_optimizers
     from gkachat.train.schedule import resolve
@@ -89,6 +89,7 @@ def main() -> None:
     model.load_state_dict(load_weights(directory))
     optimizers = make_optimizers(model, config.optim, world)
     Trainer(config, model, optimizers, task, device, world).fit(run_dir)
+    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def main() -> None:
     from gkachat.data.images import load_images
     from gkachat.machine import pick_device
     from gkachat.model.vit import ViT
-    from gkachat.train.distributed import init_process_group
+    from gkachat.train.distributed import destroy_process_group, init_process_group
     from gkachat.train.optim import make_optimizers
     from gkachat.train.setup import build_model, open_run
     from gkachat.train.trainer import Trainer
@@ -34,6 +34,7 @@ def main() -> None:
     optimizers = make_optimizers(model, config.optim, world)
     task = ImageTask(config, images, world)
     Trainer(config, model, optimizers, task, device, world, ema_decay=config.train.ema_decay).fit(run_dir)
+    destroy_process_group()
 
 
 if __name__ == "__main__":

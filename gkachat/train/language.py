@@ -98,12 +98,11 @@ class LanguageTask:
         return mine
 
     def describe(self) -> str:
-        """Return how much of the corpus an epoch uses."""
-        waste = self.loader.packing_waste()
+        """Return the protocol and how much of the corpus an epoch uses."""
+        loader, waste = self.loader, self.loader.packing_waste()
+        epoch = "of the first shard"  # reading all shards of a large corpus takes long, and some may not exist yet
+        if loader.knows_epoch:
+            dropped = 100 * waste["tokens_dropped"]
+            epoch = f"an epoch has {loader.steps_per_epoch:,} steps, {dropped:.2f} % of its tokens are left out"
         empty = f"{100 * waste['positions_empty']:.2f} % of the positions stay empty"
-        if not self.loader.knows_epoch:  # reading all shards of a large corpus takes long; some may not exist yet
-            return f"data: shard by shard; in the first, {empty}"
-        return (
-            f"data: an epoch has {self.loader.steps_per_epoch:,} steps; "
-            f"{100 * waste['tokens_dropped']:.2f} % of its tokens are left out, {empty}"
-        )
+        return f"{self.config.train.protocol}; data: {epoch}, {empty}"

@@ -35,14 +35,7 @@ from gkachat.model.gpt import Transformer
 from gkachat.model.stats import ModelStats
 from gkachat.tokenizer import Tokenizer
 from gkachat.train import schedule
-from gkachat.train.distributed import (
-    Watchdog,
-    World,
-    all_reduce_sum,
-    barrier,
-    broadcast_from_rank0,
-    destroy_process_group,
-)
+from gkachat.train.distributed import Watchdog, World, all_reduce_sum, barrier, broadcast_from_rank0
 from gkachat.train.metrics import Metrics, Timers, format_duration
 from gkachat.train.optim import load_named_state, named_state
 from gkachat.train.setup import Run, largest_device_batch
@@ -161,7 +154,6 @@ class Trainer:
         # DistributedDataParallel must not be the last to hold the process group: it would wait for its threads with the
         # interpreter locked, and these may wait for the interpreter.
         self.forward = self.model
-        destroy_process_group()
 
     def train_step(self) -> None:
         """Take one step: batch, forward, backward, guard against non-finite numbers, optimizers.
