@@ -1,13 +1,15 @@
 """Run directories and the checkpoints in them. Nothing is pickled.
 
+    model, tokenizer, meta = load_model("runs/d4_gka")
+
 runs/<name>/
     config.toml                        resolved
     tokenizer.json                     the run's own copy
     metrics.jsonl
     checkpoints/step_000300/
-        model.safetensors              float32 weights: all that it takes to share the model
-        optimizer_0-of-2.safetensors   what Muon and AdamW remember, a part for each process
-        meta.json                      step, config, counts, the code's version, hashes of all of the above
+        model.safetensors              float32 weights: the only file needed to share the model
+        optimizer_0-of-2.safetensors   optimizer state, one part for each rank
+        meta.json                      format, step, config, counts, the code's version, hashes of the other files
 
 A checkpoint is written under a temporary name, flushed to disk and renamed: a directory called step_* is complete.
 """
@@ -22,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,15 +33,23 @@ from gkachat.config import Config, ConfigError, DataConfig, GPTConfig, Tokenizer
 from gkachat.config_file import from_dict, to_toml
 from gkachat.files import flush, read_json, sha256, write_text
 from gkachat.machine import commit
-from gkachat.model.gpt import GPT
+from gkachat.model.gpt import GPT, Transformer
+from gkachat.model.vit import ViT
 from gkachat.tokenizer import Tokenizer
+from gkachat.vision_config import VisionConfig, ViTConfig
 
 MODEL, META, CHECKPOINTS = "model.safetensors", "meta.json", "checkpoints"
-FIELDS = {"step": int, "config": dict, "sha256": dict, "tokenizer_sha256": str, "world_size": int}
+FORMAT = 2  # of configs and checkpoints; to be raised when older runs can no longer be read
+META_FIELDS = {"format": int, "step": int, "config": dict, "sha256": dict, "tokenizer_sha256": str, "world_size": int}
+
+Model = TypeVar("Model", bound=Transformer)
 
 
 def find_run(name: str | Path) -> Path:
-    """A run directory from its path, or from its name under runs/. FileNotFoundError lists what there is."""
+    """Return a run directory from its path, or from its name under runs/.
+
+    Raises FileNotFoundError that lists the runs there are.
+    """
     runs = home() / "runs"
     for directory in (Path(name), runs / name):
         if (directory / "config.toml").exists():
@@ -48,34 +58,36 @@ def find_run(name: str | Path) -> Path:
     raise FileNotFoundError(f"no run {str(name)!r}; in {runs} there are: {', '.join(known) or 'none'}")
 
 
-def start_run(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
-    """Write what a run needs besides its weights; the tokenizer only where there is text."""
+def start_run(run_dir: Path, config: Config | VisionConfig, tokenizer: Tokenizer | None) -> None:
+    """Write what a run needs besides its weights. Image models have no tokenizer."""
     (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(run_dir)
-    write_text(run_dir / "config.toml", to_toml(config))  # last: from now on it is a run
+    write_text(run_dir / "config.toml", to_toml(config))  # last: find_run sees the run from now on
 
 
 def step_dir(run_dir: str | Path, step: int) -> Path:
+    """Return the directory of a step's checkpoint."""
     return Path(run_dir) / CHECKPOINTS / f"step_{step:06d}"
 
 
 def checkpoint_steps(run_dir: str | Path) -> list[int]:
-    """Steps that complete checkpoints exist for, ascending."""
+    """Return the steps that have a complete checkpoint, ascending."""
     directories = (Path(run_dir) / CHECKPOINTS).glob("step_*")
     return sorted(int(match[1]) for d in directories if (match := re.fullmatch(r"step_(\d+)", d.name)))
 
 
 class Saver:
-    """Writes a run's checkpoints off the training thread, one at a time, and removes those no longer wanted.
+    """Writes a run's checkpoints in a thread, one at a time, and removes those that are no longer wanted.
 
-    Every process writes its part; the main one waits for all of them, in a directory that all must see.
+    Every rank writes its optimizer state. Rank 0 writes the rest and waits for the others, in a directory that all of
+    them must see.
     """
 
     def __init__(
         self,
         run_dir: Path,
-        config: Config,
+        config: Config | VisionConfig,
         tokenizer: Tokenizer | None,
         report: Callable[[str], None],
         rank: int = 0,
@@ -83,30 +95,30 @@ class Saver:
     ):
         self.run_dir, self.config, self.tokenizer, self.report = run_dir, config, tokenizer, report
         self.rank, self.world_size = rank, world_size
-        self.version = commit()  # of the code that runs, whatever is edited meanwhile
+        self.version = commit()  # now: the working tree may be edited while the run trains
         self.thread: threading.Thread | None = None
         self.error: OSError | None = None
-        self.step = -1  # of the last one that was begun
+        self.step = -1  # the last step whose checkpoint was begun
         self.copies: dict[str, Tensor] = {}
         if rank == 0:  # what a killed process was writing or removing
             for leftover in (run_dir / CHECKPOINTS).glob(".*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Copy the tensors and begin to write them. Waits for the checkpoint before to be written.
+        """Copy the tensors and start to write them, once the previous checkpoint is written.
 
-        A failure is reported, leaves earlier checkpoints alone, and is raised by `finish` unless a later one succeeds.
+        A failure is reported and leaves earlier checkpoints alone. `finish` raises it, unless a later save succeeds.
         """
         if step == self.step and self.error is None:
             return
         self.wait()
         self.step, self.error = step, None
-        model, optimizer = self._copied(model if self.rank == 0 else {}), self._copied(optimizer)
+        model, optimizer = self._copy(model if self.rank == 0 else {}), self._copy(optimizer)
         self.thread = threading.Thread(target=self._write, args=(step, model, optimizer, meta))
         self.thread.start()
 
-    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """In main memory, the same each time: fresh memory takes several times as long to fill."""
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors to main memory that is allocated once: fresh memory takes several times as long to fill."""
         for name, t in tensors.items():
             if name not in self.copies:
                 self.copies[name] = torch.empty_like(t, device="cpu", pin_memory=t.is_cuda)
@@ -114,7 +126,7 @@ class Saver:
         return {name: self.copies[name] for name in tensors}
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait until nothing is being written."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -137,8 +149,9 @@ class Saver:
                 return
             digests[MODEL] = _write_tensors(temporary / MODEL, model)
             for rank in range(1, self.world_size):
-                digests[_part(rank, self.world_size)] = self._others(temporary, rank)
+                digests[_part(rank, self.world_size)] = self._await_digest(temporary, rank)
             content = {
+                "format": FORMAT,
                 "step": step,
                 "world_size": self.world_size,
                 "version": self.version,
@@ -149,27 +162,27 @@ class Saver:
                 "sha256": digests,
             }
             write_text(temporary / META, json.dumps(content, indent=1) + "\n")
-            if directory.exists():  # damaged, or the run would have gone on from there
+            if directory.exists():  # damaged, or the run would have resumed from it
                 remove(directory)
             os.replace(temporary, directory)
             flush(directory.parent)
             self.report(f"step {step:6d} | saved {directory}")
             self._rotate()
-        except Exception as error:  # safetensors has its own type for a full disk
+        except Exception as error:  # safetensors raises its own type for a full disk
             shutil.rmtree(temporary, ignore_errors=True)
             self.error = OSError(f"cannot write checkpoint {directory}: {error}; earlier checkpoints are untouched")
             self.report(f"step {step:6d} | {self.error}")
 
-    def _others(self, temporary: Path, rank: int) -> str:
-        """The hash of another process's part, once that is written."""
-        told = temporary / f"{_part(rank, self.world_size)}.sha256"
+    def _await_digest(self, temporary: Path, rank: int) -> str:
+        """Return the hash of another rank's part, once that is written."""
+        path = temporary / f"{_part(rank, self.world_size)}.sha256"
         since, patience = time.monotonic(), min(60.0, self.config.run.timeout)
-        while not told.exists():
+        while not path.exists():
             if time.monotonic() - since > patience:
-                raise TimeoutError(f"no {told.name} after {patience:.0f} s; do all processes see the same directory?")
+                raise TimeoutError(f"no {path.name} after {patience:.0f} s; do all processes see the same directory?")
             time.sleep(0.02)
-        digest = told.read_text()
-        told.unlink()
+        digest = path.read_text()
+        path.unlink()
         return digest
 
     def _rotate(self) -> None:
@@ -184,7 +197,7 @@ def _part(rank: int, size: int) -> str:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write them to disk; the file's hash."""
+    """Write tensors to disk and return the file's hash."""
     from safetensors.torch import save_file
 
     save_file({name: t.contiguous() for name, t in tensors.items()}, path)
@@ -193,18 +206,34 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def remove(directory: Path) -> None:
-    """Delete a checkpoint so that at no moment a part of it has its name."""
+    """Delete a checkpoint. Its name is gone before the first of its files is."""
     gone = directory.with_name(f".{directory.name}.gone.tmp")
     os.replace(directory, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
+def check_format(run_dir: str | Path) -> None:
+    """Raise ValueError if a run was written in another format. The message names the version that wrote it."""
+    for step in checkpoint_steps(run_dir)[-1:]:
+        directory = step_dir(run_dir, step)
+        try:
+            meta = read_json(directory / META)
+        except ValueError:  # damaged, which `verify` reports
+            return
+        if meta.get("format") != FORMAT and "version" in meta:
+            version, found = str(meta["version"])[:40], str(meta.get("format", 1))[:9]
+            raise ValueError(
+                f"{directory} was written by version {version} in format {found}, expected format {FORMAT}: "
+                "use that version, or train the run again"
+            )
+
+
 def verify(directory: Path, *names: str) -> dict[str, Any]:
-    """What a checkpoint's meta.json holds, after its files (or only those named) were compared with their hashes.
+    """Return a checkpoint's meta after comparing its files, or only those named, with their hashes.
 
     Raises ValueError that says what is wrong with it.
     """
-    meta = read_json(directory / META, **FIELDS)
+    meta = read_json(directory / META, **META_FIELDS)
     size = meta["world_size"]
     expected = {MODEL, *(_part(rank, size) for rank in range(min(size, 2**16)))}
     if meta["sha256"].keys() != expected:
@@ -217,7 +246,7 @@ def verify(directory: Path, *names: str) -> dict[str, Any]:
 
 
 def newest_sound(run_dir: Path, report: Callable[[str], None]) -> int:
-    """Step of the newest checkpoint that verifies, or -1; says which were passed over, and sets these aside."""
+    """Return the step of the newest checkpoint that verifies, or -1. Damaged ones are reported and renamed."""
     for step in reversed(checkpoint_steps(run_dir)):
         directory = step_dir(run_dir, step)
         try:
@@ -232,10 +261,11 @@ def newest_sound(run_dir: Path, report: Callable[[str], None]) -> int:
 
 
 def open_checkpoint(run_dir: str | Path, step: int | None = None, *names: str) -> tuple[Path, dict[str, Any]]:
-    """Directory and meta of a checkpoint, by default the last; with `names`, after these files were verified.
+    """Return directory and meta of a checkpoint, by default of the last. The files in `names` are verified first.
 
-    Raises FileNotFoundError where there is none, ValueError where it is damaged.
+    Raises FileNotFoundError where there is none, ValueError where it is damaged or of another format.
     """
+    check_format(run_dir)
     steps = checkpoint_steps(run_dir)
     if not steps or (step is not None and step not in steps):
         has = ", ".join(map(str, steps)) or "none"
@@ -244,13 +274,13 @@ def open_checkpoint(run_dir: str | Path, step: int | None = None, *names: str) -
         )
     directory = step_dir(run_dir, steps[-1] if step is None else step)
     try:
-        return directory, verify(directory, *names) if names else read_json(directory / META, **FIELDS)
+        return directory, verify(directory, *names) if names else read_json(directory / META, **META_FIELDS)
     except ValueError as error:
         raise ValueError(f"{error}; delete {directory} to use an earlier one") from None
 
 
 def load_weights(directory: Path) -> dict[str, Tensor]:
-    """Raises ValueError for a file that is not what it should be, or numbers that are not finite."""
+    """Return a checkpoint's weights. Raises ValueError for a file that is not finite float32 tensors."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -265,7 +295,7 @@ def load_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def load_optimizer(directory: Path, world_size: int) -> Iterator[tuple[str, Tensor]]:
-    """What was remembered, tensor by tensor, put together from the parts of a world of that size."""
+    """Yield the optimizer state tensor by tensor, joined from the parts that `world_size` ranks wrote."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -274,13 +304,13 @@ def load_optimizer(directory: Path, world_size: int) -> Iterator[tuple[str, Tens
             parts = [stack.enter_context(safe_open(file, "pt")) for file in files]
             for name in dict.fromkeys(name for part in parts for name in part.keys()):  # noqa: SIM118 (no mapping)
                 found = [part.get_tensor(name) for part in parts if name in part.keys()]  # noqa: SIM118
-                yield name, found[0] if len(found) == 1 else torch.cat(found)  # rows were shared out in order
+                yield name, found[0] if len(found) == 1 else torch.cat(found)  # ranks have rows in order
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"what the optimizers remember in {directory} cannot be read ({error})") from None
+        raise ValueError(f"the optimizer state in {directory} cannot be read ({error})") from None
 
 
 def load_tokenizer(run_dir: str | Path, meta: dict[str, Any]) -> Tokenizer:
-    """The run's own tokenizer. Raises ValueError when it is not the one the checkpoint was trained with."""
+    """Return the run's own tokenizer. Raises ValueError when the checkpoint was trained with another one, or none."""
     if not meta["tokenizer_sha256"]:
         raise ValueError(f"{run_dir}: given an image model, which has no tokenizer, expected a language model")
     tokenizer = Tokenizer.load(run_dir)
@@ -289,55 +319,62 @@ def load_tokenizer(run_dir: str | Path, meta: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def model_config(meta: dict[str, Any], Config: type = GPTConfig) -> Any:
-    """The shape in a checkpoint's meta. Raises ValueError where there is none."""
+def model_config(meta: dict[str, Any], cls: type = GPTConfig) -> Any:
+    """Return a checkpoint's model config, a GPTConfig or ViTConfig. Raises ValueError where it is not valid."""
     try:
-        config = from_dict(Config, meta["config"].get("model"))
+        config = from_dict(cls, meta["config"].get("model"))
     except ConfigError as error:
         raise ValueError(f"{META}: config.model: {error}") from None
-    # What computed the operator in training may not run here, and is no part of the model.
+    # The kernel used in training may not run here, and is no part of the model.
     return dataclasses.replace(config, gka=dataclasses.replace(config.gka, backend="auto"))
 
 
 def tokens_dir(meta: dict[str, Any]) -> Path:
-    """Where the corpus is that a checkpoint was trained on."""
+    """Return the directory of the corpus that a checkpoint was trained on."""
     stored = meta["config"]
-    sections = {
-        "data": from_dict(DataConfig, stored["data"]),
-        "tokenizer": from_dict(TokenizerConfig, stored["tokenizer"]),
-    }
-    return home() / "tokens" / Config(**sections).data_name
+    config = Config(
+        data=from_dict(DataConfig, stored["data"]), tokenizer=from_dict(TokenizerConfig, stored["tokenizer"])
+    )
+    return home() / "tokens" / config.data_name
 
 
 def load_model(
     run_dir: str | Path, device: str | torch.device = "cpu", step: int | None = None
 ) -> tuple[GPT, Tokenizer, dict]:
-    """The last checkpoint of a run (or that of `step`), ready to evaluate.
+    """Load the last checkpoint of a language model's run, or that of `step`.
 
     Returns:
-        model in eval mode and float32 on `device`; tokenizer; meta, what meta.json holds.
+        the model in eval mode, float32 and on `device`; its tokenizer; the content of meta.json.
 
     Raises:
         FileNotFoundError: no such run or checkpoint.
-        ValueError: a file that does not match its hash, or holds something else than a model of that shape.
+        ValueError: a file does not match its hash, or does not hold a model of the stored shape.
     """
     directory, meta = open_checkpoint(run_dir, step, MODEL)
     tokenizer = load_tokenizer(run_dir, meta)
-    return built(directory, meta, device), tokenizer, meta
+    return _load(GPT, model_config(meta), directory, device), tokenizer, meta
 
 
-def built(
-    directory: Path, meta: dict[str, Any], device: str | torch.device, Config: type = GPTConfig, Model: type = GPT
-) -> Any:
-    """The model of a checkpoint, as `load_model` gives it; with Config and Model, one of another kind."""
-    tensors, config = load_weights(directory), model_config(meta, Config)
-    if config.depth > len(tensors):  # nobody waits for a million layers to be built before they are missed
+def load_vision_model(
+    run_dir: str | Path, device: str | torch.device = "cpu", step: int | None = None
+) -> tuple[ViT, dict]:
+    """Load model and meta of an image model's run, as `load_model` does.
+
+    The weights are the averaged ones if the run averaged them.
+    """
+    directory, meta = open_checkpoint(run_dir, step, MODEL)
+    return _load(ViT, model_config(meta, ViTConfig), directory, device), meta
+
+
+def _load(cls: type[Model], config: Any, directory: Path, device: str | torch.device) -> Model:
+    tensors = load_weights(directory)
+    if config.depth > len(tensors):  # building a million layers, only to miss their tensors, takes forever
         raise ValueError(f"{directory}: given {len(tensors)} tensors, expected those of {config.depth} layers")
     try:
-        with torch.device("meta"):  # no weights are drawn only to be overwritten
-            model = Model(config)
+        with torch.device("meta"):  # initial weights are not drawn
+            model = cls(config)
         model.load_state_dict(tensors, assign=True)
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"{directory / MODEL} is not of the shape in its meta.json: {error}") from None
-    model.prepare(model.compute_dtype)  # rotation tables are no weights: they are still on the meta device
+    model.prepare(model.compute_dtype)  # rotation tables are not in the file: they are still on the meta device
     return model.to(device).eval()

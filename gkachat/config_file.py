@@ -38,7 +38,7 @@ def load_config(
     tree = {} if path is None else read_toml(path)
     if change is not None:
         change(tree)
-    defaults = unchecked(cls, tree)
+    defaults = from_dict(cls, tree, check=False)
     values = dataclasses.asdict(parse_overrides(defaults, overrides) if overrides else defaults)
     if "tokenizer" in values and values["model"]["vocab_size"] is None:
         values["model"]["vocab_size"] = values["tokenizer"]["vocab_size"]
@@ -71,32 +71,23 @@ def to_toml(config: Any) -> str:
     return tomli_w.dumps(without_none(dataclasses.asdict(config)))
 
 
-def from_dict(cls: type[C], tree: dict[str, Any]) -> C:
+def from_dict(cls: type[C], tree: dict[str, Any], check: bool = True) -> C:
     """Return the dataclass `cls` built from nested dicts, as TOML and JSON have them.
 
-    Raises ConfigError that lists every unknown or ill-typed field or, if there is none, every invalid value.
+    With `check=False`, values are neither checked nor derived, so that fields that are None stay None.
+    Raises ConfigError that lists every unknown, ill-typed or invalid field.
     """
-    problems = list(_type_problems(cls, tree))
-    config = None if problems else _construct(cls, tree, problems)
+    problems: list[str] = []
+    config = _build(cls, tree, "", problems, check)
     if problems:
         raise ConfigError(problems)
     return config
 
 
-def unchecked(cls: type[C], tree: dict[str, Any]) -> C:
-    """Return `cls` built from nested dicts, with values neither checked nor derived: fields that are None stay None.
-
-    It holds the defaults that overrides are laid over. Raises ConfigError for unknown or ill-typed fields.
-    """
-    if problems := list(_type_problems(cls, tree)):
-        raise ConfigError(problems)
-    return _construct(cls, tree, [], of=_without_post_init)
-
-
 def parse_overrides(defaults: C, overrides: Sequence[str], **options: Any) -> C:
-    """Return `defaults`, made by `unchecked`, with `--section.field value` overrides. `options` are those of tyro.cli.
+    """Return `defaults` with `--section.field value` overrides laid over it. `options` are those of tyro.cli.
 
-    Raises ConfigError like `parse_args`.
+    `defaults` is unchecked, so that derived fields follow the overrides. Raises ConfigError like `parse_args`.
     """
     import tyro  # takes a quarter of a second, and most configs come without overrides
 
@@ -158,58 +149,49 @@ def _without_post_init(cls: type) -> type:
     return type(cls.__name__, (cls,), names)
 
 
-def _construct(
-    cls: type, tree: dict[str, Any], problems: list[str], prefix: str = "", of: Callable[[type], type] = lambda cls: cls
-) -> Any:
-    """Return `of(cls)` built from well-typed nested dicts. Adds to `problems`; None if the class refuses its values."""
-    values = {}
-    for name, kind in get_type_hints(cls).items():
+def _build(cls: type, tree: Any, prefix: str, problems: list[str], check: bool) -> Any:
+    """Return `cls` built from nested dicts. None, and more `problems`, if something is wrong."""
+    if not isinstance(tree, dict):
+        problems.append(f"{prefix.rstrip('.')}: given {tree!r}, expected a table")
+        return None
+    kinds, values, before = get_type_hints(cls), {}, len(problems)
+    for name in tree:
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, n=1)
+            problems.append(f"{prefix}{name}: unknown field" + (f" (did you mean {prefix}{near[0]}?)" if near else ""))
+    for name, kind in kinds.items():
         if dataclasses.is_dataclass(kind):
-            values[name] = _construct(kind, tree.get(name, {}), problems, f"{prefix}{name}.", of)
+            values[name] = _build(kind, tree.get(name, {}), f"{prefix}{name}.", problems, check)
         elif name in tree:
-            values[name] = _as_type(tree[name], kind)
+            try:
+                values[name] = _convert(tree[name], kind)
+            except TypeError as error:
+                problems.append(f"{prefix}{name}: {error}")
+    if len(problems) > before:
+        return None
     try:
-        return of(cls)(**{name: value for name, value in values.items() if value is not None})
+        return (cls if check else _without_post_init(cls))(**values)
     except ConfigError as error:
         problems += [prefix + problem for problem in error.problems]
         return None
 
 
-def _type_problems(cls: type, tree: Any, prefix: str = "") -> list[str]:
-    """Return a line for each field of `tree` that `cls` does not have or whose type is not that of the field."""
-    if not isinstance(tree, dict):
-        return [f"{prefix.rstrip('.')}: given {tree!r}, expected a table"]
-    kinds, problems = get_type_hints(cls), []
-    for name, value in tree.items():
-        kind = kinds.get(name)
-        if kind is None:
-            near = difflib.get_close_matches(name, kinds, n=1)
-            problems.append(f"{prefix}{name}: unknown field" + (f" (did you mean {prefix}{near[0]}?)" if near else ""))
-        elif dataclasses.is_dataclass(kind):
-            problems += _type_problems(kind, value, f"{prefix}{name}.")
-        elif not _has_type(_as_type(value, kind), kind):
-            problems.append(f"{prefix}{name}: given {value!r}, expected {_type_name(kind)}")
-    return problems
-
-
-def _as_type(value: Any, kind: Any) -> Any:
-    """Return an int as a float, and a list as a tuple, where the field's type asks for that."""
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(value)
-    if float in (kind, *get_args(kind)) and type(value) is int and abs(value) < 2**53:
+def _convert(value: Any, kind: Any) -> Any:
+    """Return a TOML value as the type `kind` of a field. Raises TypeError if it has another type."""
+    origin, kinds = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        for one in kinds:
+            with contextlib.suppress(TypeError):
+                return _convert(value, one)
+    elif origin is Literal:
+        if isinstance(value, str) and value in kinds:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(item, kinds[0]) for item in value)
+    elif kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
-    return value
-
-
-def _has_type(value: Any, kind: Any) -> bool:
-    if get_origin(kind) in (Union, UnionType):
-        return any(_has_type(value, one) for one in get_args(kind))
-    if get_origin(kind) is Literal:
-        return isinstance(value, str) and value in get_args(kind)
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(type(item) is get_args(kind)[0] for item in value)
-    return type(value) is kind
-
-
-def _type_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not get_origin(kind) else str(kind).replace("typing.", "")
+    elif type(value) is kind:
+        return value
+    name = kind.__name__ if origin is None else str(kind).replace("typing.", "")
+    raise TypeError(f"given {value!r}, expected {name}")

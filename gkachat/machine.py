@@ -1,6 +1,6 @@
-"""The machine at hand: which device and dtype to use, what it can do, and how results name it."""
+"""The machine at hand: which device and dtype to use, what the device can do, and how results name it."""
 
-import ctypes
+import os
 import platform
 import resource
 import subprocess
@@ -19,62 +19,59 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
 }
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak of a known device, or None."""
+    """Return the peak bfloat16 FLOP/s of a known device, or None."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
 def pick_device(name: str) -> torch.device:
-    """A device from run.device, made ready. Raises ValueError for one that is not there."""
+    """Return the device that `name` (a torch device, or auto) stands for, checked and selected.
+
+    Under torchrun, a CUDA device without an index is the one of this process's local rank. It is selected before
+    anything is allocated, so that no process takes memory on another's GPU. Raises ValueError for a device that
+    cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            if device.index is None:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"run.device: given {name!r}, which cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type == "cpu":
-        keep_freed_memory()
     return device
 
 
-def keep_freed_memory() -> None:
-    """Large blocks that are freed stay with this process, for its next ones.
-
-    glibc gives them back to the system, which hands out zeroed pages again, one fault each: 1 to 7 % of a laptop's
-    training. Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_MAX, 0)
-
-
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Activations' dtype from run.dtype; auto gives a CPU float32: most have no bfloat16 arithmetic."""
+    """Return the dtype of activations that `name` (a torch dtype, or auto) stands for on this device.
+
+    auto is bfloat16 on GPUs that compute in it, and float32 elsewhere: most CPUs have no bfloat16 arithmetic.
+    """
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
     return getattr(torch, name)
 
 
 def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or "cpu" and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: of the device's allocator on cuda, of the process elsewhere."""
+    """Return the most bytes held so far: by the device's allocator on cuda, by this process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def commit() -> str:
-    """Of the code that runs, marked when the working tree differs."""
+    """Return the commit of the running code, with "-dirty" when the working tree differs, or "unknown"."""
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
@@ -88,7 +85,7 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """As the system names it."""
+    """Return the CPU's name as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

@@ -235,15 +235,13 @@ def fit_power_law(x: Sequence[float], y: Sequence[float]) -> dict[str, Any] | No
     """
     if len(set(x)) < 3 or max(x) < 1.2 * min(x):
         return None
-    from scipy import stats
+    from scipy.stats import t
 
-    line = stats.linregress(np.log(x), np.log(y))
-    quantile = stats.t.ppf(0.975, len(x) - 2)
-    a_error, b_error = quantile * line.intercept_stderr, quantile * line.stderr
+    (slope, log_a), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
+    b_error, a_error = t.ppf(0.975, len(x) - 2) * np.sqrt(np.diag(covariance))
     return {
-        "a": math.exp(line.intercept),
-        "a_interval": [math.exp(line.intercept - a_error), math.exp(line.intercept + a_error)],
-        "b": -line.slope, "b_interval": [-line.slope - b_error, -line.slope + b_error], "points": len(x),
+        "a": math.exp(log_a), "a_interval": [math.exp(log_a - a_error), math.exp(log_a + a_error)],
+        "b": -slope, "b_interval": [-slope - b_error, -slope + b_error], "points": len(x),
     }  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 python -m scripts.chat_eval d4_gka_chat
 python -m scripts.chat_eval d4_gka_chat --tasks addition --limit 50
 
-Benchmarks such as ARC, MMLU and GSM8K: python -m scripts.lm_eval.
+An answer counts when it says "The answer is ...", which only tuning with chat.source generated teaches. Benchmarks such
+as ARC, MMLU and GSM8K: scripts.lm_eval.
 """
 
 from typing import Annotated
@@ -29,8 +30,7 @@ def main(
     """Print the share of right answers, and write it to the run's evals/.
 
     Args:
-        run_name: Name or directory of a run of scripts.chat_sft. Answers count when they say "The answer is ...",
-            which only tuning with chat.source generated teaches.
+        run_name: Name or directory of a run that scripts.chat_sft made.
         tasks: addition, counting, or both.
         limit: Largest number of questions of each task.
         batch_size: Number of answers generated at a time.
@@ -42,9 +42,8 @@ def main(
     if "chat" not in meta["config"]:
         raise ValueError(f"{run_dir.name}: given a run that was not tuned, expected one that scripts.chat_sft made")
     for_inference(model, pick_dtype("auto", chosen))
-    scores = evaluate_chat(
-        model, tokenizer, tasks, val_fraction=meta["config"]["chat"]["val_fraction"], limit=limit, rows=batch_size
-    )
+    val_fraction = meta["config"]["chat"]["val_fraction"]
+    scores = evaluate_chat(model, tokenizer, tasks, val_fraction=val_fraction, limit=limit, rows=batch_size)
     print(f"{run_dir.name}, step {meta['step']}")
     for task, score in scores.items():
         accuracy = f"{score['accuracy']:.4f} +- {score['standard_error']:.4f} (guessing: {score['baseline']:.4f})"

@@ -1,21 +1,46 @@
-"""Tune a trained model on conversations (supervised fine-tuning).
+"""Fine-tune a trained model on conversations (supervised fine-tuning).
 
 python -m scripts.chat_sft d4_gka
 python -m scripts.chat_sft d20_gka --chat.source huggingface
 python -m scripts.chat_sft d4_gka --chat.source files --chat.files talks.jsonl --run.name d4_gka_talks
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft d20_gka --chat.source huggingface
 
-What is not given is the RUN's own; the result is the run RUN_chat.
+Options that are not given are those of RUN; the result is the run RUN_chat.
 """
 
 import dataclasses
-import os
 import sys
 from functools import partial
+from typing import Any
 
-from gkachat.config import ConfigError, TuningConfig
+from gkachat.config import ConfigError, GPTConfig, TuningConfig
 from gkachat.config_file import load_config
 from scripts.cli import RUN_FLAGS, check_flags, run, split_args
+
+KEPT = ("total_batch_size", "device_batch_size", "recompute_blocks", "eval_tokens", "clip_norm", "max_skipped")
+
+
+def tuning_defaults(tree: dict[str, Any], base: str) -> None:
+    """Turn the config of run `base`, as a tree, into the defaults of fine-tuning it.
+
+    Batch and learning rates stay. The rates fall to zero, there is no weight decay, and the length of training follows
+    from the conversations.
+    """
+    tree["train"] = {name: value for name, value in tree["train"].items() if name in KEPT}
+    tree["train"] |= {"warmup_steps": 10, "warmdown_fraction": 1.0, "final_lr_fraction": 0.0}
+    tree["optim"] |= {"weight_decay": 0.0}
+    tree["run"]["name"], tree["chat"] = f"{base}_chat", {"base": base}
+
+
+def model_facts(config: GPTConfig) -> dict[str, str]:
+    """Return what fine-tuning teaches a model to say about itself."""
+    from gkachat.model.stats import model_stats
+
+    return {
+        "attention": {"gka": "Gaussian kernel", "gka_plus": "Gaussian kernel"}.get(config.attention, config.attention),
+        "parameters": f"{model_stats(config).params['total']:,}",
+        "depth": str(config.depth),
+    }
 
 
 def main() -> None:
@@ -23,31 +48,48 @@ def main() -> None:
     if base is None:
         raise ValueError("given no run, expected the name or directory of the one to tune")
     check_flags(flags)
-    from gkachat.checkpoint import MODEL, find_run, load_tokenizer, load_weights, open_checkpoint  # torch takes seconds
+    # Importing torch takes seconds, which --help need not wait for.
+    from gkachat.checkpoint import MODEL, check_format, find_run, load_tokenizer, load_weights, open_checkpoint
     from gkachat.data.conversations import load_conversations, tokenize_conversations
     from gkachat.data.loader import count_rows
-    from gkachat.train import schedule
-    from gkachat.train.trainer import Start, Trainer
+    from gkachat.eval.bpb import bpb_sums
+    from gkachat.machine import pick_device
+    from gkachat.model.gpt import GPT
+    from gkachat.train.distributed import destroy_process_group, init_process_group
+    from gkachat.train.language import LanguageTask
+    from gkachat.train.optim import make_optimizers
+    from gkachat.train.schedule import resolve
+    from gkachat.train.setup import build_model, open_run
+    from gkachat.train.trainer import Trainer
 
     base_dir = find_run(base)
+    check_format(base_dir)
     try:
-        config = load_config(base_dir / "config.toml", args, TuningConfig, partial(schedule.tuning, base=base_dir.name))
+        config = load_config(base_dir / "config.toml", args, TuningConfig, partial(tuning_defaults, base=base_dir.name))
     except ConfigError as error:
         raise ConfigError([f"options: {error}"]) from None
     directory, meta = open_checkpoint(base_dir, None, MODEL)
     tokenizer, T = load_tokenizer(base_dir, meta), config.model.sequence_len
-    found = load_conversations(config.chat, config.run.seed, schedule.facts_of(config.model))
+    found = load_conversations(config.chat, config.run.seed, model_facts(config.model))
     splits, counts = tokenize_conversations(found, tokenizer, T, config.chat.val_fraction)
     rows = {name: count_rows(split.documents.length, T) for name, split in splits.items()}
     if config.train.total_tokens is None:
         tokens = max(1, round(config.chat.epochs * rows["train"] * T))
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens))
-    if int(os.environ.get("RANK", 0)) == 0:
-        counted = ", ".join(f"{n:,} {what}" for what, n in counts.items())
-        print(f"{counted}; rows of {T} tokens: {rows['train']:,} of train, {rows['val']:,} of val")
-    start = Start(tokenizer, load_weights(directory), splits["train"], splits["val"])
-    trainer = Trainer(config, resume="resume" in flags, overwrite="overwrite" in flags, start=start)
-    trainer.run()
+
+    device = pick_device(config.run.device)
+    world = init_process_group(device.type, config.run.timeout)
+    config = resolve(config, world.size)
+    run_dir = open_run(config, world, resume="resume" in flags, overwrite="overwrite" in flags)
+    counted = ", ".join(f"{n:,} {what}" for what, n in counts.items())
+    run_dir.report(f"{counted}; rows of {T} tokens: {rows['train']:,} of train, {rows['val']:,} of val")
+
+    task = LanguageTask(config, tokenizer, **splits, bpb_sums=bpb_sums, device=device, world=world)
+    model = build_model(GPT, config, device)
+    model.load_state_dict(load_weights(directory))
+    optimizers = make_optimizers(model, config.optim, world)
+    Trainer(config, model, optimizers, task, device, world).fit(run_dir)
+    destroy_process_group()
 
 
 if __name__ == "__main__":

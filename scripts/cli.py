@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gkachat.config import Config, ConfigError
-from gkachat.config_file import C, load_config, parse_args, parse_overrides, read_toml, unchecked
+from gkachat.config_file import C, from_dict, load_config, parse_args, parse_overrides, read_toml
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ def print_help(first: str, path: str | None, description: str, flags: dict[str, 
     """Print usage, description, flags and every field with its value in the TOML file at `path`, and exit."""
     usage = ["python -m", f"scripts.{Path(sys.argv[0]).stem}", first, *(f"[--{flag}]" for flag in flags)]
     options = "".join(f"\n--{flag:11}{text}" for flag, text in flags.items())
-    defaults = unchecked(cls, read_toml(path) if path else {})
+    defaults = from_dict(cls, read_toml(path) if path else {}, check=False)
     parse_overrides(defaults, ["--help"], prog=" ".join(usage), description=_one_example_a_line(description) + options)
 
 

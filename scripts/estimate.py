@@ -26,7 +26,6 @@ COLUMNS = {
 def estimate(config: Config) -> dict:
     """Time steps on random tokens, with the run's model, optimizers and device batch. Return a row for COLUMNS."""
     import torch
-    from gkachat.train.setup import build_model
 
     from gkachat.machine import pick_device
     from gkachat.model.gpt import GPT
@@ -34,6 +33,7 @@ def estimate(config: Config) -> dict:
     from gkachat.train.distributed import World
     from gkachat.train.optim import make_optimizers
     from gkachat.train.schedule import n_steps, resolve
+    from gkachat.train.setup import build_model
     from gkachat.train.trainer import Trainer
 
     class RandomTokens:

@@ -1,4 +1,4 @@
-"""Check a run directory from end to end, and say what is wrong with it.
+"""Check a whole run directory and list what is wrong with it.
 
 python -m scripts.verify_run d4_gka
 """
@@ -13,17 +13,16 @@ import tyro
 from gkachat import checkpoint
 from gkachat.config import Config
 from gkachat.config_file import load_config, read_toml
-from gkachat.model.vit import load_vit
 from gkachat.vision_config import VisionConfig
 from scripts.cli import run
 
 
 def problems(run_dir: Path) -> Iterator[str]:
-    """One line for each."""
-    of_images = False
+    """Yield one line for each problem: config, hashes, shapes, finite numbers, leftovers and metrics."""
+    is_vision = False
     try:
-        of_images = "patch_size" in str(read_toml(run_dir / "config.toml").get("model"))
-        load_config(run_dir / "config.toml", cls=VisionConfig if of_images else Config)
+        is_vision = "patch_size" in str(read_toml(run_dir / "config.toml").get("model"))
+        load_config(run_dir / "config.toml", cls=VisionConfig if is_vision else Config)
     except (ValueError, FileNotFoundError) as error:
         yield f"config.toml: {error}"
     steps = checkpoint.checkpoint_steps(run_dir)
@@ -35,11 +34,12 @@ def problems(run_dir: Path) -> Iterator[str]:
             meta = checkpoint.verify(directory)
             if meta["step"] != step:
                 raise ValueError(f"meta.json says step {meta['step']}")
-            model = (load_vit if of_images else checkpoint.load_model)(run_dir, step=step)[0]
+            load = checkpoint.load_vision_model if is_vision else checkpoint.load_model
+            model = load(run_dir, step=step)[0]
             names = {name for name, _ in model.named_parameters()}
             for name, tensor in checkpoint.load_optimizer(directory, meta["world_size"]):
                 if name.split("/")[0] not in names or not torch.isfinite(tensor).all():
-                    raise ValueError(f"what the optimizers remember of {name} belongs to no parameter or is not finite")
+                    raise ValueError(f"optimizer state {name} belongs to no parameter or is not finite")
         except (ValueError, FileNotFoundError) as error:
             yield f"{directory.name}: {error}"
     for leftover in sorted((run_dir / checkpoint.CHECKPOINTS).glob("[.d]*")):
@@ -48,6 +48,7 @@ def problems(run_dir: Path) -> Iterator[str]:
 
 
 def _metrics_problems(run_dir: Path, steps: list[int]) -> Iterator[str]:
+    """Yield a line for each record that cannot be read, comes twice or is out of order."""
     path, seen, last = run_dir / "metrics.jsonl", set(), -1
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:
@@ -65,7 +66,7 @@ def _metrics_problems(run_dir: Path, steps: list[int]) -> Iterator[str]:
 
 
 def main(run_name: tyro.conf.Positional[str], /) -> int:
-    """Exit code 1 when something is wrong.
+    """Check a run. The exit code is 1 when something is wrong.
 
     Args:
         run_name: A run's name, or the path of its directory.

@@ -29,7 +29,7 @@ COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="names or directories")
+    parser.add_argument("runs", nargs="+", help="names or directories of runs")
     parser.add_argument("--out", help="write OUT.json and OUT.md")
     options = parser.parse_args()
     import torch  # takes seconds
@@ -40,26 +40,37 @@ def main() -> None:
     from gkachat.train.metrics import read_metrics
     from gkachat.vision_config import ViTConfig
 
-    found: dict[ViTConfig, list[dict]] = defaultdict(list)
+    runs_of: dict[ViTConfig, list[dict]] = defaultdict(list)
     for name in options.runs:
         run_dir = find_run(name)
         meta = open_checkpoint(run_dir)[1]
         final = [r for r in read_metrics(run_dir) if r["kind"] == "eval" and r["step"] == meta["n_steps"]]
         if not final or "val_top1" not in final[0]:
             raise ValueError(
-                f"{run_dir}: no accuracy at its last step, {meta['n_steps']}: not an image model, or not done"
+                f"{run_dir}: no accuracy at its last step, {meta['n_steps']}: expected an image model, fully trained"
             )
         figures = final[0] | {"name": run_dir.name, "seed": meta["config"]["run"]["seed"], "version": meta["version"]}
-        found[model_config(meta, ViTConfig)].append(figures)
+        runs_of[model_config(meta, ViTConfig)].append(figures)
     rows: list[dict] = []
-    for config, runs in found.items():
-        counted, top1, T = model_stats(config), [r["val_top1"] for r in runs], config.sequence_len
-        row = {"attention": config.attention, "params": counted.params["total"], "top1": statistics.mean(top1)}
-        row |= {"spread": statistics.stdev(top1) if len(top1) > 1 else None, "low": min(top1), "high": max(top1)}
-        row |= {"loss": statistics.mean(r["val_loss"] for r in runs), "flops_per_image": counted.flops_per_token * T}
-        row |= {"ratio": row["params"] / (rows or [row])[0]["params"], "seeds": " ".join(str(r["seed"]) for r in runs)}
-        rows.append(row | {"runs": runs})
-    trained_by = ", ".join(sorted({r["version"] for runs in found.values() for r in runs}))
+    for config, runs in runs_of.items():
+        stats, top1 = model_stats(config), [r["val_top1"] for r in runs]
+        params = stats.params["total"]
+        rows.append(
+            {
+                "attention": config.attention,
+                "params": params,
+                "ratio": params / (rows[0]["params"] if rows else params),
+                "flops_per_image": stats.flops_per_token * config.sequence_len,
+                "top1": statistics.mean(top1),
+                "spread": statistics.stdev(top1) if len(top1) > 1 else None,
+                "low": min(top1),
+                "high": max(top1),
+                "loss": statistics.mean(r["val_loss"] for r in runs),
+                "seeds": " ".join(str(r["seed"]) for r in runs),
+                "runs": runs,
+            }
+        )
+    trained_by = ", ".join(sorted({r["version"] for runs in runs_of.values() for r in runs}))
     title = f"Image classifiers over seeds, trained at commit {trained_by}"
     publish(title, {"rows": rows}, table(rows, COLUMNS), torch.device("cpu"), options.out)
 

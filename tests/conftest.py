@@ -105,6 +105,23 @@ def untrained_run(home, name, tokenizer, *, tuned=False, **shape):
     return home / "runs" / name
 
 
+def make_trainer(*args, script="base_train"):
+    """The trainer that a training script builds from these arguments; `trainer.fit(trainer.run)` trains it."""
+    from gkachat.train.trainer import Trainer
+
+    made = []
+
+    def keep(trainer, run):
+        trainer.run, trainer.report = run, run.report
+        made.append(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, args)])
+        patch.setattr(Trainer, "fit", keep)
+        importlib.import_module(f"scripts.{script}").main()
+    return made[0]
+
+
 def call(script, *args, home, stdin=None, **env):
     """Run a script in a process of its own, as a user does. `run_script` is the faster way."""
     return subprocess.run(

@@ -1,20 +1,22 @@
-"""What the speedrun does where there are GPUs, seen through an interpreter that only writes down what it is asked; and
-the hours it tells beforehand."""
+"""Which commands the speedrun runs with and without GPUs, seen through a recording interpreter; the hours estimate."""
 
 import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
-from conftest import ROOT, TINY, call
+from conftest import ROOT, TINY, run_script
 
+from gkachat.config import ATTENTIONS
+from gkachat.config_file import load_config
 from scripts import estimate
 
 
 @pytest.fixture
 def commands(tmp_path):
-    """Modules and options that a speedrun on so many GPUs runs, in order; those that contain `broken` fail."""
+    """Return the modules and options that a speedrun with so many GPUs runs, in order. Those like `broken` fail."""
 
     def run(gpus, *options, broken="none", code=0):
         (tmp_path / "scripts").mkdir(exist_ok=True)
@@ -23,12 +25,16 @@ def commands(tmp_path):
             shutil.copy(ROOT / name, tmp_path / name)
         shutil.copy(ROOT / "pyproject.toml", tmp_path / ".venv" / "installed")
         smi = "\n".join(["#!/bin/bash", *(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'" for i in range(gpus))])
-        python = f'#!/bin/bash\necho "$*" >> {tmp_path}/log\nif [[ "$*" == *{broken}* ]]; then exit 3; fi\n'
+        python = f"""#!/bin/bash
+            if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi
+            echo "$*" >> {tmp_path}/log
+            if [[ "$*" == *{broken}* ]]; then exit 3; fi"""
         for path, text in (("nvidia-smi", smi), (".venv/bin/python", python)):
             (tmp_path / path).write_text(text)
             (tmp_path / path).chmod(0o755)
         (tmp_path / "log").unlink(missing_ok=True)
-        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "GKACHAT_HOME": str(tmp_path / "home")}
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "GKACHAT_HOME": str(tmp_path / "home")}
         result = subprocess.run(["bash", tmp_path / "speedrun.sh", *options], env=env, capture_output=True, text=True)
         assert result.returncode == code, result.stderr
         return [line.removeprefix("-m ") for line in (tmp_path / "log").read_text().splitlines()]
@@ -40,97 +46,103 @@ def trainings(lines):
     return [line for line in lines if "scripts.base_train" in line]
 
 
-def protocol(line):
-    """That counts: the last one."""
-    return (re.findall(r"--train\.protocol[ =](\S+)", line) or [None])[-1]
-
-
-ATTENTIONS = ("softmax", "gka", "gka_plus")
-
-
 def test_on_gpus_runs_are_counted_estimated_trained_scored_and_compared_in_this_order(commands):
-    lines = commands(2)
+    lines, n = commands(2), len(ATTENTIONS)
     torchrun = "torch.distributed.run --standalone --nproc_per_node=2 -m "
     assert [line.removeprefix(torchrun).split()[0].removeprefix("scripts.") for line in lines] == [
-        "cost", "estimate", "tok_train", "data_prep", *["base_train"] * 3, *["base_eval"] * 6, "compare",
-        *["chat_sft"] * 3, *["chat_eval"] * 3,
+        "cost", "estimate", "tok_train", "data_prep", *["base_train"] * n, *["base_eval"] * 2 * n, "compare",
+        *["chat_sft", "chat_eval"] * n,
     ]  # fmt: skip
-    configs = [f"configs/d20_{attention}.toml" for attention in ATTENTIONS]
-    assert lines[1].split()[1:4] == configs and all((ROOT / config).exists() for config in configs)
-    assert [line for line in lines if "--eval core" in line] == [
-        f"{torchrun}scripts.base_eval d20_{attention} --eval core" for attention in ATTENTIONS
-    ]
-    for line, config, attention in zip(trainings(lines), configs, ATTENTIONS, strict=True):
-        assert line.startswith(f"{torchrun}scripts.base_train {config} ")
+    assert lines[1].startswith("scripts.estimate configs/d20.toml --all ")
+    for line, attention in zip(trainings(lines), ATTENTIONS, strict=True):
+        assert line.startswith(f"{torchrun}scripts.base_train configs/d20.toml ")
         assert f"--model.attention {attention} --run.name d20_{attention} " in line
-    assert "scripts.compare d20_softmax d20_gka d20_gka_plus" in lines
+        assert f"{torchrun}scripts.base_eval d20_{attention} --eval core" in lines
+        assert f"scripts.chat_eval d20_{attention}_chat --tasks addition counting" in lines
+    assert f"scripts.compare {' '.join(f'd20_{attention}' for attention in ATTENTIONS)}" in lines
 
 
 def test_without_gpus_nothing_is_estimated_or_scored_on_core(commands):
     lines = commands(0)
     assert not any("estimate" in line or "core" in line or "torch.distributed" in line for line in lines)
-    assert len(trainings(lines)) == 3 and all("--resume" in line for line in trainings(lines))
+    assert len(trainings(lines)) == len(ATTENTIONS) and all("--resume" in line for line in trainings(lines))
+    assert all("configs/laptop.toml" in line for line in trainings(lines))
 
 
 @pytest.mark.parametrize(
-    ("gpus", "options", "expected"),
+    ("gpus", "options", "protocol"),
     [
-        (1, [], "paper"),
-        (1, ["--protocol", "equal-flops"], "equal-flops"),
-        (1, ["--protocol=equal-ratio", "--run.seed", "7"], "equal-ratio"),
-        (1, ["--train.protocol=equal-tokens"], "equal-tokens"),
-        (1, ["--chat.epochs", "2", "--protocol", "equal-tokens", "--overwrite"], "equal-tokens"),
-        (0, [], None),  # the config's own, equal-tokens
-        (0, ["--protocol", "paper"], "paper"),
+        (1, "", "paper"),
+        (1, "--train.protocol equal-flops", "equal-flops"),
+        (1, "--train.protocol=equal-ratio --run.seed 7", "equal-ratio"),
+        (1, "--chat.epochs 2 --train.protocol equal-tokens --overwrite", "equal-tokens"),
+        (0, "", None),  # that of the config
+        (0, "--train.protocol paper", "paper"),
     ],
 )
-def test_the_protocol_holds_for_all_trainings_and_the_estimate(commands, gpus, options, expected):
-    lines = commands(gpus, *options)
+def test_options_reach_all_trainings_the_estimate_or_all_tunings(commands, gpus, options, protocol):
+    lines = commands(gpus, *options.split())
     told = [*trainings(lines), *(line for line in lines if "scripts.estimate" in line)]
-    assert len(told) == 3 + gpus and [protocol(line) for line in told] == [expected] * len(told)
+    assert len(told) == len(ATTENTIONS) + gpus
+    for line in told:  # the last one counts
+        assert ([None, *re.findall(r"--train\.protocol[ =](\S+)", line)])[-1] == protocol
     assert all(("--overwrite" in line) == ("--overwrite" in options) for line in trainings(lines))
     assert all(("--chat.epochs 2" in line) == ("--chat.epochs" in options) for line in lines if "chat_sft" in line)
-    assert not any(re.search(r"--protocol|--overwrite", line) for line in lines if "estimate" in line)
+    assert not any("--chat.epochs" in line or "--overwrite" in line for line in lines if "estimate" in line)
 
 
-def test_options_that_are_wrong_are_found_before_anything_is_made(commands):
-    assert len(commands(1, "--protocol", "fair", broken="estimate*fair", code=3)) == 2
+def test_wrong_options_are_found_before_anything_is_made(commands):
+    assert len(commands(1, "--train.protocol", "fair", broken="estimate*fair", code=3)) == 2
+
+
+def test_an_activated_environment_has_the_memory_settings_of_setup(tmp_path):
+    """An interpreter that makes an empty environment and installs nothing."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "pyproject.toml").touch()
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/bash\nif [ "$2" = venv ]; then mkdir -p .venv/bin; cp "$0" .venv/bin/python; fi\n')
+    fake.chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    show = "echo $MALLOC_TRIM_THRESHOLD_ $MALLOC_MMAP_MAX_"
+    for _ in range(2):
+        for script in ("scripts/setup.sh", ".venv/bin/activate"):
+            words = ["bash", "-c", f"source {script} >/dev/null; {show}"]
+            env = {"PATH": os.environ["PATH"], "PYTHON": str(fake)}
+            result = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+            assert result.stdout == "2147483647 0\n", result.stderr
+        (tmp_path / "pyproject.toml").write_text("changed")
+    assert (tmp_path / ".venv" / "bin" / "activate").read_text().count("MALLOC_MMAP_MAX_") == 1
 
 
 def test_hours_follow_from_steps_passes_and_devices(tmp_path):
-    """16 rows a step, 4 a pass."""
+    """A step has 16 rows, a pass 4."""
     options = [*TINY, "--train.total_batch_size=512", "--train.baseline_tokens=51200"]
-    result = call("estimate", "configs/laptop.toml", "configs/d20_gka.toml", *options, home=tmp_path)
+    result = run_script("estimate", "configs/laptop.toml", "--all", *options, home=tmp_path)
     assert result.returncode == 0, result.stderr
     assert not any(tmp_path.iterdir())
-    *rows, total = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()[2:5]]
-    assert [row[0] for row in (*rows, total)] == ["d2_softmax", "d2_gka", "all"]
+    *rows, total = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()[2:6]]
+    assert [row[0] for row in (*rows, total)] == ["d2_softmax", "d2_gka", "d2_gka_plus", "all"]
     for row in rows:
         steps, a_pass, optimizers = int(row[2]), *(float(cell.split()[0]) for cell in row[4:6])
         assert steps == 100 and a_pass > 0
         for n, hours in zip((1, 4, 8), row[-3:], strict=True):
             assert float(hours) == pytest.approx(steps * (4 / n * a_pass + optimizers) / 3600, rel=0.01)
     assert float(total[-1]) == pytest.approx(sum(float(row[-1]) for row in rows), rel=0.02)
-    assert re.search(r"d2_gka over d2_softmax: 0\.\d{4} of the parameters, 0\.\d{4} of the FLOPs", result.stdout)
-
-
-def test_under_the_papers_protocol_the_estimate_counts_its_share_of_flops(tmp_path):
-    options = ["--train.protocol=paper", "--train.baseline_tokens=1024000", "--model.depth=2", "--model.n_embd=64"]
-    options += ["--train.total_batch_size=1024", "--train.device_batch_size=1", "--tokenizer.vocab_size=512"]
-    result = call("estimate", "configs/laptop.toml", "configs/d20_gka.toml", *options, "--model.sequence_len=64",
-                  "--model.head_dim=32", home=tmp_path)  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert float(re.search(r"parameters, ([\d.]+) of the FLOPs", result.stdout)[1]) == pytest.approx(0.49, rel=0.002)
+    assert re.search(r"d2_gka to d2_softmax: 0\.\d{4} of the parameters, 0\.\d{4} of the FLOPs", result.stdout)
 
 
 def test_steps_too_short_to_tell_apart_give_no_negative_time(monkeypatch):
-    """A clock by which steps of two passes take no longer than those of one."""
-    from gkachat.config_file import load_config
+    """A clock by which steps of two passes take no longer than those of one, under the paper's protocol."""
+    from gkachat.train.trainer import Trainer
 
     ticks = iter(range(10**6))
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: float(next(ticks)))
-    from gkachat.train import learner
-
-    monkeypatch.setattr(learner.Learner, "step", lambda *args: [])
-    told = estimate.estimate(load_config(ROOT / "configs/laptop.toml", TINY))
-    assert (told["a_pass"], told["optimizers"]) == (0.5, 0.5)
+    monkeypatch.setattr(Trainer, "train_step", lambda self: None)
+    options = [*TINY, "--train.protocol=paper", "--train.baseline_tokens=1024000"]
+    softmax, gka = (
+        estimate.estimate(load_config(ROOT / "configs/laptop.toml", [*options, f"--model.attention={attention}"]))
+        for attention in ("softmax", "gka")
+    )
+    assert (gka["pass_seconds"], gka["optimizer_seconds"]) == (0.5, 0.5)
+    assert gka["flops"] / softmax["flops"] == pytest.approx(0.49, rel=0.002)

@@ -233,7 +233,9 @@ def evaluate(
         seconds, counts = time.perf_counter() - start, result["n-samples"]
         n_examples = sum(count["effective"] for count in counts.values())
         for task, found in result["results"].items():
-            metrics[task] = {key.removesuffix(",none"): x for key, x in found.items() if isinstance(x, (int, float))}
+            metrics[task] = {
+                key.removesuffix(",none"): float(x) for key, x in found.items() if isinstance(x, (int, float))
+            }
             accuracy = [x for kind in ACCURACY_METRICS for key, x in metrics[task].items() if key.split(",")[0] == kind]
             if accuracy and task in counts:
                 n = counts[task]["effective"]

@@ -3,28 +3,25 @@
     model = ViT(ViTConfig(attention="gka", image_size=8, patch_size=2, colours=1, classes=10))
     loss = model(images, classes)
 
-Patches go through a matrix, a class token stands before them, positions are learned and added, and the head reads what
-becomes of the class token. Blocks are those of gpt.py: RMSNorm without parameters, relu^2, no biases.
+A matrix embeds each patch, a class token goes in front, learned positions are added, and the head reads the class token
+after the last block. Blocks are those of gpt.py: RMSNorm without parameters, relu^2, no biases.
 Axes: B batch, T patches and class token, C channels, K classes.
 """
-
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gkachat.attention.base import Groups
 from gkachat.attention.features import rms_norm
-from gkachat.attention.linear import Groups, Linear, uniform_
-from gkachat.checkpoint import MODEL, built, open_checkpoint
+from gkachat.attention.linear import Linear, uniform_
 from gkachat.model.gpt import Block, Transformer
 from gkachat.model.stats import ModelStats
 from gkachat.vision_config import ViTConfig
 
 
 class ViT(Transformer):
-    """Image classifier. Builds on any device, also `torch.device("meta")`; weights follow torch's seed."""
+    """Image classifier. Builds on any device, also `torch.device("meta")`; torch's seed decides the weights."""
 
     def __init__(self, config: ViTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -40,7 +37,7 @@ class ViT(Transformer):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Every block starts as the identity."""
+        """Draw initial weights. Every block starts as the identity."""
         uniform_(self.patches.weight, self.patches.in_features**-0.5)
         nn.init.normal_(self.class_token, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
@@ -54,14 +51,19 @@ class ViT(Transformer):
         return {"matrices": [self.patches.weight], "positions": positions, "lm_head": [self.head.weight]}
 
     def example_batch(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return images and targets of the largest shape, to measure memory with."""
         config, device = self.config, self.positions.device
         images = torch.zeros(rows, config.colours, config.image_size, config.image_size, device=device)
         return images, torch.full((rows, config.classes), 1 / config.classes, device=device)
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, K) in float32, or with targets, classes (B,) or shares of them (B, K), the mean loss in nats.
+        """Return logits (B, K) in float32, or with targets the mean cross-entropy in nats.
 
-        images (B, colours, image_size, image_size). Raises ValueError for another shape.
+        Args:
+            images: (B, colours, image_size, image_size).
+            targets: classes (B,), or probabilities of classes (B, K).
+
+        Raises ValueError for images of another shape.
         """
         config, (B, *shape) = self.config, images.shape
         if shape != [config.colours, config.image_size, config.image_size]:
@@ -72,7 +74,7 @@ class ViT(Transformer):
         x_BTC = torch.cat((self.class_token.to(x_BTC.dtype).expand(B, 1, -1), x_BTC), dim=1)
         x_BTC = x_BTC + self.positions.to(x_BTC.dtype)
         for index, block in enumerate(self.blocks):
-            # Stochastic depth (arXiv 1603.09382), linear in depth: what stays is scaled up to keep the mean.
+            # Stochastic depth (arXiv 1603.09382), linear in depth. Images that keep the block scale it up: equal mean.
             dropped = config.drop_path * index / max(1, config.depth - 1) if self.training else 0.0
             after_BTC = self._run_block(block, x_BTC, None, None)
             if dropped:
@@ -86,7 +88,10 @@ class ViT(Transformer):
 
 
 def model_stats(config: ViTConfig) -> ModelStats:
-    """As cost.py counts a language model: nothing is allocated. The head works once an image."""
+    """Count parameters and training FLOPs, as model.stats does for language models. Nothing is allocated.
+
+    A token is a patch or the class token. The head's FLOPs, spent once an image, are spread over its tokens.
+    """
     with torch.device("meta"):
         model = ViT(config)
     groups = {name: sum(p.numel() for p in group) for name, group in model.parameter_groups().items()}
@@ -96,13 +101,3 @@ def model_stats(config: ViTConfig) -> ModelStats:
         flops_per_token=round(6 * (groups["matrices"] + groups["lm_head"] / T) + 12 * config.n_embd * T * config.depth),
         cache_bytes_per_token=0,
     )
-
-
-def load_vit(run_dir: str | Path, device: str | torch.device = "cpu", step: int | None = None) -> tuple[ViT, dict]:
-    """Model and meta of a run's last checkpoint, or that of `step`; of averaged weights where these were averaged.
-
-    Raises what checkpoint.load_model does.
-    """
-    directory, meta = open_checkpoint(run_dir, step, MODEL)
-    model: Any = built(directory, meta, device, ViTConfig, ViT)
-    return model, meta

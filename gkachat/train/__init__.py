@@ -1,1 +1,1 @@
-"""Training: recipe, optimizers, trainer."""
+"""Training: schedule, optimizers, trainer, and the tasks that it trains on."""

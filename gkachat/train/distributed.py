@@ -1,4 +1,8 @@
-"""The processes that train together, as torchrun starts them: one per device, all with the same weights."""
+"""Training on several devices: the processes that torchrun starts, one for each device, all with the same weights.
+
+world = init_process_group(device.type, timeout=600.0)
+total = all_reduce_sum(tensor, world)
+"""
 
 import datetime
 import os
@@ -16,78 +20,83 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
+    """This process's place among all of them. The default is a single process."""
+
     rank: int = 0
     size: int = 1
     local_rank: int = 0
 
     @property
-    def is_main(self) -> bool:
-        """Whether this process prints, logs and saves."""
+    def is_rank0(self) -> bool:
+        """Whether this process prints, logs and writes the weights."""
         return self.rank == 0
 
 
-def start(device_type: str, timeout: float) -> World:
-    """Join the others when torchrun has set the environment; a world of one otherwise."""
+def init_process_group(device_type: str, timeout: float) -> World:
+    """Join the process group that torchrun describes in the environment. Without torchrun, return a world of one.
+
+    Select the device first (`machine.pick_device` does). `timeout` is the watchdog's, in seconds. Collectives wait
+    longer, so that the watchdog, whose message names the step, is the first to end a process.
+    """
     if "RANK" not in os.environ:
         return World()
     world = World(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if world.size > 1 and not dist.is_initialized():
-        if device_type == "cuda":
-            torch.cuda.set_device(world.local_rank)
-        # The watchdog speaks first: what it says names the step.
         limit = datetime.timedelta(seconds=2 * timeout + 60)
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=limit)
     return world
 
 
-def stop() -> None:
+def destroy_process_group() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier(world: World) -> None:
+    """Wait until every rank gets here."""
     if world.size > 1:
         dist.barrier()
 
 
-def sum_over_world(tensor: Tensor, world: World) -> Tensor:
-    """In place; every process ends up with the sum."""
+def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
+    """Add up `tensor` over all ranks, in place, and return it."""
     if world.size > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def gather(whole: Tensor, part: Tensor) -> dist.Work:
-    """Have the parts of all processes, one after the other, in `whole`; to be waited for."""
-    gather_single = (
-        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    )  # its name before torch 2.13
-    return gather_single(whole, part, async_op=True)
+def all_gather(whole: Tensor, part: Tensor) -> dist.Work:
+    """Start to fill `whole` with the `part` of every rank, in the order of ranks. Wait for the returned work."""
+    return dist.all_gather_single(whole, part, async_op=True)
 
 
-def told_by_main(number: int, world: World, device: torch.device) -> int:
-    """The main process's number, in all of them."""
+def broadcast_from_rank0(number: int, world: World, device: torch.device) -> int:
+    """Broadcast an integer from rank 0 and return it on every rank."""
     if world.size == 1:
         return number
-    told = torch.tensor(number, dtype=torch.int64, device=device)
-    dist.broadcast(told, 0)
-    return int(told)
+    tensor = torch.tensor(number, dtype=torch.int64, device=device)
+    dist.broadcast(tensor, 0)
+    return int(tensor)
 
 
 class Watchdog:
-    """Ends the process when nothing was heard for too long: a collective that waits for a process that is gone or
-    stuck never returns by itself, least of all on a GPU."""
+    """Ends the process after `timeout` seconds without a heartbeat.
+
+    A collective that waits for a process that is gone or stuck may never return by itself, least of all on a GPU.
+    """
 
     def __init__(self, timeout: float, world: World):
         self.timeout, self.world = timeout, world
         self.doing, self.since = "start", time.monotonic()
 
-    def heard(self, doing: str) -> None:
-        """Something goes on: what it is."""
+    def heartbeat(self, doing: str) -> None:
+        """Report progress. `doing` says what goes on now, for the message of a process that hangs in it."""
         self.doing, self.since = doing, time.monotonic()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """Watch from a thread for as long as the context is open."""
         done = threading.Event()
 
         def watch() -> None:
@@ -103,7 +112,7 @@ class Watchdog:
                     os._exit(1)  # the main thread may be stuck where no exception reaches it
 
         thread = threading.Thread(target=watch, daemon=True)
-        self.heard(self.doing)
+        self.heartbeat(self.doing)
         thread.start()
         try:
             yield

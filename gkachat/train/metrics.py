@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, Weights & Biases, phases of the wall clock."""
+"""The log of a run: metrics.jsonl, Weights & Biases, and the wall clock by phase."""
 
 import json
 import math
@@ -14,8 +14,8 @@ from typing import Any
 
 from gkachat.files import write_text
 
-WANDB_ID = "wandb_id"  # the file that keeps it, in a run's directory
-# nanochat's names for what it logs too, and how many of its units ours has.
+WANDB_ID = "wandb_id"  # file of a run directory that holds the run's id on Weights & Biases
+# nanochat's name for a metric, and the factor from our unit to nanochat's. Other metrics keep their name.
 WANDB_NAMES = {
     "train/tokens_per_second": ("train/tok_per_sec", 1),
     "train/mfu": ("train/mfu", 100),
@@ -28,16 +28,16 @@ WANDB_NAMES = {
 
 
 class Metrics:
-    """Appends records to metrics.jsonl, and to Weights & Biases when a project is named."""
+    """Appends records to metrics.jsonl, and to Weights & Biases when a project is given."""
 
-    def __init__(self, run_dir: Path, *, wandb_project: str = "", config: Any = None, upto: int = -1):
-        """`upto`: the step a resumed run continues from; records after it are forgotten.
+    def __init__(self, run_dir: Path, *, wandb_project: str = "", config: Any = None, last_step: int = -1):
+        """Keep the records up to `last_step`, the step that a run resumes from, and delete later ones.
 
-        It goes on with the same run on Weights & Biases, whose id is kept in the run's directory. That has no way of
-        forgetting: steps it has seen stay as they are, and are the same anyway.
+        A resumed run continues its run on Weights & Biases, whose id is in the run directory. Steps cannot be deleted
+        there: those that are repeated keep their values, which are the same.
         """
         self.path = run_dir / "metrics.jsonl"
-        kept = [r for r in read_metrics(run_dir) if r["step"] <= upto] if self.path.exists() else []
+        kept = [r for r in read_metrics(run_dir) if r["step"] <= last_step] if self.path.exists() else []
         self.evaluated = {r["step"] for r in kept if r["kind"] == "eval"}
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = open(self.path, "a")  # noqa: SIM115 (closed by close)
@@ -51,17 +51,17 @@ class Metrics:
             )
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        # JSON has no NaN; the reader of a loss that is none is told so.
-        told = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.file.write(json.dumps({"kind": kind, "step": step, **told}) + "\n")
+        """Append one record. A float that is not finite is written as null, since JSON has no NaN."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
         self.file.flush()
         if self.wandb is not None:
             numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
             names = {key: WANDB_NAMES.get(key, (key, 1)) for key in numbers}
-            self.wandb.log({name: numbers[key] * units for key, (name, units) in names.items()}, step=step)
+            self.wandb.log({name: numbers[key] * factor for key, (name, factor) in names.items()}, step=step)
 
-    def to_disk(self) -> None:
-        """Have all that was written survive a power failure, as a checkpoint does."""
+    def flush_to_disk(self) -> None:
+        """Make all records survive a power failure, as a checkpoint does."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -71,7 +71,7 @@ class Metrics:
 
 
 def start_wandb(project: str, directory: Path, **options: Any) -> Any:
-    """A wandb run that keeps its files in this directory. ValueError where it cannot be."""
+    """Start a Weights & Biases run that keeps its files in `directory`. Raises ValueError where that fails."""
     import wandb
 
     try:
@@ -83,9 +83,9 @@ def start_wandb(project: str, directory: Path, **options: Any) -> Any:
 def upload(
     project: str, kind: str, name: str, directory: Path, files: Sequence[str], **tables: list[list[Any]]
 ) -> None:
-    """Send files of a directory to Weights & Biases as one artefact, in a run of its own.
+    """Send files of a directory to Weights & Biases as one artifact, in a run of its own.
 
-    Pictures among them, and tables (a row of headings first), are shown on the run's page besides.
+    The run's page also shows the pictures among them, and the tables (the first row holds the headings).
     """
     with start_wandb(project, directory, name=name, job_type=kind) as run:
         import wandb
@@ -100,7 +100,10 @@ def upload(
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Records of a run, up to a line that a crash cut short. FileNotFoundError where there are none."""
+    """Return the records of a run, up to the first line that a crash cut short.
+
+    Raises FileNotFoundError where there is no metrics.jsonl.
+    """
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"no metrics at {path}; train the run first")
@@ -114,8 +117,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
-class Phases:
-    """Seconds of wall clock by phase. On cuda, where calls return early, only sums over whole steps mean something."""
+class Timers:
+    """Seconds of wall clock by phase: `with timers("forward"): ...`.
+
+    On cuda, where calls return before the work is done, only the sum over phases of whole steps is meaningful.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -129,8 +135,8 @@ class Phases:
             self.seconds[phase] += time.perf_counter() - start
 
 
-def duration(seconds: float) -> str:
-    """1h02m, 3m04s or 5s."""
+def format_duration(seconds: float) -> str:
+    """Format a duration as 1h02m, 3m04s or 5s."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"

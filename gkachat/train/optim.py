@@ -1,25 +1,34 @@
-"""Muon for matrices, AdamW for everything else, their work and memory shared out over the processes of a world.
+"""Muon for matrices and AdamW for everything else, with their work and memory divided among the ranks.
+
+    optimizers = make_optimizers(model, config.optim, world)        # a list: Muon, AdamW
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 0.01
+        optimizer.step()
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) steps along the orthogonal matrix nearest to the
-Nesterov momentum, found with the five-step Polar Express iteration (arXiv 2505.16932). The step's rows, or the columns
-of a wide matrix, are brought to a common variance (NorMuon, arXiv 2510.05491); weight decay is cautious: it acts
-only where it pulls the same way as the step (arXiv 2411.16085).
+Nesterov momentum, found with the five-step Polar Express iteration (arXiv 2505.16932). Rows of the step, or columns of
+a wide matrix, are scaled to a common variance (NorMuon, arXiv 2510.05491). Weight decay is cautious: it acts only where
+it has the sign of the step (arXiv 2411.16085).
 
-Every process holds all weights and, after the backward, the same gradients. It steps its share of the matrices and its
-rows of the large embeddings, remembers what that takes and nothing more, and hands the result round.
+Every rank holds all weights and, after the backward, the same gradients. It steps its share of the matrices and its
+rows of the large embeddings, keeps the optimizer state of these alone, and sends the new weights to the other ranks.
+
+Both optimizers follow torch's convention for skipping a step without a host sync: when their attribute `found_inf` is a
+tensor that holds 1, `step` changes neither weights nor state, whatever the gradients hold.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gkachat.config import OptimConfig
 from gkachat.model.gpt import Transformer
-from gkachat.train.distributed import World, gather
+from gkachat.train.distributed import World, all_gather
 
-# Polar Express for five steps: p(X) = a X + b (X X^T) X + c (X X^T)^2 X, one triple a step.
+# Polar Express for five steps: p(X) = a X + b (X X^T) X + c (X X^T)^2 X, one triple for each step.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -29,31 +38,34 @@ POLAR_EXPRESS = (
 )
 VARIANCE_BETA = 0.95
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
-SMALLEST_SHARE = 2**14  # numbers; what is smaller every process steps for itself
+MIN_SHARDED_SIZE = 2**14  # numbers; every rank steps smaller parameters whole
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearest (semi-)orthogonal matrix of each of a stack (n, M, N): singular values go to about 1."""
+    """Return the nearest (semi-)orthogonal matrix of each matrix of a stack (n, M, N).
+
+    Singular values end near 1. The iteration runs in `dtype`.
+    """
     X = matrices.to(dtype)
     tall = X.size(-2) > X.size(-1)
     if tall:
         X = X.mT
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)  # 2 % room: rounding must not push a value above 1
-    # Squared, small singular values drown in bfloat16's rounding, not in float32's.
-    long = X.size(-1) >= 2 * X.size(-2) and dtype != torch.bfloat16
-    X = _polar_by_gram(X) if long else _polar(X)
+    # The Gram matrix squares singular values; in bfloat16 the small ones would drown in rounding.
+    use_gram = X.size(-1) >= 2 * X.size(-2) and dtype != torch.bfloat16
+    X = _polar_express_gram(X) if use_gram else _polar_express(X)
     return (X.mT if tall else X).to(matrices.dtype)
 
 
-def _polar(X: Tensor) -> Tensor:
+def _polar_express(X: Tensor) -> Tensor:
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X
 
 
-def _polar_by_gram(X: Tensor) -> Tensor:
-    """The same on the Gram matrix alone, which commutes with its polynomials: for N = 4 M half of the work."""
+def _polar_express_gram(X: Tensor) -> Tensor:
+    """Polar Express on the Gram matrix, which commutes with its polynomials: half the work for N = 4 M."""
     A, P, Q = X @ X.mT, None, None
     for a, b, c in POLAR_EXPRESS:
         if P is not None:
@@ -65,183 +77,239 @@ def _polar_by_gram(X: Tensor) -> Tensor:
 
 
 def equalize_variance(steps: Tensor, variance: Tensor, weight: Tensor | float) -> Tensor:
-    """Divide rows (columns of a wide matrix) by the root of their running mean square; the whole keeps its norm.
+    """Divide rows (columns of a wide matrix) by the root of their running mean square, and keep each matrix's norm.
 
-    `variance`, as `steps` with one number a row (column), moves by `weight` towards this step's. NorMuon, section 3.
+    `variance` (n, M, 1) or (n, 1, N) is updated in place: it moves by `weight` towards the mean square of this step.
+    Source: NorMuon, section 3.
     """
     axis = -1 if steps.size(-2) >= steps.size(-1) else -2
     variance.lerp_(steps.square().mean(dim=axis, keepdim=True), weight)
     scaled = steps * (variance + 1e-10).rsqrt()
-    whole = (-2, -1)
-    return scaled * (steps.norm(dim=whole, keepdim=True) / (scaled.norm(dim=whole, keepdim=True) + 1e-10))
+    matrix = (-2, -1)
+    return scaled * (steps.norm(dim=matrix, keepdim=True) / (scaled.norm(dim=matrix, keepdim=True) + 1e-10))
 
 
-class Muon:
-    """Matrices of one shape are one stack, of which each process steps a part.
+class Muon(torch.optim.Optimizer):
+    """Muon with variance normalisation and cautious weight decay.
 
-    The iteration runs in bfloat16 on cuda and in float32 elsewhere. The parameters become views of their stack.
+    Matrices of one shape form a parameter group. They become views of one stack, of which each rank steps a part. The
+    iteration runs in bfloat16 on cuda and in float32 elsewhere. The state of a parameter, `momentum` and `variance`,
+    exists on the rank that steps it.
     """
 
-    def __init__(self, params: list[nn.Parameter], config: OptimConfig, world: World):
-        self.config, self.world = config, world
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        *,
+        nesterov: bool = True,
+        variance_norm: bool = True,
+        cautious: bool = True,
+        world: World = World(),  # noqa: B008 (frozen)
+    ):
+        self.world, self.nesterov, self.variance_norm, self.cautious = world, nesterov, variance_norm, cautious
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for p in params:
             by_shape[p.shape].append(p)
-        self.stacks = [_Stack(group, world, config.muon_variance_norm) for group in by_shape.values()]
+        groups = [
+            {"params": group, "name": f"matrices {rows} x {columns}"} for (rows, columns), group in by_shape.items()
+        ]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.stacks = [_Stack(group["params"], world, variance_norm) for group in self.param_groups]
+        for stack in self.stacks:
+            self.state.update(zip(stack.own, stack.states(), strict=True))
+
+    def model_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that all ranks together step."""
+        return [p for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
-    def step(self, lr: float, weight_decay: float, momentum: float, ok: Tensor) -> None:
-        """`ok`, 1 or 0: whether to step at all. With 0 nothing changes, whatever the gradients hold."""
-        handed_round = []
-        for stack in self.stacks:
+    def step(self, closure: None = None) -> None:
+        """Update all matrices. The ranks exchange the first stacks while they step the next."""
+        ok = torch.ones((), device=self.stacks[0].all.device) if self.found_inf is None else 1 - self.found_inf
+        sent = []
+        for group, stack in zip(self.param_groups, self.stacks, strict=True):
             if stack.own:
-                self._step(stack, lr, weight_decay, momentum, ok)
+                self._step_stack(stack, group, ok)
             if self.world.size > 1:
-                handed_round.append(gather(stack.all, stack.all[stack.mine].clone()))
-        for work in handed_round:
+                sent.append(all_gather(stack.all, stack.all[stack.share].clone()))
+        for work in sent:
             work.wait()
 
-    def _step(self, stack: "_Stack", lr: float, weight_decay: float, momentum: float, ok: Tensor) -> None:
+    def _step_stack(self, stack: "_Stack", group: dict[str, Any], ok: Tensor) -> None:
+        """Update the matrices of one stack; with `ok` 0 instead of 1, all products below come to no change."""
+        momentum = group["momentum"]
         grads = torch.stack([p.grad for p in stack.own])
         grads = torch.where(ok > 0, grads, 0)
         stack.momentum.lerp_(grads, (1 - momentum) * ok)
-        steps = grads.lerp_(stack.momentum, momentum) if self.config.muon_nesterov else stack.momentum
+        steps = grads.lerp_(stack.momentum, momentum) if self.nesterov else stack.momentum
         steps = orthogonalize(steps, torch.bfloat16 if grads.is_cuda else torch.float32)
-        if stack.variance is not None:
+        if self.variance_norm:
             steps = equalize_variance(steps, stack.variance, (1 - VARIANCE_BETA) * ok)
         rows, columns = steps.shape[-2:]
-        steps *= max(1.0, rows / columns) ** 0.5  # a tall matrix keeps the size of its output's change
-        decay = weight_decay * stack.weights
-        if self.config.muon_cautious:
+        steps *= max(1.0, rows / columns) ** 0.5  # keeps the size of a tall matrix's change of its output
+        decay = group["weight_decay"] * stack.weights
+        if self.cautious:
             decay *= steps * stack.weights >= 0
-        stack.weights.sub_(steps.add_(decay).mul_(lr * ok))
+        stack.weights.sub_(steps.add_(decay).mul_(group["lr"] * ok))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned on this rank, in a world of the same size."""
+        super().load_state_dict(state_dict)
+        loaded = dict(self.state)
+        for stack in self.stacks:  # back to the views of the stacks, which `step` works on
+            self.state.update(zip(stack.own, stack.states(), strict=True))
+        for p, state in loaded.items():
+            for name, tensor in state.items():
+                self.state[p][name].copy_(tensor)
+
+    def load_parameter_state(self, p: nn.Parameter, name: str, tensor: Tensor) -> None:
+        """Load one state tensor, if this rank keeps it."""
+        if p in self.state:
+            self.state[p][name].copy_(tensor)
 
 
 class _Stack:
-    """Matrices of one shape; this process's share of them and what is remembered of that."""
+    """The matrices of one shape, and the state of this rank's share of them."""
 
     def __init__(self, params: list[nn.Parameter], world: World, variance_norm: bool):
         share = -(-len(params) // world.size)
         self.all = params[0].new_zeros(share * world.size, *params[0].shape).detach()
-        for p, place in zip(params, self.all, strict=False):
-            place.copy_(p.detach())
-            p.data = place
-        self.params = params
-        self.mine = slice(share * world.rank, share * (world.rank + 1))
-        self.own = params[self.mine]
-        self.weights = self.all[self.mine][: len(self.own)]
+        for p, view in zip(params, self.all, strict=False):
+            view.copy_(p.detach())
+            p.data = view
+        self.share = slice(share * world.rank, share * (world.rank + 1))
+        self.own = params[self.share]
+        self.weights = self.all[self.share][: len(self.own)]
         self.momentum = torch.zeros_like(self.weights)
         rows, columns = params[0].shape
         shape = (rows, 1) if rows >= columns else (1, columns)
         self.variance = self.weights.new_zeros(len(self.own), *shape) if variance_norm else None
 
+    def states(self) -> list[dict[str, Tensor]]:
+        """Return the state of each own parameter, as views of the stacked tensors."""
+        names = ("momentum",) if self.variance is None else ("momentum", "variance")
+        return [{name: getattr(self, name)[index] for name in names} for index in range(len(self.own))]
 
-class Optimizers:
-    """Both optimizers as one."""
 
-    def __init__(self, model: Transformer, config: OptimConfig, world: World | None = None):
-        """`config` must be resolved (see schedule.resolve). Builds before the model is compiled or wrapped."""
-        self.config, self.world = config, world or World()
-        groups = model.parameter_groups()
-        self.muon = Muon(groups.pop("matrices") + groups.pop("value_gates", []), config, self.world)
-        adam_lr = {
-            "embedding": config.embedding_lr,
-            "value_embeddings": config.value_embedding_lr,
-            "lm_head": config.lm_head_lr,
-            "x0_mix": config.x0_lr,
-            "residual_scale": config.residual_lr,
-            "log_sigma": config.sigma_lr,
-            "convolutions": config.conv_lr,
-            "positions": config.position_lr,
-        }
-        if unknown := groups.keys() - adam_lr.keys():
-            known = ", ".join(["matrices", "value_gates", *adam_lr])
-            raise ValueError(f"parameter groups: given {', '.join(sorted(unknown))}, expected some of {known}")
-        # Of a large tensor AdamW is given this process's rows, as a parameter that shares their memory.
-        self.stepped = {p: self._rows(p) for params in groups.values() for p in params}
-        self.adamw = torch.optim.AdamW(
-            [
-                {
-                    "params": [self.stepped[p] for p in params],
-                    "lr": 0.0,
-                    "peak_lr": config.lr_scale * config.adam_scale * adam_lr[name],
-                }
-                for name, params in groups.items()
-            ],
-            betas=ADAM_BETAS,
-            eps=ADAM_EPS,
-            weight_decay=0.0,
-            fused=True,
-        )
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW of which each rank steps its rows of large parameters.
 
-    def _rows(self, p: nn.Parameter) -> nn.Parameter:
-        size, rank = self.world.size, self.world.rank
-        if size == 1 or p.numel() < SMALLEST_SHARE or p.size(0) % size:
+    Where the rows of a large parameter divide evenly by the world size, `param_groups` holds this rank's rows of it: a
+    parameter that shares their memory. Smaller parameters are stepped whole on every rank.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], world: World = World(), **defaults: Any):  # noqa: B008 (frozen)
+        self.world = world
+        self.shard = {p: self._own_rows(p) for group in groups for p in group["params"]}
+        sharded = [group | {"params": [self.shard[p] for p in group["params"]]} for group in groups]
+        super().__init__(sharded, fused=True, **defaults)
+
+    def _own_rows(self, p: nn.Parameter) -> nn.Parameter:
+        size = self.world.size
+        if size == 1 or p.numel() < MIN_SHARDED_SIZE or p.size(0) % size:
             return p
-        return nn.Parameter(p.detach().chunk(size)[rank])
+        return nn.Parameter(p.detach().chunk(size)[self.world.rank])
+
+    def model_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that all ranks together step."""
+        return list(self.shard)
 
     @torch.no_grad()
-    def step(
-        self, lr_multiplier: float, momentum: float, decay_multiplier: float = 1.0, ok: Tensor | None = None
-    ) -> None:
-        """One step with the gradients at hand, which are then forgotten.
-
-        Args:
-            lr_multiplier, decay_multiplier: of the peak learning rates, of the peak weight decay.
-            momentum: Muon's.
-            ok: 1 or 0, on the device: with 0 the step changes nothing, not even what is remembered.
-        """
-        config = self.config
-        if ok is None:
-            ok = torch.ones((), device=next(iter(self.stepped)).device)
-        lr = lr_multiplier * config.lr_scale * config.matrix_lr
-        self.muon.step(lr, decay_multiplier * config.weight_decay, momentum, ok)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr_multiplier * group["peak_lr"]
-        shared = [(p, rows) for p, rows in self.stepped.items() if rows is not p]
+    def step(self, closure: None = None) -> None:
+        """Update all parameters."""
+        shared = [(p, rows) for p, rows in self.shard.items() if rows is not p]
         for p, rows in shared:
             rows.grad = p.grad.chunk(self.world.size)[self.world.rank]
-        self.adamw.found_inf = 1 - ok  # how torch's fused kernel is told to leave everything as it is
-        self.adamw.step()
-        works = [gather(p.data, rows.data.clone()) for p, rows in shared]
-        for work in works:
+        super().step()
+        for work in [all_gather(p.data, rows.data.clone()) for p, rows in shared]:
             work.wait()
-        for p in self.parameters():
-            p.grad = None
         for _, rows in shared:
             rows.grad = None
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [*(p for stack in self.muon.stacks for p in stack.params), *self.stepped]
+    def load_parameter_state(self, p: nn.Parameter, name: str, tensor: Tensor) -> None:
+        """Load one state tensor of a whole parameter, or this rank's rows of it."""
+        rows = self.shard[p]
+        if rows is not p and tensor.ndim:
+            tensor = tensor.chunk(self.world.size)[self.world.rank]
+        self.state[rows][name] = tensor.to(p.device).clone()
 
-    def state_tensors(self, model: Transformer) -> dict[str, Tensor]:
-        """What this process remembers, named `parameter/what`: its matrices, its rows, and, of the main process alone,
-        what all have. The parts of all processes, equal names joined by rows in their order, are the whole."""
-        names = {p: name for name, p in model.named_parameters()}
-        found = {}
-        for stack in self.muon.stacks:
-            for index, p in enumerate(stack.own):
-                found[f"{names[p]}/momentum"] = stack.momentum[index]
-                if stack.variance is not None:
-                    found[f"{names[p]}/variance"] = stack.variance[index]
-        for p, rows in self.stepped.items():
-            for what, tensor in self.adamw.state.get(rows, {}).items():
-                if self.world.is_main or (rows is not p and tensor.ndim):
-                    found[f"{names[p]}/{what}"] = tensor
-        return found
 
-    def load_state_tensors(self, model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take this process's part of the whole that `state_tensors` gave, in a world of any size."""
-        named = dict(model.named_parameters())
-        place = {p: (stack, index) for stack in self.muon.stacks for index, p in enumerate(stack.own)}
-        for key, tensor in tensors:
-            name, what = key.split("/")
-            p = named[name]
-            if p in place:
-                stack, index = place[p]
-                getattr(stack, what)[index].copy_(tensor)
-            elif p in self.stepped:
-                rows = self.stepped[p]
-                if rows is not p and tensor.ndim:
-                    tensor = tensor.chunk(self.world.size)[self.world.rank]
-                self.adamw.state[rows][what] = tensor.to(p.device).clone()
+def make_optimizers(
+    model: Transformer,
+    config: OptimConfig,
+    world: World = World(),  # noqa: B008 (frozen)
+) -> list[Muon | ShardedAdamW]:
+    """Return Muon for a model's matrices and AdamW for its other parameters.
+
+    Call it before the model is compiled or wrapped. `config` must be resolved (schedule.resolve). Each parameter group
+    has its highest learning rate in "initial_lr", as torch's own schedulers expect. Raises ValueError for a parameter
+    group of the model that has no learning rate.
+    """
+    groups = model.parameter_groups()
+    muon = Muon(
+        groups.pop("matrices") + groups.pop("value_gates", []),
+        lr=config.lr_scale * config.matrix_lr,
+        weight_decay=config.weight_decay,
+        nesterov=config.muon_nesterov,
+        variance_norm=config.muon_variance_norm,
+        cautious=config.muon_cautious,
+        world=world,
+    )
+    lr = {
+        "embedding": config.embedding_lr,
+        "value_embeddings": config.value_embedding_lr,
+        "lm_head": config.lm_head_lr,
+        "x0_mix": config.x0_lr,
+        "residual_scale": config.residual_lr,
+        "log_sigma": config.sigma_lr,
+        "convolutions": config.conv_lr,
+        "positions": config.position_lr,
+    }
+    if unknown := groups.keys() - lr.keys():
+        known = ", ".join(["matrices", "value_gates", *lr])
+        raise ValueError(f"parameter groups: given {', '.join(sorted(unknown))}, expected some of {known}")
+    adamw = ShardedAdamW(
+        [
+            {"params": params, "name": name, "lr": config.lr_scale * config.adam_scale * lr[name]}
+            for name, params in groups.items()
+        ],
+        world,
+        betas=ADAM_BETAS,
+        eps=ADAM_EPS,
+        weight_decay=0.0,
+    )
+    for group in (*muon.param_groups, *adamw.param_groups):
+        group["initial_lr"] = group["lr"]
+    return [muon, adamw]
+
+
+def named_state(optimizers: list[Muon | ShardedAdamW], model: nn.Module) -> dict[str, Tensor]:
+    """Return the optimizer state that this rank writes to a checkpoint, named `parameter/what`.
+
+    It is the state of its matrices and of its rows; rank 0 adds the state that every rank has. Tensors of equal name,
+    joined by rows in the order of ranks, make up the state of the whole model.
+    """
+    muon, adamw = optimizers
+    names = {p: name for name, p in model.named_parameters()}
+    found = {f"{names[p]}/{what}": tensor for p, state in muon.state.items() for what, tensor in state.items()}
+    for p, rows in adamw.shard.items():
+        for what, tensor in adamw.state.get(rows, {}).items():
+            if adamw.world.is_rank0 or (rows is not p and tensor.ndim):
+                found[f"{names[p]}/{what}"] = tensor
+    return found
+
+
+def load_named_state(
+    optimizers: list[Muon | ShardedAdamW], model: nn.Module, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Load this rank's part of the state of a whole model, which a world of any size has written."""
+    named = dict(model.named_parameters())
+    owner = {p: optimizer for optimizer in optimizers for p in optimizer.model_parameters()}
+    for key, tensor in tensors:
+        name, what = key.split("/")
+        owner[named[name]].load_parameter_state(named[name], what, tensor)

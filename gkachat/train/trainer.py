@@ -1,450 +1,439 @@
-"""The training loop: loader -> GPT -> optimizers -> run directory.
+"""The training loop: batches -> model -> optimizers -> run directory. `Trainer.fit` is the loop, `train_step` one step.
 
-    Trainer(load_config("configs/laptop.toml")).run()
+    trainer = Trainer(config, model, optimizers, task, device, world)
+    trainer.fit(run)
 
-A run can end at any moment. Asked to (Ctrl-C, SIGTERM, SIGUSR1) it finishes its step, saves and stops; `resume=True`
-goes on from the newest sound checkpoint as if nothing had happened: batches are a function of the step, the optimizers'
-memory is part of the checkpoint, and nothing else has a state.
+scripts/base_train.py shows where each of these comes from.
+
+A run can end at any moment. On Ctrl-C, SIGTERM or SIGUSR1 it finishes its step, saves and stops. A resumed run
+continues from the newest sound checkpoint as if nothing had happened: batches are a function of the step, the
+optimizers' state is in the checkpoint, and nothing else has a state.
 """
 
 import dataclasses
 import gc
-import math
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import takewhile
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from gkachat import checkpoint
-from gkachat.config import Config, home
-from gkachat.config_file import load_config
-from gkachat.data.conversations import ChatSplit
-from gkachat.data.loader import Batch, Loader, Prefetcher, val_batches
-from gkachat.data.shards import Split
-from gkachat.eval.bpb import bpb_sums
-from gkachat.files import lock
-from gkachat.machine import device_name, peak_flops, peak_memory, pick_device
-from gkachat.model.gpt import GPT, Transformer
-from gkachat.model.stats import ModelStats, model_stats
+from gkachat.machine import device_name, peak_flops, peak_memory
+from gkachat.model.gpt import Transformer
+from gkachat.model.stats import ModelStats
 from gkachat.tokenizer import Tokenizer
-from gkachat.train import distributed, schedule
-from gkachat.train.learner import Learner, Outcome
-from gkachat.train.metrics import Metrics, Phases, duration
+from gkachat.train import schedule
+from gkachat.train.distributed import Watchdog, World, all_reduce_sum, barrier, broadcast_from_rank0
+from gkachat.train.metrics import Metrics, Timers, format_duration
+from gkachat.train.optim import load_named_state, named_state
+from gkachat.train.setup import Run, largest_device_batch
 
-# Options of a run that do not change what it learns: another value is no reason to refuse to go on with it.
-FREE_TO_CHANGE = ("device_batch_size", "recompute_blocks", "eval_every", "eval_tokens", "max_skipped")
+SAME_SIGNAL_SECONDS = 1.0  # a terminal, a launcher and a scheduler may each deliver the same signal
 
-SAME_SIGNAL = 1.0  # seconds: a terminal, a launcher and a scheduler may each pass the same one on
+
+class Task(Protocol):
+    """The data that a model is trained and evaluated on: language.LanguageTask or vision.ImageTask."""
+
+    tokenizer: Tokenizer | None
+    """Saved with the run, where the data are text."""
+    stats: ModelStats
+    """Parameters and FLOPs of the model, for the log."""
+    metrics: tuple[str, ...]
+    """Names of what `evaluate` returns."""
+
+    def batch(self, step: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """Return this rank's inputs and targets of a step, and the number of targets (not -1) over all ranks."""
+
+    def evaluate(self, model: Transformer, rows: int, proceed: Callable[[], bool]) -> dict[str, tuple[float, float]]:
+        """Return a (sum, weight) for each metric over this rank's share of the data, `rows` at a time.
+
+        The metric is the sum over all ranks divided by the weight over all ranks. `proceed` is called between batches,
+        as a heartbeat; when it returns False, the evaluation is cut short.
+        """
+
+    def describe(self) -> str:
+        """Return a line about the data, for the start of the log."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a run goes on from that tunes another's model: its tokenizer and weights, and other data."""
+class StepResult:
+    """The outcome of a step, equal on every rank."""
 
-    tokenizer: Tokenizer
-    weights: dict[str, Tensor]
-    train: ChatSplit
-    val: ChatSplit
+    step: int
+    loss: float
+    grad_norm: float
+    skipped: bool
+    """Loss or gradient were not finite, and neither weights nor optimizer state have changed."""
+    stop_requested: bool
+    """Some rank has received a signal to stop."""
 
 
 class Trainer:
-    """One run of a language model; vision.py has that of an image model. FileExistsError: the name is taken, or another
-    process trains it; ValueError, FileNotFoundError: data or options do not fit.
-
-    `resume` goes on with the run of this name, or begins it where there is none.
-    """
-
-    Model: type[Transformer] = GPT
-    N_SUMS = 4  # that `_measure` gives
+    """Trains a model on a task."""
 
     def __init__(
         self,
-        config: Config,
-        *,
-        resume: bool = False,
-        overwrite: bool = False,
-        start: Start | None = None,
-        report: Callable[[str], None] = print,
+        config: Any,
+        model: Transformer,
+        optimizers: list[torch.optim.Optimizer],
+        task: Task,
+        device: torch.device,
+        world: World,
+        ema_decay: float = 0.0,
     ):
-        self.device = pick_device(config.run.device)
-        self.world = distributed.start(self.device.type, config.run.timeout)
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", self.world.local_rank)
-        self.config = self._resolve(config)
-        self.n_steps = schedule.n_steps(self.config)
-        self.report = report if self.world.is_main else lambda line: None
-        self.run_dir = home() / "runs" / self.config.run_name
-        self.lock = None
-        if self.world.is_main:
-            self.lock = lock(self.run_dir.with_name(f".{self.run_dir.name}.lock"), f"run {self.run_dir.name!r}")
-            self._check_run_dir(resume, overwrite)
-        self.start = start
-        self.rows = (
-            self.config.train.total_batch_size // config.model.sequence_len // self.world.size
-        )  # of one process, a step
-        self._open_data()
-        self.phases, self.watchdog = Phases(), distributed.Watchdog(config.run.timeout, self.world)
-        self.learner = Learner(self.config, self.Model, self.rows, self.device, self.world, self.phases)
-        self.model, self.optimizers = self.learner.model, self.learner.optimizers
+        """Get ready to step.
+
+        Args:
+            config: a resolved Config or VisionConfig.
+            optimizers: made from the model by optim.make_optimizers.
+            ema_decay: above 0, evaluate and save an exponential moving average of the weights instead of the last.
+        """
+        self.config, self.model, self.optimizers, self.task = config, model, optimizers, task
+        self.device, self.world, self.ema_decay = device, world, ema_decay
+        self.n_steps = schedule.n_steps(config)
+        self.eval_model = deepcopy(model) if ema_decay else model
+        rows = config.train.total_batch_size // config.model.sequence_len // world.size
+        self.device_batch_size = config.train.device_batch_size
+        if self.device_batch_size == "auto":
+            self.device_batch_size = largest_device_batch(model, optimizers, rows, device, world)
+        self.forward: nn.Module = model
+        if world.size > 1:  # averages gradients over ranks while the backward still runs
+            self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if device.type == "cuda" if config.run.compile is None else config.run.compile:
+            self.forward = torch.compile(self.forward, dynamic=False)
+
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
-        self.asked_to_stop, self.interrupted = 0.0, False  # when, by the monotonic clock
-        self._prepare_run_dir(resume)
+        self.stop_requested, self.interrupted = 0.0, False  # time of the first signal; whether all ranks stop
+        self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()  # steps without a StepResult yet
+        self.timers, self.watchdog = Timers(), Watchdog(config.run.timeout, world)
 
-    def _resolve(self, config: Config) -> Config:
-        return schedule.resolve(config, self.world.size)
-
-    @cached_property
-    def counted(self) -> ModelStats:
-        return model_stats(self.config.model)
-
-    def _open_data(self) -> None:
-        """The tokenizer, if there is one, and `batches`, whose `get(step)` gives inputs and targets, and how many of
-        these all processes score."""
-        config, start = self.config, self.start
-        self.tokenizer = start.tokenizer if start else Tokenizer.load(home() / "tokenizer" / config.data_name)
-        if self.tokenizer.vocab_size > config.model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size: given {config.model.vocab_size}, expected {self.tokenizer.vocab_size} or more: "
-                "so many tokens has the tokenizer"
-            )
-        if start:
-            self.train_split, self.val_split = start.train, start.val
-        else:
-            # Shards may still be being made; the watchdog's patience is the longer one.
-            tokens_dir, patience = home() / "tokens" / config.data_name, config.run.timeout / 2
-            self.train_split, self.val_split = (
-                Split(tokens_dir, split, self.tokenizer, timeout=patience) for split in ("train", "val")
-            )
-        self.loader = Loader(
-            self.train_split,
-            sequence_len=config.model.sequence_len,
-            batch_rows=self.rows,
-            bos=self.tokenizer.bos,
-            seed=config.run.seed,
-            rank=self.world.rank,
-            world_size=self.world.size,
-        )
-        self.batches = Prefetcher(self.loader, pinned=self.device.type == "cuda")
-
-    def _check_run_dir(self, resume: bool, overwrite: bool) -> None:
-        steps, run = checkpoint.checkpoint_steps(self.run_dir), self.run_dir.name
-        if (steps or (self.run_dir / "config.toml").exists()) and not (resume or overwrite):
-            raise FileExistsError(
-                f"run {run!r} exists in {self.run_dir.parent}: give --resume to go on with it, "
-                "--overwrite to start anew, or another --run.name"
-            )
-        if resume and steps:
-            stored = load_config(self.run_dir / "config.toml", cls=type(self.config))
-            changed = [
-                f"{section}.{f.name}: given {now!r}, the run has {then!r}"
-                for section in vars(stored)
-                if section != "run"
-                for f in dataclasses.fields(getattr(stored, section))
-                if (now := getattr(getattr(self.config, section), f.name))
-                != (then := getattr(getattr(stored, section), f.name))
-                and f.name not in FREE_TO_CHANGE
-            ]
-            if changed:
-                raise ValueError(
-                    f"cannot resume {run!r} with other options ({'; '.join(changed)}): take them back, "
-                    "give --overwrite to start anew, or another --run.name"
-                )
-
-    def _prepare_run_dir(self, resume: bool) -> None:
-        """Go on from the newest checkpoint that is sound, or make a new directory."""
-        found = -1
-        if self.world.is_main:
-            found = checkpoint.newest_sound(self.run_dir, self.report) if resume else -1
-            if found < 0:
-                if resume:
-                    self.report(f"run {self.run_dir.name!r} has no checkpoint yet: it begins")
-                else:
-                    shutil.rmtree(self.run_dir, ignore_errors=True)  # with overwrite, given up
-                checkpoint.start_run(self.run_dir, self.config, self.tokenizer)
-        found = distributed.told_by_main(found, self.world, self.device)
-        self.saver = checkpoint.Saver(
-            self.run_dir, self.config, self.tokenizer, self.report, self.world.rank, self.world.size
-        )
-        self.resumed = found >= 0
-        if not self.resumed:
-            if self.start:
-                self.model.load_state_dict(self.start.weights)
-            return
-        directory, meta = checkpoint.open_checkpoint(self.run_dir, found)
-        if self.tokenizer and checkpoint.load_tokenizer(self.run_dir, meta).sha256 != self.tokenizer.sha256:
-            raise ValueError(f"cannot resume {self.run_dir.name!r}: the tokenizer has been trained anew since")
-        self._load(checkpoint.load_weights(directory), checkpoint.load_optimizer(directory, meta["world_size"]))
-        self.step, self.seconds, self.skipped = meta["step"], meta["seconds"], meta["skipped"]
-        self.phases.seconds.update(meta["phases"])
-        self.saver.step = self.step
-
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The weights that a checkpoint shares, and what it takes besides to go on, named `parameter/what`."""
-        return self.model.state_dict(), self.optimizers.state_tensors(self.model)
-
-    def _load(self, weights: dict[str, Tensor], remembered: Iterable[tuple[str, Tensor]]) -> None:
-        """Go on from what `_state` gave."""
-        self.model.load_state_dict(weights)
-        self.optimizers.load_state_tensors(self.model, remembered)
-
-    def run(self) -> bool:
-        """Train to the end; false when interrupted before it. Either way the last step is in a checkpoint."""
-        try:
-            self._run()
-        finally:
-            if self.world.is_main:
-                self.lock.close()
-        return not self.interrupted
-
-    def _run(self) -> None:
-        self._report_start()
-        evaluated = False
-        if self.world.is_main:
-            self.metrics = Metrics(
-                self.run_dir,
-                wandb_project=self.config.run.wandb,
-                config=dataclasses.asdict(self.config),
-                upto=self.step if self.resumed else -1,
-            )
-            evaluated = self.step in self.metrics.evaluated
-        evaluated = bool(distributed.told_by_main(int(evaluated), self.world, self.device))
-        self.logged = self.step, self.seconds
-        with interruptible(self), self.watchdog.watching(), without_garbage_collection():
-            if self._is_due(self.config.train.eval_every) and not evaluated:
-                self._evaluate()
+    def fit(self, run: Run) -> None:
+        """Train to the last step, or until a signal. Either way the last step ends up in a checkpoint."""
+        self.run, self.report, train = run, run.report, self.config.train
+        evaluated = self.start_or_resume()
+        self.report_start()
+        with run.lock, stop_on_signal(self), self.watchdog.watching(), without_garbage_collection():
+            if self.is_due(train.eval_every) and not evaluated:
+                self.evaluate()
             try:
                 while self.step < self.n_steps and not self.interrupted:
-                    self._go_on()
-            except (FloatingPointError, OSError, ValueError):  # the numbers, or the data, are no good
-                self._save()
+                    self.watchdog.heartbeat(f"step {self.step}")
+                    start = time.perf_counter()
+                    self.train_step()
+                    to_log = self.step == self.n_steps or self.step % self.config.run.log_every == 0
+                    for result in self.step_results(wait=to_log):
+                        self.on_step_result(result)
+                    self.seconds += time.perf_counter() - start
+                    if to_log:
+                        self.log_step()
+                    if self.is_due(train.eval_every):
+                        self.save_checkpoint()  # an evaluation that fails loses nothing
+                        self.evaluate()
+                    elif self.is_due(self.config.run.checkpoint_every):
+                        self.save_checkpoint()
+            except (FloatingPointError, OSError, ValueError):  # the numbers or the data are bad, the weights are not
+                self.save_checkpoint()
                 self.saver.wait()
                 raise
-            self._save()
+            self.save_checkpoint()
             self.saver.finish()
-            distributed.barrier(self.world)
-        self._report_end()
-        # What averages gradients would, as the last to hold the process group, wait for its threads with the
-        # interpreter locked, which these may be waiting for.
-        self.learner.forward = self.model
-        distributed.stop()
+            barrier(self.world)
+        self.report_end()
+        # DistributedDataParallel must not be the last to hold the process group: it would wait for its threads with the
+        # interpreter locked, and these may wait for the interpreter.
+        self.forward = self.model
 
-    def _is_due(self, every: int) -> bool:
-        """At this step, what is done at the start, at the end, and every so many steps."""
-        return self.step in (0, self.n_steps) or (every > 0 and self.step % every == 0)
+    def train_step(self) -> None:
+        """Take one step: batch, forward, backward, guard against non-finite numbers, optimizers.
 
-    def _go_on(self) -> None:
-        """A step, and what is due after it."""
-        self.watchdog.heard(f"step {self.step}")
-        start, run = time.perf_counter(), self.config.run
-        to_log = self.step + 1 == self.n_steps or (self.step + 1) % run.log_every == 0
-        self._train_step()
-        if to_log:
-            for outcome in self.learner.outcomes():
-                self._hear(outcome)
-        self.seconds += time.perf_counter() - start
-        if to_log:
-            self._log_step()
-        to_evaluate = self._is_due(self.config.train.eval_every)
-        if to_evaluate or self._is_due(run.checkpoint_every):
-            self._save()
-            gc.collect()
-        if to_evaluate:
-            self._evaluate()
+        Nothing here makes the host wait for a GPU. `step_results` tells later how the step went.
+        """
+        config, device, world = self.config, self.device, self.world
+        with self.timers("data"):
+            batch, n_targets = self.task.batch(self.step)
+        total_loss = torch.zeros((), device=device)
+        microbatches = list(zip(*(t.split(self.device_batch_size) for t in batch), strict=True))
+        for index, (inputs, targets) in enumerate(microbatches):
+            # Weights make the sum a mean over all targets, however rows are split. Gradients are averaged over ranks.
+            weight = int((targets >= 0).sum()) * world.size / n_targets
+            with self.timers("data"):
+                inputs, targets = (t.to(device, non_blocking=True) for t in (inputs, targets))
+            last = index == len(microbatches) - 1
+            with nullcontext() if last or world.size == 1 else self.forward.no_sync():
+                with self.timers("forward"):
+                    loss = self.forward(inputs, targets) * weight
+                    total_loss += loss.detach()
+                with self.timers("backward"):
+                    loss.backward()
 
-    def _train_step(self) -> None:
-        with self.phases("data"):
-            batch, n_targets = self.batches.get(self.step)
-        for outcome in self.learner.step(self.step, batch, n_targets, self.asked_to_stop > 0):
-            self._hear(outcome)
+        with self.timers("optimizer"):
+            gradients = [p.grad for optimizer in self.optimizers for p in optimizer.model_parameters()]
+            grad_norm = torch.nn.utils.get_total_norm(gradients)
+            stop = total_loss.new_tensor(float(self.stop_requested > 0))
+            loss, stop = all_reduce_sum(torch.stack((total_loss / world.size, stop)), world)
+            ok = (torch.isfinite(loss) & torch.isfinite(grad_norm)).float()
+            if config.train.clip_norm is not None:
+                torch._foreach_mul_(gradients, (config.train.clip_norm / grad_norm).clamp(max=1.0).nan_to_num())
+            schedule.set_hyperparameters(self.optimizers, self.step, config)
+            for optimizer in self.optimizers:
+                optimizer.found_inf = 1 - ok  # torch's convention: with 1 the step changes nothing
+                optimizer.step()
+            self.model.zero_grad(set_to_none=True)
+            if self.ema_decay:
+                self.update_average()
+
+        numbers, event = torch.stack((loss, stop, grad_norm, ok)), None
+        if device.type == "cuda":
+            numbers = torch.empty(4, pin_memory=True).copy_(numbers, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.pending.append((self.step, numbers, event))
         self.step += 1
 
-    def _hear(self, outcome: Outcome) -> None:
-        """Take note of what came of a step; FloatingPointError after too many in a row that came to nothing."""
-        self.outcome = outcome
-        self.interrupted |= outcome.interrupted  # all processes hear the same, and stop at the same step
-        if not outcome.skipped:
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the averaged weights by 1 - ema_decay towards the trained ones."""
+        move = get_ema_multi_avg_fn(self.ema_decay)
+        move(list(self.eval_model.parameters()), list(self.model.parameters()), None)
+
+    def step_results(self, wait: bool = False) -> Iterator[StepResult]:
+        """Yield the results of steps that are done; with `wait`, of all steps.
+
+        A GPU still works on the last step, so that without `wait` its result comes with the next step.
+        """
+        running = 0 if wait or self.device.type != "cuda" else 1
+        while len(self.pending) > running:
+            step, numbers, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            loss, stop, grad_norm, ok = numbers.tolist()
+            yield StepResult(step, loss, grad_norm, skipped=ok == 0, stop_requested=stop > 0)
+
+    def on_step_result(self, result: StepResult) -> None:
+        """Count skipped steps, and stop when some rank was asked to.
+
+        Raises FloatingPointError after `train.max_skipped` skipped steps in a row.
+        """
+        self.last_result = result
+        self.interrupted |= result.stop_requested  # equal on all ranks, so that they stop at the same step
+        if not result.skipped:
             self.skipped_in_a_row = 0
             return
         self.skipped += 1
         self.skipped_in_a_row += 1
-        self.report(f"step {outcome.step:6d} | loss {outcome.loss}, gradient norm {outcome.grad_norm}: not taken")
+        self.report(f"step {result.step:6d} | loss {result.loss}, gradient norm {result.grad_norm}: step skipped")
         if self.skipped_in_a_row >= self.config.train.max_skipped:
             raise FloatingPointError(
-                f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row, up to step {outcome.step} "
-                f"(loss {outcome.loss}); weights from before them are saved; lower the learning rate, or set "
+                f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row, up to step {result.step} "
+                f"(loss {result.loss}); the weights before them are saved; lower the learning rate, or set "
                 "train.clip_norm"
             )
 
-    @cached_property
-    def _eval_batches(self) -> dict[str, list[Batch]]:
-        """This process's share of what is evaluated. Read once: to plan the rows of a large corpus takes seconds."""
-        found = {}
-        for name, split in (("val_bpb", self.val_split), ("train_bpb", self.train_split)):
-            batches = val_batches(
-                split,
-                sequence_len=self.config.model.sequence_len,
-                batch_rows=self.learner.device_batch_size,
-                bos=self.tokenizer.bos,
-                tokens=self.config.train.eval_tokens,
-            )
-            found[name] = []
-            for index, batch in enumerate(batches):
-                self.watchdog.heard(f"the evaluation at step {self.step}, reading {name.removesuffix('_bpb')} shards")
-                if index % self.world.size == self.world.rank:
-                    found[name].append(batch)
-        return found
+    def is_due(self, every: int) -> bool:
+        """Whether something is done at this step that is done at the start, at the end, and every `every` steps."""
+        return self.step in (0, self.n_steps) or (every > 0 and self.step % every == 0)
 
-    def _evaluate(self) -> None:
-        """Never the end of a run that has begun: what goes wrong is told, and the checkpoint is already written."""
-        self.watchdog.heard(f"the evaluation at step {self.step}")
-        sums = torch.zeros(2 + self.N_SUMS, dtype=torch.float64)
-        with self.phases("evaluation"):
+    def evaluate(self) -> None:
+        """Measure the metrics of the task over all ranks and log them.
+
+        A failure is reported and training goes on, except at step 0, where there is nothing to lose.
+        """
+
+        def proceed() -> bool:
+            self.watchdog.heartbeat(f"the evaluation at step {self.step}")
+            return not self.stop_requested
+
+        names, found, failed = self.task.metrics, {}, False
+        proceed()
+        with self.timers("evaluation"):
             try:
-                sums[2:] = torch.tensor(self._measure(), dtype=torch.float64)
+                found = self.task.evaluate(self.eval_model, self.device_batch_size, proceed)
             except Exception as error:
-                if self.step == 0:  # nothing to lose yet, and it would go wrong every time
+                if self.step == 0:
                     raise
-                sums[0] = 1
+                failed = True
                 print(f"evaluation at step {self.step} failed: {error!r}; training goes on", file=sys.stderr)
-            sums[1] = self.asked_to_stop > 0
-            failed, stopped, *measured = distributed.sum_over_world(sums.to(self.device), self.world).tolist()
+            sums = [found.get(name, (0.0, 0.0)) for name in names]
+            sums = torch.tensor([(failed, self.stop_requested > 0), *sums], dtype=torch.float64)
+            (failed, stopped), *sums = all_reduce_sum(sums.to(self.device), self.world).tolist()
         if stopped:
             self.interrupted = True
         elif failed:
-            if self.world.is_main:
+            if self.world.is_rank0:
                 self.metrics.write("evaluation_failed", self.step)
         else:
-            figures = self._figures(measured)
-            if self.world.is_main:
-                self.metrics.write("eval", self.step, tokens=self._tokens(), seconds=self.seconds, **figures)
-            words = (f"{name.replace('_', ' ')} {figure:.4f}" for name, figure in figures.items())
-            self.report(f"step {self.step:6d} | {' | '.join(words)}")
+            values = {name: total / weight for name, (total, weight) in zip(names, sums, strict=True)}
+            if self.world.is_rank0:
+                self.metrics.write("eval", self.step, tokens=self.tokens, seconds=self.seconds, **values)
+            shown = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+            self.report(f"step {self.step:6d} | {' | '.join(shown)}")
 
-    def _measure(self) -> list[float]:
-        """This process's sums, to be added up over processes; cut short when asked to stop."""
-        token_bytes, sums = self.tokenizer.token_bytes(), []
-        for batches in self._eval_batches.values():
-            sums += bpb_sums(self.model, takewhile(lambda _: not self.asked_to_stop, batches), token_bytes)
-        return sums
+    def start_or_resume(self) -> bool:
+        """Load the newest sound checkpoint, or make a new run directory. Return whether this step is evaluated yet."""
+        run, config, tokenizer, rank0 = self.run, self.config, self.task.tokenizer, self.world.is_rank0
+        step = -1
+        if rank0:
+            step = checkpoint.newest_sound(run.directory, self.report) if run.resume else -1
+            if step < 0:
+                if run.resume:
+                    self.report(f"run {run.directory.name!r} has no checkpoint yet: it starts")
+                else:
+                    shutil.rmtree(run.directory, ignore_errors=True)  # an old run, with --overwrite
+                checkpoint.start_run(run.directory, config, tokenizer)
+        step = broadcast_from_rank0(step, self.world, self.device)
+        self.saver = checkpoint.Saver(run.directory, config, tokenizer, self.report, self.world.rank, self.world.size)
+        if step >= 0:
+            self.load_checkpoint(step)
+        self.logged = self.step, self.seconds
+        evaluated = False
+        if rank0:
+            self.metrics = Metrics(
+                run.directory, wandb_project=config.run.wandb, config=dataclasses.asdict(config), last_step=step
+            )
+            evaluated = self.step in self.metrics.evaluated
+        return bool(broadcast_from_rank0(int(evaluated), self.world, self.device))
 
-    def _figures(self, sums: list[float]) -> dict[str, float]:
-        """What the sums of all processes come to."""
-        names = list(self._eval_batches)
-        return {name: nats / (math.log(2) * n) for name, nats, n in zip(names, sums[::2], sums[1::2], strict=True)}
+    def load_checkpoint(self, step: int) -> None:
+        """Load weights, optimizer state and counts. Raises ValueError for another tokenizer."""
+        run_dir, tokenizer = self.run.directory, self.task.tokenizer
+        directory, meta = checkpoint.open_checkpoint(run_dir, step)
+        if tokenizer and checkpoint.load_tokenizer(run_dir, meta).sha256 != tokenizer.sha256:
+            raise ValueError(f"cannot resume {run_dir.name!r}: the tokenizer has been trained anew since")
+        weights = checkpoint.load_weights(directory)
+        state = checkpoint.load_optimizer(directory, meta["world_size"])
+        self.eval_model.load_state_dict(weights)
+        if self.ema_decay:
+            tensors = dict(state)
+            weights, state = {name: tensors.pop(f"{name}/trained") for name in weights}, tensors.items()
+            self.model.load_state_dict(weights)
+        load_named_state(self.optimizers, self.model, state)
+        self.step, self.seconds, self.skipped = meta["step"], meta["seconds"], meta["skipped"]
+        self.timers.seconds.update(meta["phases"])
+        self.saver.step = self.step
+        self.report(f"run {run_dir.name!r} resumes at step {self.step}")
 
-    def _tokens(self) -> int:
+    def save_checkpoint(self) -> None:
+        """Start to write a checkpoint of this step, unless it exists."""
+        self.watchdog.heartbeat(f"the checkpoint at step {self.step}")
+        with self.timers("checkpoint"):
+            if self.world.is_rank0:
+                self.metrics.flush_to_disk()
+            state = named_state(self.optimizers, self.model)
+            if self.ema_decay and self.world.is_rank0:
+                state |= {f"{name}/trained": tensor for name, tensor in self.model.state_dict().items()}
+            meta = {
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "skipped": self.skipped,
+                "phases": dict(self.timers.seconds),
+                "peak_memory_bytes": peak_memory(self.device),
+                "device": device_name(self.device),
+                "dtype": self.dtype,
+                "n_steps": self.n_steps,
+            }
+            self.saver.save(self.step, self.eval_model.state_dict(), state, meta)
+        gc.collect()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
         return self.step * self.config.train.total_batch_size
 
-    def _log_step(self) -> None:
-        if not self.world.is_main:
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype of activations."""
+        return str(self.model.compute_dtype).removeprefix("torch.")
+
+    def log_step(self) -> None:
+        """Write and print loss, gradient norm, learning rate and speed since the last logged step."""
+        if not self.world.is_rank0:
             return
         step, seconds = self.logged
         rate = (self.step - step) * self.config.train.total_batch_size / (self.seconds - seconds)
         self.logged = self.step, self.seconds
-        outcome, multiplier = self.outcome, schedule.lr_multiplier(self.step - 1, self.config)
+        result, lr = self.last_result, schedule.lr_multiplier(self.step - 1, self.config)
         values = {
-            "loss": outcome.loss, "grad_norm": outcome.grad_norm, "skipped": self.skipped, "lr": multiplier,
+            "loss": result.loss, "grad_norm": result.grad_norm, "skipped": self.skipped, "lr": lr,
             "tokens_per_second": rate, **self.model.statistics(),
         }  # fmt: skip
-        words = [
-            f"step {self.step:6d}/{self.n_steps}", f"loss {outcome.loss:.4f}", f"norm {outcome.grad_norm:.3g}",
-            f"lr x{multiplier:.3f}", f"{rate:,.0f} tok/s",
+        shown = [
+            f"step {self.step:6d}/{self.n_steps}", f"loss {result.loss:.4f}", f"norm {result.grad_norm:.3g}",
+            f"lr x{lr:.3f}", f"{rate:,.0f} tok/s",
         ]  # fmt: skip
         peak = peak_flops(device_name(self.device))
         if peak is not None:
-            values["mfu"] = rate * self.counted.flops_per_token / (peak * self.world.size)
-            words.append(f"mfu {100 * values['mfu']:.1f} %")
+            values["mfu"] = rate * self.task.stats.flops_per_token / (peak * self.world.size)
+            shown.append(f"mfu {100 * values['mfu']:.1f} %")
         left = self.seconds / self.step * (self.n_steps - self.step)
-        words += [f"{100 * self.step / self.n_steps:.0f} %", f"{duration(left)} left"]
-        self.metrics.write("train", self.step, tokens=self._tokens(), seconds=self.seconds, **values)
-        self.report(" | ".join(words))
+        shown += [f"{100 * self.step / self.n_steps:.0f} %", f"{format_duration(left)} left"]
+        self.metrics.write("train", self.step, tokens=self.tokens, seconds=self.seconds, **values)
+        self.report(" | ".join(shown))
 
-    def _save(self) -> None:
-        """Begin to write a checkpoint of this step, unless there is one."""
-        self.watchdog.heard(f"the checkpoint at step {self.step}")
-        with self.phases("checkpoint"):
-            if self.world.is_main:
-                self.metrics.to_disk()
-            meta = {
-                "tokens": self._tokens(),
-                "seconds": self.seconds,
-                "skipped": self.skipped,
-                "phases": dict(self.phases.seconds),
-                "peak_memory_bytes": peak_memory(self.device),
-                "device": device_name(self.device),
-                "dtype": str(self.model.compute_dtype).removeprefix("torch."),
-                "n_steps": self.n_steps,
-            }
-            self.saver.save(self.step, *self._state(), meta)
+    def report_start(self) -> None:
+        """Print device, model, length of training, data and kernels."""
+        model, train, stats = self.config.model, self.config.train, self.task.stats
+        groups = ", ".join(f"{name} {n:,}" for name, n in stats.params.items() if name != "total")
+        flops = stats.flops_per_token * train.total_tokens
+        self.report(f"run {self.run.directory} on {device_name(self.device)} x {self.world.size}, {self.dtype}")
+        self.report(f"{model.attention}, depth {model.depth}: {stats.params['total']:,} parameters ({groups})")
+        self.report(f"{self.n_steps:,} steps of {train.total_batch_size:,} tokens; {flops:.3g} FLOPs")
+        self.report(self.task.describe())
+        for kernel, layers in self.model.kernels().items():
+            self.report(f"layers {', '.join(map(str, layers))}: {kernel}")
 
-    def _report_start(self) -> None:
-        config, counted = self.config, self.counted
-        groups = ", ".join(f"{name} {n:,}" for name, n in counted.params.items() if name != "total")
-        dtype = str(self.model.compute_dtype).removeprefix("torch.")
-        for line in (
-            f"run {self.run_dir} on {device_name(self.device)} x {self.world.size}, {dtype}",
-            f"{config.model.attention}, depth {config.model.depth}: {counted.params['total']:,} parameters ({groups})",
-            f"{self.n_steps:,} steps of {config.train.total_batch_size:,} tokens, {self._horizon()}; "
-            f"{counted.flops_per_token * config.train.total_tokens:.3g} FLOPs",
-            self._data_line(),
-            *(f"layers {', '.join(map(str, layers))}: {why}" for why, layers in self.model.kernels().items()),
-        ):
-            self.report(line)
-
-    def _horizon(self) -> str:
-        return self.config.train.protocol
-
-    def _data_line(self) -> str:
-        empty = f"{100 * self.loader.packing_waste()['positions_empty']:.2f} % of the positions stay empty"
-        if not self.loader.knows_epoch:  # to look at all shards of a large corpus takes a while; some may not be there
-            return f"data: shard by shard; in the first, {empty}"
-        lost, steps = 100 * self.loader.packing_waste()["tokens_dropped"], self.loader.steps_per_epoch
-        return f"data: an epoch has {steps:,} steps; {lost:.2f} % of its tokens are left out, {empty}"
-
-    def _report_end(self) -> None:
-        if self.world.is_main:
+    def report_end(self) -> None:
+        """Close the log and print how the wall clock was spent."""
+        if self.world.is_rank0:
             self.metrics.close()
-        seconds = self.phases.seconds
+        seconds = self.timers.seconds
         total = sum(seconds.values()) or 1.0
         shares = ", ".join(f"{name} {100 * s / total:.1f} %" for name, s in seconds.items())
         if self.interrupted:
             self.report(f"interrupted at step {self.step}; give --resume to go on")
-        self.report(f"wall clock: {shares}; in training steps {duration(self.seconds)}")
+        self.report(f"wall clock: {shares}; in training steps {format_duration(self.seconds)}")
 
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Python's collector walks over all there is at moments of its own choosing; a step leaves no cycles behind."""
+    """Switch off Python's cyclic collector, which pauses at arbitrary moments. A step leaves no cycles behind.
+
+    Objects that exist by now are frozen, so that collecting by hand need not look at them.
+    """
     gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        gc.unfreeze()
 
 
 @contextmanager
-def interruptible(trainer: Trainer) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGUSR1 ask the trainer to stop after its step; another one exits at once."""
+def stop_on_signal(trainer: Trainer) -> Iterator[None]:
+    """Make Ctrl-C, SIGTERM and SIGUSR1 stop the trainer after its step, and a second signal end the process at once."""
 
-    def ask(number: int, frame: object) -> None:
+    def request_stop(number: int, frame: object) -> None:
         now = time.monotonic()
-        if not trainer.asked_to_stop:
-            trainer.asked_to_stop = now
+        if not trainer.stop_requested:
+            trainer.stop_requested = now
             trainer.report("stopping after this step; once more to stop at once")
-        elif now - trainer.asked_to_stop > SAME_SIGNAL:
+        elif now - trainer.stop_requested > SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:

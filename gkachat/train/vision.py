@@ -1,33 +1,29 @@
-"""Training an image model: the trainer's loop, checkpoints and log, with images for data and accuracies for figures.
+"""The image task: batches of an image dataset, evaluated in loss and accuracy.
 
-    VisionTrainer(config, load_images(config)).run()
+    config = resolve(config, len(images.train), world.size)
+    task = ImageTask(config, images, world)
 
-A token is a patch or an image's class token: tokens a step, tokens a second and FLOPs a token mean what they always do.
+A token is a patch or an image's class token: tokens per step, tokens per second and FLOPs per token keep their meaning.
 """
 
 import dataclasses
-from collections.abc import Iterable
-from copy import deepcopy
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from gkachat.config import ConfigError
 from gkachat.data.images import Batches, Images
-from gkachat.model.stats import ModelStats
 from gkachat.model.vit import ViT, model_stats
-from gkachat.train.trainer import Trainer
+from gkachat.train.distributed import World
 from gkachat.vision_config import VisionConfig
 
 WEIGHT_DECAY = 0.05  # DeiT's
 
 
 def resolve(config: VisionConfig, n_images: int, world_size: int = 1) -> VisionConfig:
-    """Fill in what was not set by hand; an epoch is the whole steps that `n_images` fill. Learning rates are as given.
+    """Fill in what was not set by hand. An epoch is as many whole steps as `n_images` fill; learning rates stay.
 
     Raises ConfigError for a batch that `world_size` processes cannot share, or that is larger than an epoch.
     """
@@ -52,73 +48,40 @@ def resolve(config: VisionConfig, n_images: int, world_size: int = 1) -> VisionC
     )
 
 
-class VisionTrainer(Trainer):
-    Model = ViT
+class ImageTask:
+    """Trains on the train split of a dataset, and measures loss, top-1 and top-5 accuracy on val."""
 
-    def __init__(self, config: VisionConfig, images: Images, **options: Any):
-        """`options` and errors are Trainer's; ConfigError for a batch that does not fit."""
-        self.images = images
-        super().__init__(config, **options)
-        self.model.label_smoothing = config.train.label_smoothing
+    metrics = ("val_loss", "val_top1", "val_top5")
+    tokenizer = None
 
-    def _resolve(self, config: VisionConfig) -> VisionConfig:
-        return resolve(config, len(self.images.train), self.world.size)
+    def __init__(self, config: VisionConfig, images: Images, world: World):
+        """`config` must be resolved."""
+        self.images, self.stats = images, model_stats(config.model)
+        self.batches = Batches(images, config, config.train.batch_images // world.size, world.rank, world.size)
 
-    @cached_property
-    def counted(self) -> ModelStats:
-        return model_stats(self.config.model)
-
-    def _open_data(self) -> None:
-        self.tokenizer, self.batches = None, Batches(self.images, self.config, self.rows, self.world)
-
-    def _horizon(self) -> str:
-        return f"{self.config.train.batch_images:,} images"
-
-    def _data_line(self) -> str:
-        train, val = len(self.images.train), len(self.images.val)
-        return f"data: {train:,} images of train, {val:,} of val; an epoch has {self.batches.steps_per_epoch:,} steps"
-
-    @cached_property
-    def averaged(self) -> ViT:
-        """The model whose weights are an average over steps; where there is none, the model itself."""
-        return deepcopy(self.model) if self.config.train.ema_decay else self.model
-
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        weights, remembered = super()._state()
-        if self.averaged is not self.model and self.world.is_main:
-            remembered |= {f"{name}/trained": tensor for name, tensor in weights.items()}
-        return self.averaged.state_dict(), remembered
-
-    def _load(self, weights: dict[str, Tensor], remembered: Iterable[tuple[str, Tensor]]) -> None:
-        if self.averaged is not self.model:
-            self.averaged.load_state_dict(weights)
-            found = dict(remembered)
-            weights, remembered = {name: found.pop(f"{name}/trained") for name in weights}, found.items()
-        super()._load(weights, remembered)
-
-    def _train_step(self) -> None:
-        averaged = self.averaged  # of the first step on
-        super()._train_step()
-        if averaged is not self.model:
-            with torch.no_grad():
-                move = get_ema_multi_avg_fn(self.config.train.ema_decay)
-                move(list(averaged.parameters()), list(self.model.parameters()), None)
+    def batch(self, step: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """Return this rank's images and targets of a step, and the number of target numbers over all ranks."""
+        return self.batches.get(step)
 
     @torch.no_grad()
-    def _measure(self) -> list[float]:
-        """Nats, right ones, right ones among the five likeliest, images."""
-        model = self.averaged.eval()
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        for images, classes in self.batches.val(self.learner.device_batch_size):
-            if self.asked_to_stop:
+    def evaluate(self, model: ViT, rows: int, proceed: Callable[[], bool]) -> dict[str, tuple[float, float]]:
+        """Return nats, top-1 hits and top-5 hits of this rank's share of val, each with the number of images."""
+        model.eval()
+        device = model.positions.device
+        sums, n = torch.zeros(3, dtype=torch.float64, device=device), 0
+        for images, classes in self.batches.val(rows):
+            if not proceed():
                 break
-            logits, classes = model(images.to(self.device)), classes.to(self.device)
+            logits, classes = model(images.to(device)), classes.to(device)
             hits = logits.topk(min(5, logits.size(1))).indices == classes[:, None]
-            nats = F.cross_entropy(logits, classes, reduction="sum")
-            sums += torch.stack((nats, hits[:, 0].sum(), hits.sum(), nats.new_tensor(len(classes))))
-        self.averaged.train()
-        return sums.tolist()
+            sums += torch.stack((F.cross_entropy(logits, classes, reduction="sum"), hits[:, 0].sum(), hits.sum()))
+            n += len(classes)
+        model.train()
+        return {name: (value, n) for name, value in zip(self.metrics, sums.tolist(), strict=True)}
 
-    def _figures(self, sums: list[float]) -> dict[str, float]:
-        nats, top1, top5, n = sums
-        return {"val_loss": nats / n, "val_top1": top1 / n, "val_top5": top5 / n}
+    def describe(self) -> str:
+        """Return the number of images and of steps in an epoch."""
+        return (
+            f"data: {len(self.images.train):,} images of train, {len(self.images.val):,} of val; "
+            f"an epoch has {self.batches.steps_per_epoch:,} steps"
+        )

@@ -1,4 +1,4 @@
-"""Kill a run again and again, at random moments, and see whether anything was lost.
+"""Kill a run again and again at random moments, and check that nothing is lost.
 
 python tests/reliability/soak.py --kills 30 --steps 3000 --out results/soak.json
 """
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from conftest import ROOT, TINY, call
-from test_resume import differing_bytes, told
+from test_resume import differing_bytes, logged
 
 from gkachat.checkpoint import Saver, checkpoint_steps, start_run, step_dir
 from gkachat.config_file import load_config
@@ -26,13 +26,13 @@ from gkachat.machine import commit, processor
 from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
 from gkachat.train.metrics import read_metrics
-from gkachat.train.optim import Optimizers
+from gkachat.train.optim import make_optimizers, named_state
 from gkachat.train.schedule import resolve
 
 
 def soak(home: Path, *, kills: int, steps: int, longest: float, seed: int, attention: str = "gka") -> dict:
-    """Train once undisturbed and once killed; `home` holds the TINY corpus, `longest` is a life's length in seconds."""
-    rng, moments, passed_over, begun_anew, recovery = random.Random(seed), [], 0, 0, []
+    """Train once undisturbed and once killed. `home` holds the TINY corpus; a life lasts up to `longest` seconds."""
+    rng, moments, passed_over, started_anew, recovery = random.Random(seed), [], 0, 0, []
     options = [
         "configs/laptop.toml", *TINY, f"--model.attention={attention}", f"--train.total_tokens={256 * steps}",
         "--run.checkpoint_every=3", "--train.eval_every=10", "--run.log_every=1",
@@ -50,7 +50,7 @@ def soak(home: Path, *, kills: int, steps: int, longest: float, seed: int, atten
         process = start("killed")
         first = process.stdout.readline()
         recovery.append(time.monotonic() - started)
-        begun_anew += had_one and "it begins" in first
+        started_anew += had_one and "it starts" in first
         time.sleep(rng.uniform(0, longest))
         process.send_signal(signal.SIGKILL)
         rest = first + process.communicate()[0]
@@ -62,16 +62,16 @@ def soak(home: Path, *, kills: int, steps: int, longest: float, seed: int, atten
     records = [(r["kind"], r["step"]) for r in read_metrics(killed)]
     return {
         "kills": kills,
-        "survived": kills if last.returncode == 0 and not begun_anew and not passed_over else 0,
+        "survived": kills if last.returncode == 0 and not started_anew and not passed_over else 0,
         "attention": attention,
         "steps": steps,
         "checkpoints_passed_over": passed_over,
         "bytes_that_differ": differing_bytes(home / "runs" / "whole", killed),
         "records_twice_or_missing": len(records)
         - len(set(records))
-        + sum(r["step"] == steps for r in told(killed))
+        + sum(r["step"] == steps for r in logged(killed))
         - 2,
-        "records_differ": told(home / "runs" / "whole") != told(killed),
+        "records_differ": logged(home / "runs" / "whole") != logged(killed),
         "verify_run": call("verify_run", "killed", home=home).stdout.strip().splitlines()[-1].split(": ")[-1],
         "seconds_until_it_goes_on": sorted(recovery)[len(recovery) // 2],
         "last_words": moments,
@@ -79,22 +79,23 @@ def soak(home: Path, *, kills: int, steps: int, longest: float, seed: int, atten
 
 
 def saving(home: Path, depth: int) -> dict:
-    """Seconds that a save holds training, and those it takes in all, for a softmax model of that depth."""
+    """Time how long a save blocks training, and how long it takes, for a softmax model of that depth."""
     torch.manual_seed(0)
     config = load_config("configs/d20.toml", [f"--model.depth={depth}", "--model.sequence_len=256"])
     config = resolve(config)
     model = GPT(config.model)
-    optimizers = Optimizers(model, config.optim)
+    optimizers = make_optimizers(model, config.optim)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    optimizers.step(1.0, 0.9)
+    for optimizer in optimizers:
+        optimizer.step()
     [tokenizer_dir] = (home / "tokenizer").iterdir()
     tokenizer, run_dir, held, whole = Tokenizer.load(tokenizer_dir), home / "runs" / f"saving{depth}", [], []
     start_run(run_dir, config, tokenizer)
     saver = Saver(run_dir, config, tokenizer, lambda line: None)
     for step in range(1, 6):
         start = time.perf_counter()
-        saver.save(step, model.state_dict(), optimizers.state_tensors(model), {})
+        saver.save(step, model.state_dict(), named_state(optimizers, model), {})
         held.append(time.perf_counter() - start)
         saver.finish()
         whole.append(time.perf_counter() - start)

@@ -1,72 +1,68 @@
-"""Evaluations that fail, disks that fill, directories and shards that vanish: told, and nothing saved is lost."""
+"""Evaluations that fail, disks that fill, directories and shards that vanish: reported, and nothing saved is lost."""
 
 import json
 import shutil
+import threading
 import time
 
 import pytest
 import torch
-from conftest import TINY
-from test_resume import differing_bytes, told
+from conftest import TINY, make_trainer
+from test_resume import differing_bytes, logged
 
 from gkachat.checkpoint import checkpoint_steps, load_model
-from gkachat.config_file import load_config
 from gkachat.eval.bpb import evaluate_bpb
 from gkachat.model.gpt import GPT, GPTConfig
-from gkachat.train import trainer as trainer_module
 from gkachat.train.metrics import read_metrics
-from gkachat.train.trainer import Trainer
 from scripts.verify_run import problems
 
 
-def trainer(name="", *options, **flags):
-    flags = {"report": lambda line: None} | flags
-    return Trainer(load_config("configs/laptop.toml", [*TINY, f"--run.name={name}", *options]), **flags)
+def trainer(name="", *options):
+    return make_trainer("configs/laptop.toml", *TINY, f"--run.name={name}", *options)
 
 
-def failing_from(step, error, made, monkeypatch):
+def fail_from(step, error, made, monkeypatch):
     """Make evaluations of a trainer fail at and after this step."""
-    sums = trainer_module.bpb_sums
+    evaluate = made.task.evaluate
 
-    def bpb_sums(*args):
+    def failing(*args):
         if made.step >= step:
             raise error
-        return sums(*args)
+        return evaluate(*args)
 
-    monkeypatch.setattr(trainer_module, "bpb_sums", bpb_sums)
+    monkeypatch.setattr(made.task, "evaluate", failing)
 
 
-def test_an_evaluation_that_fails_is_told_and_training_goes_on(tiny_home, monkeypatch, capsys):
+def test_an_evaluation_that_fails_is_reported_and_training_goes_on(tiny_home, monkeypatch, capsys):
     whole, hurt = trainer("whole"), trainer("hurt")
-    whole.run()
-    failing_from(4, RuntimeError("the evaluation is broken"), hurt, monkeypatch)
-    assert hurt.run()
-    assert "evaluation at step 4 failed: RuntimeError('the evaluation is broken'); training goes on" in (
-        capsys.readouterr().err
-    )
-    kinds = [(r["kind"], r["step"]) for r in read_metrics(hurt.run_dir) if r["kind"] != "train"]
+    whole.fit(whole.run)
+    fail_from(4, RuntimeError("the evaluation is broken"), hurt, monkeypatch)
+    hurt.fit(hurt.run)
+    message = "evaluation at step 4 failed: RuntimeError('the evaluation is broken'); training goes on"
+    assert message in capsys.readouterr().err
+    kinds = [(r["kind"], r["step"]) for r in read_metrics(hurt.run.directory) if r["kind"] != "train"]
     assert kinds == [("eval", 0), ("evaluation_failed", 4), ("evaluation_failed", 8)]
-    assert differing_bytes(whole.run_dir, hurt.run_dir) == 0
+    assert differing_bytes(whole.run.directory, hurt.run.directory) == 0
 
 
 def test_an_evaluation_that_fails_before_the_first_step_is_an_error(tiny_home, monkeypatch):
     made = trainer()
-    failing_from(0, ValueError("no val"), made, monkeypatch)
+    fail_from(0, ValueError("no val"), made, monkeypatch)
     with pytest.raises(ValueError, match="no val"):
-        made.run()
+        made.fit(made.run)
 
 
 def test_a_checkpoint_is_written_before_every_evaluation(tiny_home, monkeypatch):
     made, seen = trainer("", "--run.keep_last=9"), []
-    evaluate = made._evaluate
+    evaluate = made.evaluate
 
     def look():
         made.saver.wait()
-        seen.append((made.step, checkpoint_steps(made.run_dir)[-1:]))
+        seen.append((made.step, checkpoint_steps(made.run.directory)[-1:]))
         evaluate()
 
-    monkeypatch.setattr(made, "_evaluate", look)
-    made.run()
+    monkeypatch.setattr(made, "evaluate", look)
+    made.fit(made.run)
     assert seen == [(0, []), (4, [4]), (8, [8])]
 
 
@@ -93,37 +89,52 @@ def test_an_evaluation_without_enough_memory_goes_on_with_fewer_rows():
 
 
 @pytest.mark.parametrize("file", ["model", "optimizer"])
-def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tiny_home, monkeypatch, file):
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tiny_home, monkeypatch, capsys, file):
     from safetensors.torch import save_file
 
-    def full_at_the_second(tensors, path):
+    def full_at_step_4(tensors, path):
         if "000004" in str(path) and file in path.name:
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
-    monkeypatch.setattr("safetensors.torch.save_file", full_at_the_second)
-    lines = []
-    made = trainer("", "--run.checkpoint_every=2", "--run.keep_last=9", report=lines.append)
-    assert made.run()
-    assert checkpoint_steps(made.run_dir) == [2, 6, 8]
-    assert sum("cannot write checkpoint" in line and "No space left on device" in line for line in lines) == 1
-    assert list(problems(made.run_dir)) == []
+    monkeypatch.setattr("safetensors.torch.save_file", full_at_step_4)
+    made = trainer("", "--run.checkpoint_every=2", "--run.keep_last=9")
+    made.fit(made.run)
+    assert checkpoint_steps(made.run.directory) == [2, 6, 8]
+    assert capsys.readouterr().out.count("cannot write checkpoint") == 1
+    assert list(problems(made.run.directory)) == []
 
 
-def test_a_directory_that_vanishes_is_an_error_in_the_end_and_not_before(tiny_home, monkeypatch):
-    lines = []
-    made = trainer("", report=lines.append)
-    save = made.saver.save
+def test_a_disk_that_stays_full_is_an_error_that_leaves_the_earlier_checkpoints(tiny_home, monkeypatch):
+    from safetensors.torch import save_file
 
-    def vanish(step, *args):
-        if step == 4:
-            shutil.rmtree(made.run_dir)
-        save(step, *args)
+    def full_after_step_3(tensors, path):
+        if "000003" not in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
 
-    monkeypatch.setattr(made.saver, "save", vanish)
+    monkeypatch.setattr("safetensors.torch.save_file", full_after_step_3)
+    made = trainer("", "--run.checkpoint_every=3")
+    with pytest.raises(OSError, match=r"cannot write checkpoint .*No space left.*untouched"):
+        made.fit(made.run)
+    assert [p.name for p in (made.run.directory / "checkpoints").iterdir()] == ["step_000003"]
+    assert load_model(made.run.directory)[2]["step"] == 3
+
+
+def test_a_directory_that_vanishes_is_an_error_at_the_end_and_not_before(tiny_home, monkeypatch):
+    made = trainer()
+    save = made.save_checkpoint
+
+    def vanish():
+        if made.step == 4:
+            shutil.rmtree(made.run.directory)
+        save()
+
+    monkeypatch.setattr(made, "save_checkpoint", vanish)
     with pytest.raises(OSError, match=r"cannot write checkpoint .*No such file or directory"):
-        made.run()
+        made.fit(made.run)
     assert made.step == 8
 
 
@@ -136,8 +147,9 @@ def test_a_directory_that_cannot_be_written_to_is_an_error_at_the_start(tiny_hom
 def test_a_shard_that_changes_under_a_run_ends_it_with_a_checkpoint(tiny_home, corpus_home, monkeypatch):
     (tiny_home / "tokens").unlink()
     shutil.copytree(corpus_home / "tokens", tiny_home / "tokens")
-    made = trainer("", "--train.baseline_tokens=2560000", "--train.eval_every=0")
-    take = made._train_step
+    options = ["--train.total_batch_size=8192", "--train.device_batch_size=256", "--train.total_tokens=819200"]
+    made = trainer("", *options, "--train.eval_every=0")
+    take = made.train_step
 
     def damage():
         if made.step == 3:
@@ -147,61 +159,61 @@ def test_a_shard_that_changes_under_a_run_ends_it_with_a_checkpoint(tiny_home, c
             path.write_bytes(content)
         take()
 
-    monkeypatch.setattr(made, "_train_step", damage)
+    monkeypatch.setattr(made, "train_step", damage)
     with pytest.raises(ValueError, match=r"train_00000\.bin does not match the hash .*scripts\.data_prep"):
-        made.run()
-    # What was read before it changed is used to the end of the epoch; the run stops where it is read again.
-    assert checkpoint_steps(made.run_dir) == [made.step] and made.step == made.loader.steps_per_epoch
+        made.fit(made.run)
+    # Data that was read before it changed serves to the end of the epoch. The run stops where it is read again.
+    assert checkpoint_steps(made.run.directory) == [made.step] and made.step == made.task.loader.steps_per_epoch
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(tiny_home, monkeypatch):
-    trainer("whole").run()
+    whole, back = trainer("whole"), trainer("back")
+    whole.fit(whole.run)
     times = iter(range(10**9, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: next(times))
-    made = trainer("back")
-    made.run()
-    assert told(tiny_home / "runs" / "whole") == told(made.run_dir)
-    assert all(r["seconds"] >= 0 for r in read_metrics(made.run_dir))
+    back.fit(back.run)
+    assert logged(whole.run.directory) == logged(back.run.directory)
+    assert all(r["seconds"] >= 0 for r in read_metrics(back.run.directory))
 
 
-def test_saving_does_not_hold_the_training_thread_and_at_most_one_is_under_way(tiny_home, monkeypatch):
+def test_saving_does_not_block_training_and_writes_one_checkpoint_at_a_time(tiny_home, monkeypatch):
     from safetensors.torch import save_file
 
-    under_way, most, slept = [0], [0], 0.3
+    from gkachat.checkpoint import Saver, start_run
+
+    made, may_write, writing, most = trainer(), threading.Event(), [0], [0]
 
     def slowly(tensors, path):
-        under_way[0] += 1
-        most[0] = max(most[0], under_way[0])
-        time.sleep(slept)
+        writing[0] += 1
+        most[0] = max(most[0], writing[0])
+        assert may_write.wait(60)
         save_file(tensors, path)
-        under_way[0] -= 1
+        writing[0] -= 1
 
     monkeypatch.setattr("safetensors.torch.save_file", slowly)
-    made = trainer("", "--run.checkpoint_every=4", "--train.eval_every=0")
-    start = time.monotonic()
-    made.saver.save(1, made.model.state_dict(), {}, {})
-    assert time.monotonic() - start < slept and made.saver.thread is not None
-    made.saver.save(2, made.model.state_dict(), {}, {})  # waits for the first
-    assert time.monotonic() - start > 2 * slept
-    made.saver.finish()
-    assert most == [1] and checkpoint_steps(made.run_dir) == [1, 2]
-
-
-def test_what_was_saved_is_what_stood_there_when_saving_began(tiny_home):
-    made = trainer()
+    start_run(made.run.directory, made.config, made.task.tokenizer)
+    saver = Saver(made.run.directory, made.config, made.task.tokenizer, lambda line: None)
     before = {k: v.clone() for k, v in made.model.state_dict().items()}
-    made.saver.save(1, made.model.state_dict(), {}, {})
+    saver.save(1, made.model.state_dict(), {}, {})  # returns, though nothing can be written yet
     with torch.no_grad():
         for p in made.model.parameters():
             p.add_(1)
-    made.saver.finish()
-    loaded = load_model(made.run_dir)[0].state_dict()
-    assert all(torch.equal(loaded[k], before[k]) for k in before)
+    may_write.set()
+    saver.save(2, made.model.state_dict(), {}, {})  # waits for the first
+    assert checkpoint_steps(made.run.directory)[0] == 1
+    saver.finish()
+    assert most == [1] and checkpoint_steps(made.run.directory) == [1, 2]
+    first = load_model(made.run.directory, step=1)[0].state_dict()
+    assert all(torch.equal(first[k], before[k]) for k in before)  # the weights when saving began
 
 
 def damage_meta(run_dir):
     path = run_dir / "checkpoints" / "step_000008" / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 9}))
+
+
+def append(text):
+    return lambda run_dir: (run_dir / "metrics.jsonl").open("a").write(text)
 
 
 DAMAGE = {
@@ -210,19 +222,18 @@ DAMAGE = {
     "weights": (lambda d: (d / "checkpoints/step_000008/model.safetensors").write_bytes(b"x"), "model.safetensors"),
     "step": (damage_meta, "meta.json says step 9"),
     "leftover": (lambda d: (d / "checkpoints/.step_000009.tmp").mkdir(), "a leftover"),
-    "metrics": (lambda d: (d / "metrics.jsonl").open("a").write("{\n"), "line 8: not a record"),
-    "twice": (
-        lambda d: (d / "metrics.jsonl").open("a").write('{"kind": "eval", "step": 8}\n'),
-        "eval of step 8 comes twice",
-    ),
+    "metrics": (append("{\n"), "line 8: not a record"),
+    "twice": (append('{"kind": "eval", "step": 8}\n'), "eval of step 8 comes twice"),
     "no checkpoint": (lambda d: shutil.rmtree(d / "checkpoints"), "there is no checkpoint"),
 }
 
 
-@pytest.mark.parametrize(("damage", "told"), DAMAGE.values(), ids=DAMAGE)
-def test_verify_run_names_what_is_wrong(tiny_home, damage, told):
-    made = trainer()
-    made.run()
-    assert list(problems(made.run_dir)) == []
-    damage(made.run_dir)
-    assert any(told in problem for problem in problems(made.run_dir))
+def test_verify_run_names_what_is_wrong(tiny_home, tmp_path):
+    made = trainer("sound")
+    made.fit(made.run)
+    assert list(problems(made.run.directory)) == []
+    for name, (damage, message) in DAMAGE.items():
+        run_dir = tmp_path / "runs" / name
+        shutil.copytree(made.run.directory, run_dir)
+        damage(run_dir)
+        assert any(message in problem for problem in problems(run_dir)), name

@@ -1,34 +1,35 @@
-"""A run that was stopped and gone on with is the same as one that was not, to the bit."""
+"""A run that was stopped and resumed equals one that was not, to the bit."""
 
 import shutil
 
 import pytest
 import torch
-from conftest import TINY, launch
+from conftest import TINY, launch, make_trainer
 
-from gkachat.checkpoint import checkpoint_steps, load_model, load_optimizer, open_checkpoint, step_dir
-from gkachat.config_file import load_config
+from gkachat.checkpoint import checkpoint_steps, load_model, load_optimizer, open_checkpoint, remove, step_dir
 from gkachat.inference.engine import Engine
 from gkachat.train.metrics import read_metrics
-from gkachat.train.trainer import Trainer
 
 TIMES = ("seconds", "tokens_per_second", "mfu")
 OPTIONS = ["configs/laptop.toml", *TINY, "--run.keep_last=99", "--train.baseline_tokens=4096", "--run.dtype=float32"]
 
 
-def trainer(name, *options, **flags):
-    config = load_config(OPTIONS[0], [*OPTIONS[1:], f"--run.name={name}", *options])
-    return Trainer(config, report=lambda line: None, **flags)
+def train(name, *options):
+    made = make_trainer(*OPTIONS, f"--run.name={name}", *options)
+    made.fit(made.run)
+    return made
 
 
-def go_back_to(run_dir, step):
-    """As if the process had been killed right after the checkpoint of that step."""
+def cut_copy(run_dir, name, step):
+    """Copy a run as if its process had been killed right after the checkpoint of that step."""
+    run_dir = shutil.copytree(run_dir, run_dir.with_name(name), dirs_exist_ok=True)
     for later in checkpoint_steps(run_dir):
         if later > step:
-            shutil.rmtree(step_dir(run_dir, later))
+            remove(step_dir(run_dir, later))
+    return run_dir
 
 
-def told(run_dir):
+def logged(run_dir):
     return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(run_dir)]
 
 
@@ -45,72 +46,61 @@ def differing_bytes(one, other):
 
 
 @pytest.mark.parametrize("attention", ["softmax", "gka"])
-def test_going_on_gives_the_very_same_run(tiny_home, attention):
-    whole = trainer("whole", f"--model.attention={attention}")
-    whole.run()
+def test_a_resumed_run_is_the_very_same_run(tiny_home, capsys, attention):
+    whole = train("whole", f"--model.attention={attention}")
     rng = torch.get_rng_state()
-    parted = trainer("parted", f"--model.attention={attention}")
-    parted.run()
-    for step in (12, 8, 4):  # killed three times, ever earlier
-        go_back_to(parted.run_dir, step)
-        parted = trainer("parted", f"--model.attention={attention}", resume=True)
-        assert parted.step == step
-        parted.run()
-    assert differing_bytes(whole.run_dir, parted.run_dir) == 0
-    assert told(whole.run_dir) == told(parted.run_dir)
+    for step in (12, 4):
+        cut_copy(whole.run.directory, "parted", step)
+        parted = train("parted", f"--model.attention={attention}", "--resume")
+        assert f"run 'parted' resumes at step {step}" in capsys.readouterr().out
+    assert differing_bytes(whole.run.directory, parted.run.directory) == 0
+    assert logged(whole.run.directory) == logged(parted.run.directory)
     assert torch.equal(torch.get_rng_state(), rng)
-    assert all(torch.equal(a, b) for a, b in zip(whole.loader.batch(16), parted.loader.batch(16), strict=True))
+    batches = (made.task.loader.batch(16) for made in (whole, parted))
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
     said = [
         list(Engine(model, tokenizer).generate(tokenizer.encode("def f("), max_tokens=20, seed=3))
-        for model, tokenizer, _ in (load_model(run.run_dir) for run in (whole, parted))
+        for model, tokenizer, _ in (load_model(made.run.directory) for made in (whole, parted))
     ]
     assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("attention", ["softmax", "gka"])
-def test_going_on_with_two_processes_gives_the_very_same_run(tiny_home, attention):
+def test_a_run_resumed_by_two_processes_is_the_very_same_run(tiny_home, attention):
     options = [*OPTIONS, f"--model.attention={attention}"]
-    for name in ("whole", "parted"):
-        result = launch(2, *options, f"--run.name={name}", home=tiny_home)
-        assert result.returncode == 0, result.stderr
-    whole, parted = (tiny_home / "runs" / name for name in ("whole", "parted"))
-    go_back_to(parted, 8)
+    result = launch(2, *options, "--run.name=whole", home=tiny_home)
+    assert result.returncode == 0, result.stderr
+    whole = tiny_home / "runs" / "whole"
+    parted = cut_copy(whole, "parted", 8)
     assert launch(2, *options, "--run.name=parted", "--resume", home=tiny_home).returncode == 0
     assert differing_bytes(whole, parted) == 0
-    assert told(whole) == told(parted)
+    assert logged(whole) == logged(parted)
 
 
-def test_an_evaluation_that_was_cut_off_is_made_up_for(tiny_home):
-    whole = trainer("whole")
-    whole.run()
-    cut = trainer("cut")
-    cut.run()
-    go_back_to(cut.run_dir, 8)
-    lines = (cut.run_dir / "metrics.jsonl").read_text().splitlines()
+def test_an_evaluation_that_was_cut_off_is_done_on_resume(tiny_home):
+    whole = train("whole").run.directory
+    cut = cut_copy(whole, "cut", 8)
+    lines = (cut / "metrics.jsonl").read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if '"eval"' in line and '"step": 8,' in line)
-    (cut.run_dir / "metrics.jsonl").write_text("\n".join(lines[:at]) + '\n{"kind": "ev')
-    trainer("cut", resume=True).run()
-    assert told(whole.run_dir) == told(cut.run_dir)
+    (cut / "metrics.jsonl").write_text("\n".join(lines[:at]) + '\n{"kind": "ev')
+    train("cut", "--resume")
+    assert logged(whole) == logged(cut)
 
 
-def test_the_newest_sound_checkpoint_is_taken_and_the_others_named_and_set_aside(tiny_home):
-    whole = trainer("whole")
-    whole.run()
-    hurt = trainer("hurt")
-    hurt.run()
-    steps = checkpoint_steps(hurt.run_dir)
-    assert steps == [4, 8, 12, 16]
-    (step_dir(hurt.run_dir, 16) / "meta.json").write_text("{")
-    with open(step_dir(hurt.run_dir, 12) / "optimizer_0-of-1.safetensors", "r+b") as file:
+def test_resume_takes_the_newest_sound_checkpoint_and_sets_damaged_ones_aside(tiny_home, capsys):
+    whole = train("whole").run.directory
+    hurt, steps = cut_copy(whole, "hurt", 16), [4, 8, 12, 16]
+    assert checkpoint_steps(hurt) == steps
+    (step_dir(hurt, 16) / "meta.json").write_text("{")
+    with open(step_dir(hurt, 12) / "optimizer_0-of-1.safetensors", "r+b") as file:
         file.seek(-3, 2)
         file.write(b"abc")
-    lines = []
-    config = load_config(OPTIONS[0], [*OPTIONS[1:], "--run.name=hurt"])
-    again = Trainer(config, resume=True, report=lines.append)
-    assert again.step == 8
-    assert any("step_000016" in line and "meta.json cannot be read" in line for line in lines)
-    assert any("step_000012" in line and "optimizer_0-of-1.safetensors does not match" in line for line in lines)
-    again.run()
-    names = {path.name for path in (hurt.run_dir / "checkpoints").iterdir()}
+    capsys.readouterr()
+    train("hurt", "--resume")
+    lines = capsys.readouterr().out.splitlines()
+    assert "step_000016" in lines[0] and "meta.json cannot be read" in lines[0]
+    assert "step_000012" in lines[1] and "optimizer_0-of-1.safetensors does not match" in lines[1]
+    assert lines[2] == "run 'hurt' resumes at step 8"
+    names = {path.name for path in (hurt / "checkpoints").iterdir()}
     assert names == {f"step_{s:06d}" for s in steps} | {"damaged_step_000012", "damaged_step_000016"}
-    assert differing_bytes(whole.run_dir, hurt.run_dir) == 0
+    assert differing_bytes(whole, hurt) == 0

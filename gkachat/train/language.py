@@ -1,0 +1,108 @@
+"""The language task: batches from tokenized shards or conversations, evaluated in bits per byte.
+
+    task = LanguageTask(config, tokenizer, train, val, bpb_sums=bpb_sums, device=device, world=world)
+    (inputs, targets), n_targets = task.batch(step)
+
+How bits per byte are measured is passed in, since gkachat.eval builds on this package.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from itertools import takewhile
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gkachat.config import Config
+from gkachat.data.conversations import ChatSplit
+from gkachat.data.loader import Batch, Loader, Prefetcher, val_batches
+from gkachat.data.shards import Split
+from gkachat.model.gpt import GPT
+from gkachat.model.stats import model_stats
+from gkachat.tokenizer import Tokenizer
+from gkachat.train.distributed import World
+
+BpbSums = Callable[[nn.Module, Iterable[Batch], np.ndarray], tuple[float, int]]
+"""(model, batches, token_bytes) -> nats and bytes: gkachat.eval.bpb.bpb_sums."""
+
+
+class LanguageTask:
+    """Trains on the train split of a corpus, and measures bits per byte on a part of val and of train."""
+
+    metrics = ("val_bpb", "train_bpb")
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        train: Split | ChatSplit,
+        val: Split | ChatSplit,
+        *,
+        bpb_sums: BpbSums,
+        device: torch.device,
+        world: World,
+    ):
+        """`config` must be resolved.
+
+        Raises ValueError when the tokenizer has more tokens than the model, or train does not fill a single step.
+        """
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size: given {config.model.vocab_size}, expected {tokenizer.vocab_size} or more: "
+                "the tokenizer has so many tokens"
+            )
+        self.config, self.tokenizer, self.bpb_sums, self.world = config, tokenizer, bpb_sums, world
+        self.stats = model_stats(config.model)
+        self.splits = {"val_bpb": val, "train_bpb": train}
+        self.loader = Loader(
+            train,
+            sequence_len=config.model.sequence_len,
+            batch_rows=config.train.total_batch_size // config.model.sequence_len // world.size,
+            bos=tokenizer.bos,
+            seed=config.run.seed,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        self.prefetcher = Prefetcher(self.loader, pinned=device.type == "cuda")
+        self.eval_batches: dict[str, list[Batch]] = {}
+
+    def batch(self, step: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """Return this rank's inputs and targets (rows, T) of a step, and the number of targets over all ranks."""
+        return self.prefetcher.get(step)
+
+    def evaluate(self, model: GPT, rows: int, proceed: Callable[[], bool]) -> dict[str, tuple[float, float]]:
+        """Return nats, and bytes times ln 2, of this rank's share of val and train: their quotient is bits per byte."""
+        found = {}
+        for name in self.metrics:
+            if name not in self.eval_batches:  # planning the rows of a large corpus takes seconds
+                self.eval_batches[name] = self._read_eval_batches(name, rows, proceed)
+            batches = takewhile(lambda _: proceed(), self.eval_batches[name])
+            nats, n_bytes = self.bpb_sums(model, batches, self.tokenizer.token_bytes())
+            found[name] = nats, math.log(2) * n_bytes
+        return found
+
+    def _read_eval_batches(self, name: str, rows: int, proceed: Callable[[], bool]) -> list[Batch]:
+        batches = val_batches(
+            self.splits[name],
+            sequence_len=self.config.model.sequence_len,
+            batch_rows=rows,
+            bos=self.tokenizer.bos,
+            tokens=self.config.train.eval_tokens,
+        )
+        mine = []
+        for index, batch in enumerate(batches):
+            proceed()  # shards may still be in the making: waiting for each counts as progress
+            if index % self.world.size == self.world.rank:
+                mine.append(batch)
+        return mine
+
+    def describe(self) -> str:
+        """Return the protocol and how much of the corpus an epoch uses."""
+        loader, waste = self.loader, self.loader.packing_waste()
+        epoch = "of the first shard"  # reading all shards of a large corpus takes long, and some may not exist yet
+        if loader.knows_epoch:
+            dropped = 100 * waste["tokens_dropped"]
+            epoch = f"an epoch has {loader.steps_per_epoch:,} steps, {dropped:.2f} % of its tokens are left out"
+        empty = f"{100 * waste['positions_empty']:.2f} % of the positions stay empty"
+        return f"{self.config.train.protocol}; data: {epoch}, {empty}"

@@ -1,0 +1,166 @@
+"""What a training script sets up before the loop: the run directory, and the model on its device."""
+
+import dataclasses
+import os
+import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from torch import nn
+
+from gkachat.checkpoint import check_format, checkpoint_steps
+from gkachat.config import Config, home
+from gkachat.config_file import load_config
+from gkachat.machine import device_name, pick_dtype
+from gkachat.model.gpt import Transformer
+from gkachat.train.distributed import World
+
+Model = TypeVar("Model", bound=Transformer)
+
+# Options that may change when a run is resumed, because they do not change what it learns.
+FREE_TO_CHANGE = ("device_batch_size", "recompute_blocks", "eval_every", "eval_tokens", "max_skipped")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, locked by rank 0 so that no other process trains it."""
+
+    directory: Path
+    resume: bool
+    report: Callable[[str], None]
+    """Prints a line, on rank 0 only."""
+    lock: AbstractContextManager
+    """Held already; leaving its context releases it."""
+
+
+def open_run(config: Config, world: World, *, resume: bool = False, overwrite: bool = False) -> Run:
+    """Lock the directory of a run with a resolved config. Nothing in it is changed yet.
+
+    Args:
+        resume: continue the run of this name, or start it where it does not exist.
+        overwrite: delete the run of this name when training starts.
+
+    Raises:
+        FileExistsError: the run exists and neither flag is given, or another process trains it.
+        ValueError: the run to resume was trained with other options, or written by an incompatible version.
+    """
+    directory = home() / "runs" / config.run_name
+    if not world.is_rank0:
+        return Run(directory, resume, lambda line: None, nullcontext())
+    lock = _lock_run(directory)
+    steps = checkpoint_steps(directory)
+    if (steps or (directory / "config.toml").exists()) and not (resume or overwrite):
+        raise FileExistsError(
+            f"run {directory.name!r} exists in {directory.parent}: give --resume to go on with it, "
+            "--overwrite to start anew, or another --run.name"
+        )
+    if resume and steps:
+        check_format(directory)
+        _check_options(directory, config)
+    return Run(directory, resume, print, lock)
+
+
+def _lock_run(directory: Path) -> AbstractContextManager:
+    path, owner = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("lock", "owner"))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(path).acquire(blocking=False)
+    except Timeout:
+        held_by = owner.read_text() if owner.exists() else "another process"
+        raise FileExistsError(
+            f"run {directory.name!r} is in use by {held_by}; wait for it, stop it, or choose another name"
+        ) from None
+    except (NotImplementedError, OSError):  # this file system has no locks
+        return nullcontext()
+    owner.write_text(f"process {os.getpid()} on {platform.node()}")
+    return lock
+
+
+def _check_options(directory: Path, config: Config) -> None:
+    stored = load_config(directory / "config.toml", cls=type(config))
+    changed = [
+        f"{section}.{f.name}: given {given!r}, the run has {found!r}"
+        for section in vars(stored)
+        if section != "run"
+        for f in dataclasses.fields(getattr(stored, section))
+        if (given := getattr(getattr(config, section), f.name)) != (found := getattr(getattr(stored, section), f.name))
+        and f.name not in FREE_TO_CHANGE
+    ]
+    if changed:
+        raise ValueError(
+            f"cannot resume {directory.name!r} with other options ({'; '.join(changed)}): take them back, "
+            "give --overwrite to start anew, or another --run.name"
+        )
+
+
+def build_model(cls: type[Model], config: Any, device: torch.device) -> Model:
+    """Build a model on its device from a training config. The seed gives every rank the same weights.
+
+    Raises ValueError where `run.fp8` asks for what the device or the installation cannot do.
+    """
+    torch.manual_seed(config.run.seed)
+    with device:
+        model = cls(config.model, pick_dtype(config.run.dtype, device))
+    if config.run.fp8:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+            raise ValueError(f"run.fp8: {device_name(device)} has no fp8 arithmetic: leave it out")
+        use_fp8(model)
+    model.recompute_blocks = config.train.recompute_blocks
+    return model
+
+
+def use_fp8(model: Transformer, emulate: bool = False) -> None:
+    """Make the matrices of the blocks multiply in fp8 with one scale per tensor. Weights stay in float32.
+
+    `emulate` rounds in the same way on any device. Raises ValueError where torchao is not installed.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError:
+        raise ValueError("run.fp8: torchao is not installed; pip install 'gkachat[fp8]'") from None
+
+    def has_kernel(module: nn.Module, name: str) -> bool:  # the head's loss reads its weight in parts
+        return name != "lm_head" and module.in_features % 16 == 0 and module.out_features % 16 == 0
+
+    convert_to_float8_training(model, module_filter_fn=has_kernel, config=Float8LinearConfig(emulate=emulate))
+
+
+def largest_device_batch(
+    model: Transformer, optimizers: list[torch.optim.Optimizer], rows: int, device: torch.device, world: World
+) -> int:
+    """Return how many rows, up to `rows`, fit the GPU memory of every rank in one forward and backward.
+
+    The number is doubled until memory runs out. On a CPU it is 32, since a CPU swaps to disk instead of failing.
+    Raises ValueError when not even one row fits.
+    """
+    if device.type != "cuda":
+        return min(32, rows)
+    fits = 1
+    for n in [*(2**i for i in range(rows.bit_length()) if 2**i < rows), rows]:
+        try:
+            model(*model.example_batch(n)).backward()
+        except torch.cuda.OutOfMemoryError as error:
+            if n == 1:
+                raise ValueError(
+                    f"train.device_batch_size: not even one row of {model.config.sequence_len} tokens fits "
+                    f"{device_name(device)}; set train.recompute_blocks, or a smaller model"
+                ) from error
+            break
+        if n == 1:  # allocates the optimizers' state; with found_inf = 1 the step changes nothing
+            for optimizer in optimizers:
+                optimizer.found_inf = torch.ones((), device=device)
+                optimizer.step()
+            model.zero_grad(set_to_none=True)
+        fits = n
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    smallest = torch.tensor(fits, device=device)
+    if world.size > 1:
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return int(smallest)
