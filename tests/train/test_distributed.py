@@ -1,7 +1,8 @@
 """Any number of processes trains as one does. What goes wrong in one ends all, with a message."""
 
 import os
-import time
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import ROOT, TINY, launch, make_trainer
 from gkachat.checkpoint import load_model, load_optimizer, load_weights, open_checkpoint, remove, step_dir
 from gkachat.config import ConfigError
 from gkachat.config_file import load_config
+from gkachat.train import distributed
 from gkachat.train.distributed import Watchdog, World, init_process_group
 from gkachat.train.metrics import read_metrics
 from gkachat.train.schedule import resolve
@@ -105,13 +107,19 @@ def test_a_process_that_fails_or_hangs_ends_all_with_a_message(tiny_home, tmp_pa
     assert all(message in result.stderr for message in messages)
 
 
-def test_the_watchdog_is_silent_while_it_gets_heartbeats(capfd):
-    watchdog = Watchdog(2.0, World())
+def test_the_watchdog_ends_the_process_only_without_heartbeats(monkeypatch, capfd):
+    clock, codes, ended = [0.0], [], threading.Event()
+    monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(distributed.os, "_exit", lambda code: (codes.append(code), ended.set()))
+    watchdog = Watchdog(0.04, World())
     with watchdog.watching():
-        for step in range(6):
+        for step in range(10):
+            clock[0] += 0.03
             watchdog.heartbeat(f"step {step}")
-            time.sleep(0.5)
-    assert capfd.readouterr().err == ""
+        assert codes == []
+        clock[0] += 60
+        assert ended.wait(60)
+    assert codes[0] == 1 and "no progress for 60 s in step 9; run.timeout" in capfd.readouterr().err
 
 
 @pytest.mark.skipif("RANK" in os.environ, reason="under torchrun")
