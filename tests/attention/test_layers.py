@@ -18,9 +18,9 @@ from gkachat.model.stats import model_stats
 B, T, H, D = 2, 150, 3, 16
 
 
-def drawn_layer(attention, dtype=torch.float64, **options):
-    """The first layer of two, which has a window of 128. All parameters are drawn."""
-    model = live_model(attention, sequence_len=T, n_embd=H * D, head_dim=D, vocab_size=16, **options).to(dtype)
+def drawn_layer(attention, **options):
+    """Return the first layer of two, which has a window of 128, in float64 with every parameter drawn."""
+    model = live_model(attention, sequence_len=T, n_embd=H * D, head_dim=D, vocab_size=16, **options).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     assert model.blocks[0].attn.window == 128
@@ -81,12 +81,12 @@ def test_outputs_and_gradients_are_those_of_the_definition(attention, definition
     x, dy = torch.randn(2, B, T, H * D, dtype=torch.float64)
     rope, idx, results = tuple(t.double() for t in rope_table(T, D)), torch.randint(16, (B, T)), []
     mask = visible(T, 128, include_self=attn.include_self)
+    has_key = mask.any(1, keepdim=True)
 
     def defined(x):
         scores, v = definition(attn, x, idx, rope)
-        hidden = torch.where(mask.any(1, keepdim=True), ~mask, False)  # a row without a key is set to zero below
-        y = torch.einsum("bhij,bjhd->bihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
-        return (y * mask.any(1)[:, None, None]).flatten(2) @ attn.c_proj.weight.T
+        weights = scores.masked_fill(~mask & has_key, -torch.inf).softmax(-1) * has_key
+        return torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2) @ attn.c_proj.weight.T
 
     for function in (lambda x: attn(x, idx, rope), defined):
         leaf = x.clone().requires_grad_()
@@ -117,7 +117,7 @@ def test_bandwidths_start_at_the_root_of_half_the_head_and_stay_in_float32():
         torch.testing.assert_close(block.attn.sigma, torch.full((2,), math.sqrt(8)))
 
 
-@pytest.mark.parametrize(("name", "depth"), itertools.product(("softmax", "gka_plus"), (3, 4)))
+@pytest.mark.parametrize(("name", "depth"), [*itertools.product(("softmax", "gka_plus"), (3, 4))])
 def test_value_embeddings_are_in_every_other_layer_and_the_last(name, depth):
     model = live_model(name, depth=depth, value_embeddings=True)
     has = [block.attn.value_embedding is not None for block in model.blocks]
