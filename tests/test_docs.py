@@ -326,7 +326,7 @@ def test_readme_python_block_runs(tmp_path, monkeypatch, capsys):
 # The attention that docs/attention.md adds. tests/attention/test_conformance.py holds it to what every attention must.
 
 
-def test_an_added_attention_takes_at_most_25_lines_outside_the_package(cauchy):
+def test_an_added_attention_takes_at_most_30_lines_outside_the_package(cauchy):
     assert len(cauchy.read_text().splitlines()) <= 30
     assert not any("cauchy" in path.read_text().lower() for path in (ROOT / "gkachat").rglob("*.py"))
 
