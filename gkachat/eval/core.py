@@ -75,8 +75,7 @@ def tokenize_example(task: Task, index: int, tokenizer: Tokenizer, max_tokens: i
 def group_texts(number: int, example: Example) -> list[Group]:
     """Group an example's texts: one group if they share at least half of the longest, otherwise one group per text.
 
-    A text alone takes as its prefix all that is not scored. Equal texts count once; texts with nothing to score are
-    left out.
+    Equal texts count once. Texts with nothing to score are left out.
     """
     starts = {text: start for text, start in zip(example.texts, example.starts, strict=True) if start < len(text)}
     if not starts:
@@ -84,8 +83,8 @@ def group_texts(number: int, example: Example) -> list[Group]:
     shared = min(common_prefix([*starts]), *(start - 1 for start in starts.values()), math.inf)
     if 2 * shared >= max(map(len, starts)):
         tails = [Continuation(number, text[shared:], start - shared) for text, start in starts.items()]
-        return [Group.of(next(iter(starts))[:shared], tails)]
-    return [Group(text[: start - 1], [Continuation(number, text[start - 1 :], 1)]) for text, start in starts.items()]
+        return [Group(next(iter(starts))[:shared], tails)]
+    return [Group.alone(number, text, start) for text, start in starts.items()]
 
 
 def decide(example: Example, scores: dict[tuple[int, ...], TextScore]) -> tuple[bool, float]:
@@ -145,25 +144,20 @@ def evaluate_core(
     finished = kept["tasks"] if kept.get("key") == partial_key and kept else {}
     barrier(world)  # every process has read the file before it is written
     total, done = sum(len(task.rows) * (1 + task.shots) for task in tasks), 0
-    tokens = tokens or max_batch_tokens(model.wte.weight.device)
-    results, was_training = {}, model.training
-    model.eval()
-    try:
-        for task in tasks:
-            result = finished.get(task.label)
-            if result is None or result["sha256"] != task.sha256:
+    tokens, results = tokens or max_batch_tokens(model.wte.weight.device), {}
+    for task in tasks:
+        result = finished.get(task.label)
+        if result is None or result["sha256"] != task.sha256:
 
-                def on_rows(rows: int, task: Task = task, done: int = done) -> None:
-                    on_progress(task.label, done + rows * (1 + task.shots), total)
+            def on_rows(rows: int, task: Task = task, done: int = done) -> None:
+                on_progress(task.label, done + rows * (1 + task.shots), total)
 
-                result = finished[task.label] = _evaluate_task(model, tokenizer, task, world, tokens, on_rows)
-                if partial is not None and world.is_rank0:
-                    write_text(partial, json.dumps({"key": partial_key, "tasks": finished}))
-                on_task(task.label, result)
-            results[task.label] = result
-            done += len(task.rows) * (1 + task.shots)
-    finally:
-        model.train(was_training)
+            result = finished[task.label] = _evaluate_task(model, tokenizer, task, world, tokens, on_rows)
+            if partial is not None and world.is_rank0:
+                write_text(partial, json.dumps({"key": partial_key, "tasks": finished}))
+            on_task(task.label, result)
+        results[task.label] = result
+        done += len(task.rows) * (1 + task.shots)
     return {**results, **_summary(tasks, results, max_per_task)}
 
 

@@ -3,7 +3,7 @@
     write_result(run_dir, "core", meta, device, {"arc_easy": task_score(0.4, examples=500, seconds=3.1)}, n_tasks=22)
     read_results(run_dir, step=300)["core"]["scores"]["arc_easy"]["accuracy"]
 
-This is the only form in which evaluations leave figures. Kinds in use are bpb, core, chat and lm_eval.
+Kinds in use are bpb, core, chat and lm_eval.
 """
 
 import json
@@ -62,10 +62,9 @@ def write_result(
     """Write one evaluation of a checkpoint and return the path of its .json.
 
     Args:
-        kind: what was evaluated; first part of the file's name.
         meta: the checkpoint's meta.json.
         device: where the model ran.
-        scores: {task: figures}, from `task_score`, with more figures of the task where there are any.
+        scores: {task: figures}, from `task_score` and perhaps more.
         figures: everything else; must be JSON. The .md lists those that fit on a line.
     """
     about = {

@@ -1,6 +1,6 @@
 """Likelihoods of many texts under a model, with what texts share read once. CORE and lm-evaluation-harness use it.
 
-    group = Group.of(prefix, [Continuation(0, tokens, start=1), Continuation(1, other_tokens, start=1)])
+    group = Group(prefix, [Continuation(0, tokens, start=1), Continuation(1, other_tokens, start=1)])
     for batch in batch_groups([group, ...], max_batch_tokens(device)):
         score_groups(model, batch)         # {(number, the whole text's tokens): TextScore}
 
@@ -37,11 +37,14 @@ class Group:
 
     prefix: tuple[int, ...]
     continuations: list[Continuation]
-    """The longest first."""
+
+    def __post_init__(self) -> None:
+        self.continuations.sort(key=lambda continuation: -len(continuation.tokens))  # the longest first
 
     @classmethod
-    def of(cls, prefix: tuple[int, ...], continuations: list[Continuation]) -> "Group":
-        return cls(prefix, sorted(continuations, key=lambda continuation: -len(continuation.tokens)))
+    def alone(cls, number: int, text: tuple[int, ...], start: int) -> "Group":
+        """Return the group of one text, scored from token `start` on. Its prefix is all that is not scored."""
+        return cls(text[: start - 1], [Continuation(number, text[start - 1 :], 1)])
 
 
 def max_batch_tokens(device: torch.device) -> int:

@@ -42,7 +42,7 @@ def replaced(name, old, new):
 
 
 DAMAGES = {
-    "a broken line": (replaced(MC, '"Question 2:", "choices"', '"Question 2:" "choices"'), r"mc\.jsonl, line 3 .*: Exp"),
+    "a broken line": (replaced(MC, '2:", "choices"', '2:" "choices"'), r"mc\.jsonl, line 3 cannot be read: Expecting"),
     "a missing key": (replaced(MC, '"gold": 1', '"silver": 1'), r"mc\.jsonl, line 2: no 'gold'"),
     "an answer that is none of the choices": (replaced(MC, '"gold": 2', '"gold": 3'), r"mc\.jsonl, line 3.*gold is"),
     "a number for a text": (replaced(MC, '"Question 0:"', "7"), r"mc\.jsonl, line 1.*: query is not a text"),
