@@ -6,17 +6,17 @@ import random
 import core_reference as reference
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import ROOT, launch, untrained_run
+from core_reference import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkachat.checkpoint import Saver, start_run
-from gkachat.config import ATTENTIONS, Config, GKAConfig, GPTConfig
+from gkachat.checkpoint import load_model
+from gkachat.config import ATTENTIONS, GKAConfig
 from gkachat.eval import bundle as bundles
 from gkachat.eval import core, scoring
 from gkachat.eval.core import evaluate_core
 from gkachat.eval.results import read_results
-from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
 from scripts import base_eval
 
@@ -28,17 +28,6 @@ MODELS = {
     "gka without self": {"attention": "gka", "gka": GKAConfig(include_self=False)},
     "gka normalized": {"attention": "gka", "gka": GKAConfig(normalize=True, rope=True)},
 }
-
-
-def random_model(vocab_size=512, sequence_len=1024, dtype=torch.float32, **options):
-    """Return a small model of random weights, none of them zero."""
-    torch.manual_seed(0)
-    config = GPTConfig(depth=2, n_embd=32, head_dim=16, vocab_size=vocab_size, sequence_len=sequence_len, **options)
-    model = GPT(config, dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +81,7 @@ def decisions(result):
 
 def expected(model, tokenizer, bundle, max_per_task=None):
     plain = reference.evaluate(model, tokenizer, bundle, max_per_task)
-    return {label: [right for right, _ in rows] for label, rows in plain.items()}
+    return {label: [right for right, _ in rows] for label, rows in plain}
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f"no {SHARED}")
@@ -125,7 +114,7 @@ def test_decisions_do_not_depend_on_the_batch_size(dtype, tokenizer, small):
     model = random_model(dtype=dtype)
     results = [evaluate_core(model, tokenizer, small, tokens=tokens) for tokens in (1, 200, 10**6)]
     margins = {"float32": 0.0, "bfloat16": 0.1}  # in bfloat16, rounding decides what is as close as this
-    for label, rows in reference.evaluate(model, tokenizer, small).items():
+    for label, rows in reference.evaluate(model, tokenizer, small):
         for result in results:
             differing = [m for (right, m), other in zip(rows, result[label]["correct"], strict=True) if right != other]
             assert max(differing, default=0) <= margins[str(dtype).removeprefix("torch.")]
@@ -251,32 +240,23 @@ def test_an_interrupted_evaluation_continues_after_the_last_finished_task(tokeni
 @pytest.fixture
 def saved(tiny_home, tokenizer):
     """A run whose checkpoint is a model of random weights."""
-    model = random_model(sequence_len=256)
-    run_dir, config = tiny_home / "runs" / "random", Config(model=model.config)
-    start_run(run_dir, config, tokenizer)
-    saver = Saver(run_dir, config, tokenizer, report=lambda line: None)
-    saver.save(7, model.state_dict(), {}, {})
-    saver.finish()
-    return run_dir
+    return untrained_run(tiny_home, "random", tokenizer, depth=2, sequence_len=256)
 
 
 def test_processes_share_the_rows_and_write_one_result(saved, small, tiny_home, tokenizer):
     ended = launch(2, "random", "--eval", "core", "--bundle", str(small), home=tiny_home, script="scripts.base_eval")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("mean centered over 0 of 22 tasks and 3 others") == 1
-    result = read_results(saved, 7)["core"]
+    result = read_results(saved, 1)["core"]
     assert result["processes"] == 2 and result["missing"] == bundles.TASKS and "core" not in result
-    model = random_model(sequence_len=256)
-    assert decisions(result["scores"]) == expected(model, tokenizer, small)
+    assert decisions(result["scores"]) == expected(load_model(saved)[0], tokenizer, small)
     assert not list((saved / "evals").glob(".*"))
 
 
 def test_the_script_prints_each_task_and_the_mean(saved, small, capsys):
     base_eval.main("random", eval="core", bundle=small, max_per_task=8)
-    printed = capsys.readouterr().out
-    assert [line.split()[0] for line in printed.splitlines() if "centered +" in line or "centered -" in line] == [
-        *SMALL
-    ]
-    assert "mean centered over 0 of 22 tasks and 3 others, at most 8 rows of each: " in printed
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if " centered " in line and "+-" in line] == [*SMALL]
+    assert any("mean centered over 0 of 22 tasks and 3 others, at most 8 rows of each: " in line for line in lines)
     with pytest.raises(ValueError, match="given 3 rows, expected more than its 3 shots"):
         base_eval.main("random", eval="core", bundle=small, max_per_task=3)
