@@ -107,7 +107,7 @@ class Run:
             return False  # training reports what is wrong
 
     def result(self) -> dict[str, Any] | None:
-        """Return its row of the table and the median sigma of each layer. None until it is trained and evaluated."""
+        """Return the figures of the run, or None until it is trained and evaluated."""
         try:
             read = read_run(self.directory) if self.is_trained() else None
         except (FileNotFoundError, ValueError):
@@ -115,7 +115,7 @@ class Run:
         return read and {
             "run": self.name, "series": self.series, "axes": self.axes, "seed": self.config.run.seed,
             "depth": self.config.model.depth, **read["figures"], "seconds": read["facts"]["seconds"],
-            "sigma": [float(np.median(heads)) for heads in read["sigma"]], "val_sha256": read["eval"]["val_sha256"],
+            "sigma": [float(np.median(heads)) for heads in read["sigma"]], "val_sha256": read["results"]["bpb"]["val_sha256"],
         }  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def _plan(name: str, base: Path, axes: dict[str, Any], fixed: dict[str, Any], ov
 
 
 def _set(tree: dict[str, Any], fixed: dict[str, Any], axes: dict[str, Any]) -> None:
-    """Write the options of one run into the base config's tables: those of all runs, of its attention, and its axes."""
+    """Set the options of one run in `tree`, the base config: those of all runs, of its attention, and its axes."""
     attention = axes.get("model.attention", tree.get("model", {}).get("attention", Config().model.attention))
     ours = {key: value for key, value in fixed.items() if key.partition(".")[0] not in ATTENTIONS}
     ours |= {key.partition(".")[2]: value for key, value in fixed.items() if key.partition(".")[0] == attention}

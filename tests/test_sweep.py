@@ -243,7 +243,7 @@ def test_a_sweep_is_interrupted_by_ctrl_c(plan, tiny_home, tmp_path):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    assert "the same command goes on with it" in process.stderr.read() and not gka.directory.exists()
+    assert "the same command continues it" in process.stderr.read() and not gka.directory.exists()
 
 
 def test_a_sweep_outlives_a_run_that_fails_and_skips_what_is_done(plan, tiny_home, tmp_path):

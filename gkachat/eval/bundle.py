@@ -31,8 +31,8 @@ TASKS = [
     "bigbench_dyck_languages", "agi_eval_lsat_ar", "bigbench_cs_algorithms", "bigbench_operators",
     "bigbench_repeat_copy_logic", "squad", "coqa", "boolq", "bigbench_language_identification",
 ]  # fmt: skip
-MAX_BYTES = 2**28  # read of one file, unpacked; the real bundle's files are a fraction of this
-FIELDS = {  # of a row, by the task's kind: text fields, and the field with a list of texts
+MAX_BYTES = 2**28  # of one unpacked file; those of the real bundle are much smaller
+FIELDS = {  # by the task's kind: the text fields of a row, and its field with a list of texts
     "multiple_choice": (("query",), "choices"),
     "schema": (("continuation",), "context_options"),
     "language_modeling": (("context", "continuation"), None),

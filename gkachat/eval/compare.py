@@ -52,7 +52,7 @@ def compare_runs(run_dirs: list[Path]) -> dict[str, Any]:
         raise ValueError(f"given {len(run_dirs)} run to compare, expected two or more")
     runs = [read_run(run_dir) for run_dir in run_dirs]
     for run_dir, run in zip(run_dirs, runs, strict=True):
-        if run["eval"]["val_sha256"] != runs[0]["eval"]["val_sha256"]:
+        if run["results"]["bpb"]["val_sha256"] != runs[0]["results"]["bpb"]["val_sha256"]:
             raise ValueError(f"{run_dirs[0].name} and {run_dir.name} have different val texts and cannot be compared")
     names = [run_dir.name for run_dir in run_dirs]
     if len(set(names)) < len(names):
@@ -78,7 +78,7 @@ def compare_runs(run_dirs: list[Path]) -> dict[str, Any]:
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """Read an evaluated run: its bpb result `eval`, all `results`, `figures`, `curve`, `sigma` and `facts`.
+    """Read an evaluated run: its `results` by kind, `figures`, `curve`, `sigma` and `facts`.
 
     Raises FileNotFoundError or ValueError when something is missing or damaged.
     """
@@ -91,7 +91,6 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         )
     bpb, stats, config = results["bpb"], model_stats(model_config(meta)), meta["config"]
     return {
-        "eval": bpb,
         "results": results,
         "figures": {
             "params": stats.params["total"],
@@ -104,10 +103,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
             **{key: bpb[key] for key in ("val_bpb", "train_bpb", "unigram_bpb")},
         },
         "curve": [
-            {
-                "flops": r["tokens"] * stats.flops_per_token,
-                **{key: r[key] for key in ("tokens", "val_bpb", "train_bpb")},
-            }
+            {key: r[key] for key in ("tokens", "val_bpb", "train_bpb")} | {"flops": r["tokens"] * stats.flops_per_token}
             for r in read_metrics(run_dir)
             if r["kind"] == "eval"
         ],

@@ -32,7 +32,7 @@ from gkachat.tokenizer import Tokenizer
 
 ACCURACY_METRICS = ("acc", "exact_match", "acc_norm", "pass@1")  # the first of these that a task has is its accuracy
 FEWSHOT_SEED = 1234  # the harness's default
-# Rendered prompts are text, in which a special token is spelled. These keep apart what a message itself spells so.
+# Rendered prompts spell special tokens as text. A message that spells one itself is escaped, so that it stays text.
 SPELLING, ESCAPED = "<|", "<\0|"
 
 
