@@ -115,7 +115,8 @@ class Run:
         return read and {
             "run": self.name, "series": self.series, "axes": self.axes, "seed": self.config.run.seed,
             "depth": self.config.model.depth, **read["figures"], "seconds": read["facts"]["seconds"],
-            "sigma": [float(np.median(heads)) for heads in read["sigma"]], "val_sha256": read["results"]["bpb"]["val_sha256"],
+            "sigma": [float(np.median(heads)) for heads in read["sigma"]],
+            "val_sha256": read["results"]["bpb"]["val_sha256"],
         }  # fmt: skip
 
 

@@ -86,7 +86,8 @@ def expected(model, tokenizer, bundle, max_per_task=None):
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f"no {SHARED}")
 @pytest.mark.parametrize(
-    ("name", "sequence_len"), [*((name, 1024) for name in MODELS), *((a, 300) for a in ATTENTIONS)]
+    ("name", "sequence_len"),
+    [*((name, 1024) for name in ATTENTIONS), *((name, 300) for name in MODELS if name not in ("softmax", "gka"))],
 )
 def test_decisions_equal_those_of_the_plain_scorer(name, sequence_len, tokenizer):
     """At 300 tokens of context most prompts are truncated."""

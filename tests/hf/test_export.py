@@ -39,7 +39,7 @@ SHAPES = {
     "gka_plus_embedded": {"attention": "gka_plus", "value_embeddings": True},
 }
 LENGTH, WINDOW = 200, 128  # the short windows hide some tokens
-PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+PROPERTY = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 NO_SURROGATES = st.text(st.characters(exclude_categories=["Cs"]))
 
 

@@ -100,17 +100,6 @@ def test_sigma_history_comes_from_the_log_or_else_from_checkpoints(run, tmp_path
     torch.testing.assert_close(torch.tensor(list(saved.values())), torch.tensor([logged[4], logged[8]]))
 
 
-def test_sigma_figures_are_drawn_only_where_there_is_a_sigma(run, home, tmp_path):
-    gka = write_inspection(inspect_run(run, text=TEXT), tmp_path)
-    assert {"sigma.png", "distances.png"} < set(gka) == {path.name for path in tmp_path.iterdir()}
-    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in gka if name.endswith(".png"))
-    softmax = write_inspection(inspect_run(home / "runs" / "softmax", text=TEXT), tmp_path)
-    assert set(gka) - set(softmax) == {"sigma.png", "distances.png"}
-    assert set(softmax) == {path.name for path in tmp_path.iterdir()}  # the earlier figures are gone
-    tree = json.loads((tmp_path / "statistics.json").read_text())
-    assert tree["attention"] == "softmax" and not tree["sigma"] and not tree["sigma_history"]
-
-
 def test_maps_show_the_chosen_heads_and_the_first_tokens(run):
     inspection = inspect_run(run, text=TEXT, tokens=5, heads=("1.0",))
     assert list(inspection.maps) == ["1.0"] and inspection.maps["1.0"].shape == (5, 5)
@@ -125,12 +114,18 @@ def test_the_table_has_only_columns_that_apply(home):
     assert "unassigned" not in softmax and "sigma" not in softmax
 
 
-def test_the_script_reads_val_documents_and_lists_what_it_wrote(run, home):
-    result = run_script("attention_maps", "d2_gka", "--documents=3", home=home)
+def test_the_script_reads_val_documents_and_writes_figures_of_sigma_only_where_there_is_one(run, home):
+    result, out = run_script("attention_maps", "d2_gka", "--documents=3", home=home), run / "attention_maps"
     assert result.returncode == 0, result.stderr
     assert "3 val documents, 96 tokens read" in result.stdout and "| 1.1 |" in result.stdout  # contexts of 32
-    assert f"written to {run / 'attention_maps'}: distances.png" in result.stdout
-    assert (run / "attention_maps" / "maps.html").exists()
+    gka = sorted(path.name for path in out.iterdir())
+    assert f"written to {out}: {', '.join(gka)}" in result.stdout and "maps.html" in gka
+    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in gka if name.endswith(".png"))
+    softmax = write_inspection(inspect_run(home / "runs" / "softmax", text=TEXT), out)
+    assert set(gka) - set(softmax) == {"sigma.png", "distances.png"}
+    assert softmax == sorted(path.name for path in out.iterdir())  # the earlier figures are gone
+    tree = json.loads((out / "statistics.json").read_text())
+    assert tree["attention"] == "softmax" and not tree["sigma"] and not tree["sigma_history"]
 
 
 def test_invalid_requests_end_with_one_line(home, tmp_path):
