@@ -43,16 +43,13 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", default=[*ATTENTIONS], choices=[*ATTENTIONS])
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=[*TOLERANCE])
     parser.add_argument("--vocab-size", type=int, help="of the model; by default the tokenizer's")
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--n-embd", type=int, default=256)
-    parser.add_argument("--sequence-len", type=int, default=2048)
     parser.add_argument("--max-per-task", type=int)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", help="write OUT.json and OUT.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokenizer, rows = Tokenizer.load(options.tokenizer), []
-    shape = {"depth": options.depth, "n_embd": options.n_embd, "sequence_len": options.sequence_len, "head_dim": 128}
+    shape = {"depth": 4, "n_embd": 256, "head_dim": 128, "sequence_len": 2048}
     shape["vocab_size"] = options.vocab_size or tokenizer.vocab_size
     for attention, dtype in ((attention, dtype) for attention in options.attention for dtype in options.dtype):
         model = reference.random_model(dtype=getattr(torch, dtype), attention=attention, **shape)

@@ -7,14 +7,13 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from conftest import TINY, run_script, untrained_run
+from conftest import TINY, live_model, run_script, untrained_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkachat.attention import attention_class
 from gkachat.attention.features import rms_norm, rope_table
 from gkachat.attention.kernels.reference import visible
-from gkachat.config import GKAConfig, GPTConfig
+from gkachat.config import GKAConfig
 from gkachat.inspection.page import page
 from gkachat.inspection.report import markdown, write_inspection
 from gkachat.inspection.statistics import Inspection, head_statistics, inspect_run, sigma_history
@@ -28,13 +27,9 @@ TEXT = "def add(a, b):\n    return a + b\n"
 @pytest.mark.parametrize("attention", ["gka", "gka_plus"])
 @pytest.mark.parametrize("include_self", [True, False])
 def test_distances_and_sigma_give_the_weights(attention, include_self):
-    torch.manual_seed(0)
     options = GKAConfig(rope=True, include_self=include_self)
-    config = GPTConfig(
-        depth=2, attention=attention, vocab_size=512, sequence_len=256, n_embd=32, head_dim=16, gka=options
-    )
-    layer = attention_class(attention)(config, 0)
-    layer.init_weights()
+    model = live_model(attention, vocab_size=512, sequence_len=256, gka=options)
+    layer, config = model.blocks[0].attn, model.config
     for parameter in layer.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))
     x_BTC = rms_norm(torch.randn(2, T, config.n_embd))
@@ -100,18 +95,15 @@ def test_sigma_history_comes_from_the_log_or_else_from_checkpoints(run, tmp_path
     torch.testing.assert_close(torch.tensor(list(saved.values())), torch.tensor([logged[4], logged[8]]))
 
 
-def test_maps_show_the_chosen_heads_and_the_first_tokens(run):
-    inspection = inspect_run(run, text=TEXT, tokens=5, heads=("1.0",))
-    assert list(inspection.maps) == ["1.0"] and inspection.maps["1.0"].shape == (5, 5)
-    assert inspection.tokens[0] == "<|bos|>" and len(inspection.tokens) == 5
-    torch.testing.assert_close(inspection.maps["1.0"].sum(dim=-1), torch.ones(5))
-
-
-def test_the_table_has_only_columns_that_apply(home):
+def test_the_table_has_columns_that_apply_and_maps_show_the_chosen_heads(run, home):
     without_self = markdown(inspect_run(home / "runs" / "without_self", text=TEXT))
     assert "| unassigned |" in without_self and "| sigma |" in without_self
     softmax = markdown(inspect_run(home / "runs" / "softmax", text=TEXT))
     assert "unassigned" not in softmax and "sigma" not in softmax
+    inspection = inspect_run(run, text=TEXT, tokens=5, heads=("1.0",))
+    assert inspection.maps.keys() == {"1.0"} and inspection.maps["1.0"].shape == (5, 5)
+    assert inspection.tokens[0] == "<|bos|>" and len(inspection.tokens) == 5
+    torch.testing.assert_close(inspection.maps["1.0"].sum(dim=-1), torch.ones(5))
 
 
 def test_the_script_reads_val_documents_and_writes_figures_of_sigma_only_where_there_is_one(run, home):
