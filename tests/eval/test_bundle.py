@@ -52,7 +52,7 @@ DAMAGES = {
     "nothing to continue": (replaced("eval_data/lm.jsonl", "3 or so", " "), r"lm\.jsonl, line 4.*: nothing is to"),
     "too few rows": (replaced("core.yaml", "[3]", "[12]"), r"mc\.jsonl: given 12 rows"),
     "broken YAML": (replaced("core.yaml", "-", "{"), r"core\.yaml cannot be read"),
-    "deep YAML": (replaced("core.yaml", "icl_tasks:", "x: " + "[" * 20_000), r"core\.yaml cannot be read"),
+    "deep YAML": (replaced("core.yaml", "icl_tasks:", "x: " + "[" * 3_000), r"core\.yaml cannot be read"),
     "a tag that runs code": (
         replaced("core.yaml", "label: mc", "label: !!python/object/apply:os.getcwd []"), r"core\.yaml cannot be read",
     ),

@@ -32,7 +32,6 @@ def test_questions_are_always_the_same_ones_that_tuning_kept_out():
     for question, answer in held_out_questions("addition", 0.05, 50):
         a, b = map(int, re.findall(r"\d+", question))
         assert is_val(f"addition {a} {b}", 0.05) and answer == str(a + b)
-    assert 300 < len(held_out_questions("addition", 0.05, 10_000)) < 500  # of 8,100 pairs
     with pytest.raises(ValueError, match="tuning kept no question out"):
         held_out_questions("addition", 1e-9, 5)
 
