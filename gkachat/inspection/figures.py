@@ -6,7 +6,7 @@ Each function returns a matplotlib Figure.
 import math
 from typing import Any
 
-import torch
+import numpy as np
 
 from gkachat.attention.kernels.reference import visible
 from gkachat.eval.compare import heat_map
@@ -99,15 +99,13 @@ def distances_figure(inspection: Inspection) -> Any:
     for layer, (axis, distances, sigma) in enumerate(zip(axes, inspection.distances, inspection.sigma, strict=True)):
         marks = [2 * value**2 for value in sigma]
         # Equal tokens are at distance 0 or near it, which a log scale lacks: they go to the first bin.
-        logs = distances.clamp(min=max(1e-9, distances.median().item() / 100)).log10()
-        low = min(logs.min().item(), math.log10(min(marks))) - 0.05
-        high = max(logs.max().item(), math.log10(max(marks))) + 0.05
-        bins = torch.linspace(low, high, 81)
+        low = max(1e-9, min(distances.median().item() / 100, *marks))
+        bins = np.geomspace(0.9 * low, 1.1 * max(distances.max().item(), *marks), 81)
+        shares = np.full(distances.size(1), 1 / distances.size(1))
         for head, mark in enumerate(marks):
-            color = f"C{head % 10}"
-            counts = torch.histogram(logs[head].contiguous(), bins)[0] / distances.size(1)
-            axis.stairs(counts.numpy(), (10**bins).numpy(), color=color, label=f"head {head}")
-            axis.axvline(mark, color=color, linestyle="--", linewidth=1)
+            style = {"color": f"C{head % 10}", "label": f"head {head}"}
+            axis.hist(distances[head].clamp(min=low).numpy(), bins, weights=shares, histtype="step", **style)
+            axis.axvline(mark, color=style["color"], linestyle="--", linewidth=1)
         axis.set(xscale="log", title=f"layer {layer}", xlabel="squared distance", ylabel="share of pairs")
         if len(sigma) <= 10:
             axis.legend(fontsize=7)
