@@ -24,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows
 
 from gkachat.data.conversations import render, render_prompt
 from gkachat.eval.results import task_score
-from gkachat.eval.scoring import Continuation, Group, batch_groups, max_batch_tokens, score_groups
+from gkachat.eval.scoring import Continuation, Group, score_texts
 from gkachat.inference.engine import Engine, Request
 from gkachat.inference.sampling import Sampling
 from gkachat.model.gpt import GPT
@@ -51,7 +51,6 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.tokenizer, self.chat = model, tokenizer, chat
         self.batch_size, self.seed = batch_size, seed
-        self._device = model.wte.weight.device
         self.sequence_len = model.config.sequence_len
         self.truncated = 0
         self.ignored_options: set[str] = set()  # generation options that tasks set and the engine does not have
@@ -105,9 +104,8 @@ class HarnessModel(TemplateLM):
                 shared.setdefault(tuple(before), []).append(Continuation(number, (last, *continuation), 1))
         groups = [Group(prefix, continuations) for prefix, continuations in shared.items()]
         answers = [(0.0, True)] * len(requests)
-        for batch in batch_groups(groups, max_batch_tokens(self._device)):
-            for (number, _), text in score_groups(self.model, batch).items():
-                answers[number] = (-text.mean_loss * len(requests[number][2]), text.greedy)
+        for (number, _), score in score_texts(self.model, groups):
+            answers[number] = (-score.mean_loss * len(requests[number][2]), score.greedy)
         return answers
 
     def _truncate(self, ids: list[int], room: int) -> list[int]:
@@ -132,10 +130,9 @@ class HarnessModel(TemplateLM):
             for i, (_, given, predicted) in enumerate(windows)
         ]
         totals = [0.0] * len(requests)
-        for batch in batch_groups(groups, max_batch_tokens(self._device)):
-            for (i, _), text in score_groups(self.model, batch).items():
-                number, _, predicted = windows[i]
-                totals[number] -= text.mean_loss * len(predicted)
+        for (i, _), score in score_texts(self.model, groups):
+            number, _, predicted = windows[i]
+            totals[number] -= score.mean_loss * len(predicted)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

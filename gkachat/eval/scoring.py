@@ -1,8 +1,8 @@
 """Likelihoods of many texts under a model, with what texts share read once. CORE and lm-evaluation-harness use it.
 
     group = Group(prefix, [Continuation(0, tokens, start=1), Continuation(1, other_tokens, start=1)])
-    for batch in batch_groups([group, ...], max_batch_tokens(device)):
-        score_groups(model, batch)         # {(number, the whole text's tokens): TextScore}
+    for (number, text), score in score_texts(model, [group, ...]):    # text: all of its tokens
+        score.mean_loss, score.greedy
 
 A group's prefix is read once into a KV cache, for many groups at a time. The continuations of a group follow it one
 after the other, and only their tokens get logits. Up to rounding, this equals scoring each text alone.
@@ -47,8 +47,32 @@ class Group:
         return cls(text[: start - 1], [Continuation(number, text[start - 1 :], 1)])
 
 
-def max_batch_tokens(device: torch.device) -> int:
-    return MAX_BATCH_TOKENS.get(device.type, MAX_BATCH_TOKENS["cpu"])
+@dataclass(frozen=True)
+class TextScore:
+    """Scores of a text's tokens from its start on."""
+
+    mean_loss: float
+    """Nats per token."""
+    greedy: bool
+    """Whether every token is the likeliest."""
+    margin: float
+    """By how many logits `greedy` is decided."""
+
+    @classmethod
+    def of(cls, losses: Sequence[float], hits: Sequence[float], leads: Sequence[float]) -> "TextScore":
+        return cls(sum(losses) / len(losses), all(hits), abs(min(leads)))
+
+
+def score_texts(
+    model: GPT, groups: list[Group], max_tokens: int | None = None
+) -> Iterator[tuple[tuple[int, tuple[int, ...]], TextScore]]:
+    """Yield ((number, the whole text's tokens), score) for every text, in batches of `max_tokens` tokens at most.
+
+    By default they hold MAX_BATCH_TOKENS.
+    """
+    device = model.wte.weight.device.type
+    for batch in batch_groups(groups, max_tokens or MAX_BATCH_TOKENS.get(device, MAX_BATCH_TOKENS["cpu"])):
+        yield from score_groups(model, batch).items()
 
 
 def batch_groups(groups: list[Group], max_tokens: int) -> Iterator[list[Group]]:
@@ -69,22 +93,6 @@ def batch_groups(groups: list[Group], max_tokens: int) -> Iterator[list[Group]]:
         batch.append(group)
     if batch:
         yield batch
-
-
-@dataclass(frozen=True)
-class TextScore:
-    """Scores of a text's tokens from its start on."""
-
-    mean_loss: float
-    """Nats per token."""
-    greedy: bool
-    """Whether every token is the likeliest."""
-    margin: float
-    """By how many logits `greedy` is decided."""
-
-    @classmethod
-    def of(cls, losses: Sequence[float], hits: Sequence[float], leads: Sequence[float]) -> "TextScore":
-        return cls(sum(losses) / len(losses), all(hits), abs(min(leads)))
 
 
 def score_tokens(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

@@ -23,22 +23,16 @@ def statistics_figure(inspection: Inspection) -> Any:
     Scales are equal for all runs on the same texts with the same windows, so that their figures can be compared.
     Weights above 0.1 stretch theirs.
     """
-    shown = {name: values for name, values in inspection.statistics.items() if is_shown(inspection, name)}
     depth, n_head = len(inspection.visible), len(inspection.statistics["self"][0])
-    figure, axes = _grid(len(shown), max(4.4, 1 + 0.35 * n_head), max(3.6, 1 + 0.3 * depth))
+    figure, axes = _grid(len(STATISTICS), max(4.4, 1 + 0.35 * n_head), max(3.6, 1 + 0.3 * depth))
     most_visible = max(inspection.visible)
-    for axis, (name, values) in zip(axes, shown.items(), strict=True):
+    for axis, (name, values) in zip(axes, inspection.statistics.items(), strict=True):
         if name in ("effective", "distance"):
             limits = (1 if name == "effective" else 0, most_visible)
         else:
             limits = (0, max(0.1, *map(max, values)))
         heat_map(figure, axis, values, STATISTICS[name], *limits)
     return _titled(figure, inspection, "attention of each head")
-
-
-def is_shown(inspection: Inspection, name: str) -> bool:
-    """Whether a statistic is worth showing: "unassigned" only where some weight goes to no token."""
-    return name != "unassigned" or max(map(max, inspection.statistics[name])) > 1e-6
 
 
 def maps_figure(inspection: Inspection) -> Any:
