@@ -34,7 +34,7 @@ from gkachat.checkpoint import checkpoint_steps
 from gkachat.config import ATTENTIONS, Config, ConfigError, home, is_directory_name, require
 from gkachat.config_file import from_dict, load_config, read_toml
 from gkachat.eval.compare import read_run
-from gkachat.files import atomic_write, write_text
+from gkachat.eval.results import write_report
 from gkachat.model.stats import model_stats
 from gkachat.train.schedule import n_steps, resolve
 
@@ -352,10 +352,7 @@ def write_sweep(sweep: Sweep, facts: dict[str, str]) -> str:
         raise ValueError(f"no run of the sweep {sweep.name!r} is finished and evaluated yet: nothing to write")
     text = markdown(results)
     with_facts = text + "- " + ", ".join(f"{key} {value}" for key, value in facts.items()) + "\n"
-    write_text(sweep.directory / "sweep.json", json.dumps(results | {"facts": facts}, indent=1) + "\n")
-    write_text(sweep.directory / "sweep.md", with_facts)
-    with atomic_write(sweep.directory / "sweep.png") as file:
-        draw(results).savefig(file, format="png", dpi=120)
+    write_report(sweep.directory / "sweep", with_facts, results | {"facts": facts}, draw(results))
     return text
 
 

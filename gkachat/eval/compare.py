@@ -1,10 +1,9 @@
 """Comparison of evaluated runs: a table, scores on common tasks, BPB curves, and learned bandwidths.
 
 comparison = compare_runs([baseline, another])        # run directories; ratios are over the first
-write_comparison(comparison, directory)               # comparison.md, .json, .png
+markdown(comparison), draw(comparison)
 """
 
-import json
 import math
 from pathlib import Path
 from string import ascii_lowercase
@@ -15,13 +14,11 @@ from scipy.stats import sem
 from gkachat.benchmark import table
 from gkachat.checkpoint import MODEL, load_weights, model_config, open_checkpoint
 from gkachat.eval.results import read_results
-from gkachat.files import atomic_write, write_text
 from gkachat.model.stats import PUBLISHED_FLOPS_RATIO, PUBLISHED_PARAMS_RATIO, model_stats
 from gkachat.train.metrics import read_metrics
 
 NOISE = 1.96  # standard errors; chance alone exceeds them on one task in twenty
 VERDICTS = {True: "within noise", False: "more than noise"}  # by is_noise
-FILES = ("comparison.md", "comparison.json", "comparison.png")
 TABLE = [  # name, key in a run's figures, format, the paper's ratio of gka over softmax at depth 20
     ("parameters", "params", "{:,.0f}", PUBLISHED_PARAMS_RATIO),
     ("training FLOPs a token", "flops_per_token", "{:.4g}", None),
@@ -135,7 +132,8 @@ def compare_scores(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -
     """
     differences = []
     for kind in [kind for kind in a if kind in b]:
-        tasks, centered_errors, all_paired = [task for task in a[kind]["scores"] if task in b[kind]["scores"]], [], True
+        tasks = [task for task in a[kind]["scores"] if task in b[kind]["scores"]]
+        centered_errors, all_paired = [], True
         for task in tasks:
             score_a, score_b = a[kind]["scores"][task], b[kind]["scores"][task]
             errors = score_a["standard_error"], score_b["standard_error"]
@@ -207,14 +205,6 @@ def markdown(comparison: dict[str, Any]) -> str:
             f"{facts['peak_memory_bytes'] / 2**30:.2f} GiB at most\n"
         )
     return text
-
-
-def write_comparison(comparison: dict[str, Any], directory: Path, notes: str = "") -> None:
-    """Write comparison.md, with `notes` at its end, comparison.json and comparison.png."""
-    write_text(directory / "comparison.md", markdown(comparison) + notes)
-    write_text(directory / "comparison.json", json.dumps(comparison, indent=1) + "\n")
-    with atomic_write(directory / "comparison.png") as file:
-        draw(comparison).savefig(file, format="png", dpi=120)
 
 
 def draw(comparison: dict[str, Any]) -> Any:

@@ -6,7 +6,6 @@ BUNDLE is a directory. The model has random weights, none of them zero, so that 
 """
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -18,7 +17,7 @@ import torch
 from gkachat.benchmark import facts, table
 from gkachat.config import ATTENTIONS
 from gkachat.eval.core import evaluate_core
-from gkachat.files import write_text
+from gkachat.eval.results import write_report
 from gkachat.tokenizer import Tokenizer
 
 TOLERANCE = {"float32": 0.0, "bfloat16": 0.1}  # margins, in nats or logits, below which decisions may differ
@@ -81,8 +80,7 @@ def main() -> None:
     print(text)
     if options.out:
         result = {"command": command, "facts": where, "shape": shape, "rows": rows}
-        write_text(Path(options.out).with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-        write_text(Path(options.out).with_suffix(".md"), f"# CORE against the plain scorer\n\n{text}")
+        write_report(Path(options.out), f"# CORE against the plain scorer\n\n{text}", result)
 
 
 if __name__ == "__main__":
