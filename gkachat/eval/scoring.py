@@ -82,7 +82,7 @@ def batch_groups(groups: list[Group], max_tokens: int) -> Iterator[list[Group]]:
     """
     batch: list[Group] = []
     longest_prefix = longest_tail = 0
-    for group in sorted(groups, key=lambda group: -len(group.prefix)):
+    for group in sorted(groups, key=lambda group: (-len(group.prefix), -len(group.continuations[0].tokens))):
         tail = len(group.continuations[0].tokens)
         longest_tail = max(longest_tail, tail)
         if batch and (len(batch) + 1) * (longest_prefix + longest_tail) > max_tokens:
