@@ -85,12 +85,13 @@ def n_steps(config: Config) -> int:
 
 def set_hyperparameters(optimizers: Iterable[torch.optim.Optimizer], step: int, config: Config) -> None:
     """Set learning rates, and Muon's momentum and weight decay, of all parameter groups for one step."""
+    lr, momentum = lr_multiplier(step, config), muon_momentum(step, config)
+    weight_decay = decay_multiplier(step, config) * config.optim.weight_decay
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr_multiplier(step, config) * group["initial_lr"]
+            group["lr"] = lr * group["initial_lr"]
             if "momentum" in group:  # Muon's
-                group["momentum"] = muon_momentum(step, config)
-                group["weight_decay"] = decay_multiplier(step, config) * config.optim.weight_decay
+                group["momentum"], group["weight_decay"] = momentum, weight_decay
 
 
 def lr_multiplier(step: int, config: Config) -> float:
