@@ -34,7 +34,7 @@ from gkachat.checkpoint import checkpoint_steps
 from gkachat.config import ATTENTIONS, Config, ConfigError, home, is_directory_name, require
 from gkachat.config_file import from_dict, load_config, read_toml
 from gkachat.eval.compare import read_run
-from gkachat.files import atomic_write, write_text
+from gkachat.eval.results import write_report
 from gkachat.model.stats import model_stats
 from gkachat.train.schedule import n_steps, resolve
 
@@ -80,7 +80,7 @@ class Run:
     axes: dict[str, Any]
     """Its value of each field of the grid, and of "flops" if there are budgets."""
     config: Config
-    """Resolved: everything derived is set."""
+    """Resolved."""
 
     @property
     def directory(self) -> Path:
@@ -88,7 +88,6 @@ class Run:
 
     @property
     def flops(self) -> int:
-        """FLOPs of training it."""
         tokens = n_steps(self.config) * self.config.train.total_batch_size
         return tokens * model_stats(self.config.model).flops_per_token
 
@@ -108,7 +107,7 @@ class Run:
             return False  # training reports what is wrong
 
     def result(self) -> dict[str, Any] | None:
-        """Return its row of the table and the median sigma of each layer. None until it is trained and evaluated."""
+        """Return the figures of the run, or None until it is trained and evaluated."""
         try:
             read = read_run(self.directory) if self.is_trained() else None
         except (FileNotFoundError, ValueError):
@@ -116,7 +115,8 @@ class Run:
         return read and {
             "run": self.name, "series": self.series, "axes": self.axes, "seed": self.config.run.seed,
             "depth": self.config.model.depth, **read["figures"], "seconds": read["facts"]["seconds"],
-            "sigma": [float(np.median(heads)) for heads in read["sigma"]], "val_sha256": read["eval"]["val_sha256"],
+            "sigma": [float(np.median(heads)) for heads in read["sigma"]],
+            "val_sha256": read["results"]["bpb"]["val_sha256"],
         }  # fmt: skip
 
 
@@ -176,13 +176,15 @@ def _plan(name: str, base: Path, axes: dict[str, Any], fixed: dict[str, Any], ov
         if "run.seed" not in axes:  # resuming does not compare seeds, so the name tells them apart
             name += f"_s{config.run.seed}"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
-        return Run(name, axes, _resolve(config, axes.get("flops")))
+        if "flops" in axes:
+            config = _spend(config, axes["flops"])
+        return Run(name, axes, resolve(config))
     except ConfigError as error:
         raise ConfigError([f"{problem} (in {name})" for problem in error.problems]) from None
 
 
 def _set(tree: dict[str, Any], fixed: dict[str, Any], axes: dict[str, Any]) -> None:
-    """Write the options of one run into the base config's tables: those of all runs, of its attention, and its axes."""
+    """Set the options of one run in `tree`, the base config: those of all runs, of its attention, and its axes."""
     attention = axes.get("model.attention", tree.get("model", {}).get("attention", Config().model.attention))
     ours = {key: value for key, value in fixed.items() if key.partition(".")[0] not in ATTENTIONS}
     ours |= {key.partition(".")[2]: value for key, value in fixed.items() if key.partition(".")[0] == attention}
@@ -216,14 +218,11 @@ def _word(value: Any) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in text.replace("e+0", "e").replace("e+", "e"))
 
 
-def _resolve(config: Config, budget: float | None) -> Config:
-    """Return the resolved config. With a budget, its tokens take that many FLOPs."""
-    if budget is None:
-        return resolve(config)
+def _spend(config: Config, budget: float) -> Config:
+    """Return the config with as many training tokens as take `budget` FLOPs."""
     tokens = max(1, round(budget / model_stats(config.model).flops_per_token))
-    config = resolve(dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens)))
-    step = config.train.total_batch_size
-    if tokens < step:
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens))
+    if tokens < (step := resolve(config).train.total_batch_size):
         raise ConfigError([f"sweep.flops: given {budget:g}, {tokens:,} tokens, expected a step of {step:,} or more"])
     return config
 
@@ -269,11 +268,11 @@ def analyse(sweep: Sweep) -> dict[str, Any]:
     found = {run.name: run.result() for run in sweep.runs}
     rows = [row for row in found.values() if row]
     means = []
-    for same in _grouped(rows, lambda row: {axis: v for axis, v in row["axes"].items() if axis != "run.seed"}):
-        axes = {axis: v for axis, v in same[0]["axes"].items() if axis != "run.seed"}
+    for same in _grouped(rows, _axes_without_seed):
         mean = {key: float(np.mean([row[key] for row in same])) for key in AVERAGED}
         for key in ("val_bpb", "gap"):
             mean[f"{key}_spread"] = float(np.std([r[key] for r in same], ddof=1)) if len(same) > 1 else None
+        axes = _axes_without_seed(same[0])
         means.append({"series": same[0]["series"], "axes": axes, "seeds": len(same), **mean})
     minima = []
     for same in _grouped([row for row in rows if "flops" in row["axes"]], lambda r: [r["series"], r["axes"]["flops"]]):
@@ -295,6 +294,10 @@ def analyse(sweep: Sweep) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _axes_without_seed(row: dict[str, Any]) -> dict[str, Any]:
+    return {axis: value for axis, value in row["axes"].items() if axis != "run.seed"}
+
+
 def _grouped(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> list[list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -306,14 +309,11 @@ def markdown(results: dict[str, Any]) -> str:
     """Return the tables of runs and means, and the minima and fits in words, as Markdown."""
 
     def shown(rows: list[dict[str, Any]], first: str) -> str:
-        axes = {f"axis{i}": axis for i, axis in enumerate(rows[0]["axes"])}
-        rows = [
-            dict.fromkeys(("seeds", "val_bpb_spread", "gap_spread")) | row
-            | {column: _word(row["axes"][axis]) for column, axis in axes.items()}
-            for row in rows
-        ]  # fmt: skip
-        headers = {"budget" if axis == "flops" else _leaf(axis): f"{{{column}}}" for column, axis in axes.items()}
-        return table(rows, {first: f"{{{first}}}"} | headers | COLUMNS)
+        names = ["budget" if axis == "flops" else _leaf(axis) for axis in rows[0]["axes"]]
+        axes = {name: f"{{values[{i}]}}" for i, name in enumerate(names)}
+        of_means = dict.fromkeys(("seeds", "val_bpb_spread", "gap_spread"))  # a run has none of them
+        rows = [{**of_means, **row, "values": [*map(_word, row["axes"].values())]} for row in rows]
+        return table(rows, {first: f"{{{first}}}", **axes, **COLUMNS})
 
     lines = [f"# Sweep {results['sweep']}", "", shown(results["runs"], "run")]
     if len(results["means"]) < len(results["runs"]):
@@ -352,10 +352,7 @@ def write_sweep(sweep: Sweep, facts: dict[str, str]) -> str:
         raise ValueError(f"no run of the sweep {sweep.name!r} is finished and evaluated yet: nothing to write")
     text = markdown(results)
     with_facts = text + "- " + ", ".join(f"{key} {value}" for key, value in facts.items()) + "\n"
-    write_text(sweep.directory / "sweep.json", json.dumps(results | {"facts": facts}, indent=1) + "\n")
-    write_text(sweep.directory / "sweep.md", with_facts)
-    with atomic_write(sweep.directory / "sweep.png") as file:
-        draw(results).savefig(file, format="png", dpi=120)
+    write_report(sweep.directory / "sweep", with_facts, results | {"facts": facts}, draw(results))
     return text
 
 

@@ -12,7 +12,8 @@ import tyro
 
 from gkachat.checkpoint import find_run
 from gkachat.config import home
-from gkachat.eval.compare import FILES, compare_runs, markdown, write_comparison
+from gkachat.eval.compare import compare_runs, draw, markdown
+from gkachat.eval.results import write_report
 from gkachat.machine import commit, processor
 from gkachat.train.metrics import upload
 from scripts.cli import run
@@ -35,16 +36,17 @@ def main(
     title = "-".join(run_dir.resolve().name for run_dir in run_dirs)
     directory = out or home() / "comparisons" / title
     where = f"- {datetime.date.today()}, commit {commit()}, {processor()}, Python {platform.python_version()}\n"
-    write_comparison(comparison, directory, where)
-    print(markdown(comparison))
-    print(f"written to {directory}: {', '.join(FILES)}")
+    text = markdown(comparison)
+    files = write_report(directory / "comparison", text + where, comparison, draw(comparison))
+    print(text)
+    print(f"written to {directory}: {', '.join(files)}")
     if wandb:
         first, *others = comparison["names"]
         header = ["", first, *others, *(f"{name} over {first}" for name in others), "published"]
         rows = [
             [name, *row["values"], *row["ratios"], row["published_ratio"]] for name, row in comparison["table"].items()
         ]
-        upload(wandb, "comparison", title, directory, FILES, table=[header, *rows])
+        upload(wandb, "comparison", title, directory, files, table=[header, *rows])
 
 
 if __name__ == "__main__":

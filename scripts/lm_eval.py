@@ -40,7 +40,7 @@ def main(
         num_fewshot: Examples in a prompt; by default as many as the task says.
         include_path: Directory with more tasks.
         run_unsafe_code: Allow tasks that run the code the model writes (humaneval). It runs without a sandbox.
-        batch_size: Texts generated, or read as a whole, at a time.
+        batch_size: Texts generated at a time.
         seed: Seed of sampling, for tasks that sample.
         step: Step of the checkpoint; by default the last one.
         device: A torch device, or auto.

@@ -116,7 +116,7 @@ def main() -> int:
     for name, error in errors.items():
         print(f"error: run {name}: {error}", file=sys.stderr)
     if scripts.stopped.is_set():
-        print("interrupted; the same command goes on with it", file=sys.stderr)
+        print("interrupted; the same command continues it", file=sys.stderr)
         return 130
     return 1 if errors else 0
 

@@ -6,6 +6,7 @@ python -m scripts.verify_run d4_gka
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -35,8 +36,7 @@ def problems(run_dir: Path) -> Iterator[str]:
             if meta["step"] != step:
                 raise ValueError(f"meta.json says step {meta['step']}")
             load = checkpoint.load_vision_model if is_vision else checkpoint.load_model
-            model = load(run_dir, step=step)[0]
-            names = {name for name, _ in model.named_parameters()}
+            names = {name for name, _ in load(run_dir, step=step)[0].named_parameters()}
             for name, tensor in checkpoint.load_optimizer(directory, meta["world_size"]):
                 if name.split("/")[0] not in names or not torch.isfinite(tensor).all():
                     raise ValueError(f"optimizer state {name} belongs to no parameter or is not finite")
@@ -65,11 +65,11 @@ def _metrics_problems(run_dir: Path, steps: list[int]) -> Iterator[str]:
         yield f"metrics.jsonl ends at step {last}, the checkpoints at {steps[-1]}"
 
 
-def main(run_name: tyro.conf.Positional[str], /) -> int:
+def main(run_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]) -> int:
     """Check a run. The exit code is 1 when something is wrong.
 
     Args:
-        run_name: A run's name, or the path of its directory.
+        run_name: Name or directory of a run.
     """
     run_dir = checkpoint.find_run(run_name)
     found = list(problems(run_dir))
@@ -80,4 +80,4 @@ def main(run_name: tyro.conf.Positional[str], /) -> int:
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(main, description=__doc__))
+    run(main, __doc__)

@@ -19,7 +19,6 @@ from gkachat.data.shards import Split, read_manifest
 from gkachat.tokenizer import Tokenizer
 
 MAX_LOGITS = 2**28  # in one forward pass: 1 GiB in float32
-BATCH_ROWS = 4  # that evaluate_corpus gives the model at a time
 
 
 def evaluate_bpb(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor | np.ndarray) -> float:
@@ -50,36 +49,30 @@ def bpb_sums(
 
     Batches with more than MAX_LOGITS logits, or that do not fit the device's memory, are split into fewer rows.
     """
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
+    device = next(model.parameters()).device
     token_bytes = torch.as_tensor(token_bytes, device=device, dtype=torch.int64)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     n_bytes = torch.zeros((), dtype=torch.int64, device=device)
     max_tokens = MAX_LOGITS // len(token_bytes)
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in batches:
-            pending = [tuple(t.to(device) for t in batch)]
-            while pending:
-                idx, targets = pending.pop()
-                if len(idx) > 1 and idx.numel() > max_tokens:
-                    pending += reversed(list(zip(idx.chunk(2), targets.chunk(2), strict=True)))
-                    continue
-                try:
-                    logits = model(idx).flatten(0, 1)
-                    losses = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
-                except torch.OutOfMemoryError:
-                    if len(idx) == 1:
-                        raise
-                    max_tokens = idx.numel() - 1  # from now on, batches of this size are split
-                    pending.append((idx, targets))
-                    continue
-                target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
-                nats += losses.view_as(targets)[target_bytes > 0].double().sum()
-                n_bytes += target_bytes.sum()
-    finally:
-        model.train(was_training)
+    for batch in batches:
+        pending = [tuple(t.to(device) for t in batch)]
+        while pending:
+            idx, targets = pending.pop()
+            if len(idx) > 1 and idx.numel() > max_tokens:
+                pending += reversed(list(zip(idx.chunk(2), targets.chunk(2), strict=True)))
+                continue
+            try:
+                logits = model(idx).flatten(0, 1)
+                losses = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
+            except torch.OutOfMemoryError:
+                if len(idx) == 1:
+                    raise
+                max_tokens = idx.numel() - 1  # from now on, batches of this size are split
+                pending.append((idx, targets))
+                continue
+            target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
+            nats += losses.view_as(targets)[target_bytes > 0].double().sum()
+            n_bytes += target_bytes.sum()
     return nats.item(), int(n_bytes.item())
 
 
@@ -94,13 +87,8 @@ def evaluate_corpus(model: nn.Module, tokenizer: Tokenizer, tokens_dir: Path) ->
     token_bytes = tokenizer.token_bytes()
 
     def bpb(name: str, tokens: int | None) -> float:
-        batches = val_batches(
-            splits[name],
-            sequence_len=model.config.sequence_len,
-            batch_rows=BATCH_ROWS,
-            bos=tokenizer.bos,
-            tokens=tokens,
-        )
+        T = model.config.sequence_len
+        batches = val_batches(splits[name], sequence_len=T, batch_rows=4, bos=tokenizer.bos, tokens=tokens)
         return evaluate_bpb(model, batches, token_bytes)
 
     return {

@@ -8,24 +8,22 @@ A bundle comes from elsewhere and is not trusted: nothing is unpacked to disk, a
 
 import csv
 import hashlib
-import http.client
 import io
 import json
 import random
-import time
-import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gkachat.config import home
-from gkachat.files import atomic_write
+from gkachat.eval.download import download
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-# Its host publishes none; several projects that pin the file, independently of each other, have recorded this one.
+# The host publishes no hash. Several projects that pin the file have recorded this one independently.
 SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"
 TASKS = [
     "hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa",
@@ -33,9 +31,8 @@ TASKS = [
     "bigbench_dyck_languages", "agi_eval_lsat_ar", "bigbench_cs_algorithms", "bigbench_operators",
     "bigbench_repeat_copy_logic", "squad", "coqa", "boolq", "bigbench_language_identification",
 ]  # fmt: skip
-ATTEMPTS, WAIT, TIMEOUT = 4, 1.0, 30.0  # of a download; WAIT and TIMEOUT in seconds
-MAX_BYTES = 2**28  # read of one file, unpacked; the real bundle's files are a fraction of this
-FIELDS = {  # of a row, by the task's kind: text fields, and the field with a list of texts
+MAX_BYTES = 2**28  # of one unpacked file; those of the real bundle are much smaller
+FIELDS = {  # by the task's kind: the text fields of a row, and its field with a list of texts
     "multiple_choice": (("query",), "choices"),
     "schema": (("continuation",), "context_options"),
     "language_modeling": (("context", "continuation"), None),
@@ -60,29 +57,15 @@ class Task:
     """Hash of everything that the result depends on, except the model."""
 
 
-def fetch_bundle(report: Callable[[str], None] = print) -> Path:
-    """Return the path of nanochat's bundle, and download it the first time.
-
-    Raises OSError when the download fails ATTEMPTS times or the file is no longer the one with SHA256.
-    """
+def fetch_bundle() -> Path:
+    """Return the path of nanochat's bundle, and download it the first time. Raises OSError when that fails."""
     path = home() / "core" / "eval_bundle.zip"
-    if path.exists():
-        return path
-    report(f"downloading {URL}")
-    for attempt in range(1, ATTEMPTS + 1):
+    if not path.exists():
+        print(f"downloading {URL}")
         try:
-            with urllib.request.urlopen(URL, timeout=TIMEOUT) as response:
-                data = response.read()
-            if (digest := hashlib.sha256(data).hexdigest()) != SHA256:
-                raise OSError(f"its SHA-256 is {digest}, expected {SHA256}")
-            break
-        except (OSError, http.client.HTTPException) as error:
-            if attempt == ATTEMPTS:
-                raise OSError(f"cannot download {URL}: {error}; --bundle PATH reads a directory or a zip") from None
-            report(f"{error}; trying again")
-            time.sleep(WAIT * 2 ** (attempt - 1))
-    with atomic_write(path) as file:
-        file.write(data)
+            download(URL, path, SHA256)
+        except OSError as error:
+            raise OSError(f"{error}; --bundle PATH reads a directory or a zip") from None
     return path
 
 
@@ -97,16 +80,11 @@ def read_bundle(path: str | Path, max_per_task: int | None = None) -> list[Task]
     if max_per_task is not None and max_per_task < 1:
         raise ValueError(f"max_per_task: given {max_per_task}, expected 1 or more")
     read = _open_bundle(Path(path))
-    try:
-        tree = yaml.safe_load(read("core.yaml"))
-        entries = [_parse_entry(entry) for entry in tree["icl_tasks"]]
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: core.yaml cannot be read: {' '.join(str(error).split())[:300]}") from None
-    try:
+    with _errors_name(f"{path}: core.yaml", yaml.YAMLError):
+        entries = [_parse_entry(entry) for entry in yaml.safe_load(read("core.yaml"))["icl_tasks"]]
+    with _errors_name(f"{path}: eval_meta_data.csv", csv.Error):
         table = csv.DictReader(io.StringIO(read("eval_meta_data.csv").decode()))
         baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in table}
-    except (csv.Error, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: eval_meta_data.csv cannot be read: {error!r}"[:300]) from None
     tasks = []
     for label, kind, file, shots, delimiter in entries:
         baseline = baselines.get(label, -1)
@@ -116,7 +94,11 @@ def read_bundle(path: str | Path, max_per_task: int | None = None) -> list[Task]
             data = read(f"eval_data/{file}")
         except FileNotFoundError:
             continue
-        rows = _parse_rows(f"{path}: {file}", data, kind)
+        rows = []
+        for number, line in enumerate(data.split(b"\n"), 1):
+            if line.strip():
+                with _errors_name(f"{path}: {file}, line {number}"):
+                    rows.append(_parse_row(line, kind))
         n_rows = len(rows)
         random.Random(1337).shuffle(rows)
         rows = rows[:max_per_task]
@@ -176,6 +158,17 @@ def _open_bundle(path: Path) -> Callable[[str], bytes]:
     return read
 
 
+@contextmanager
+def _errors_name(where: str, *more: type[Exception]) -> Iterator[None]:
+    """Turn errors of parsing, `more` types among them, into a short ValueError that says where."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{where}: no {error}") from None
+    except (ValueError, TypeError, RecursionError, *more) as error:
+        raise ValueError(f"{where} cannot be read: {' '.join(str(error).split())[:300]}") from None
+
+
 def _parse_entry(entry: dict[str, Any]) -> tuple[str, str, str, int, str]:
     """Return label, kind, file, shots and delimiter of an entry of core.yaml."""
     label, kind, file = entry["label"], entry["icl_task_type"], entry["dataset_uri"]
@@ -187,27 +180,17 @@ def _parse_entry(entry: dict[str, Any]) -> tuple[str, str, str, int, str]:
     return label, kind, file, shots, delimiter
 
 
-def _parse_rows(where: str, data: bytes, kind: str) -> list[dict[str, Any]]:
-    texts, options = FIELDS[kind]
-    rows = []
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if wrong := [name for name in texts if not isinstance(row[name], str)]:
-                raise TypeError(f"{wrong[0]} is not a text")
-            if options is None and not row["continuation"].strip():
-                raise ValueError("nothing is to be continued")
-            if options is not None:
-                choices, gold = row[options], row["gold"]
-                if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
-                    raise TypeError(f"{options} is not a list of texts")
-                if type(gold) is not int or not 0 <= gold < len(choices):
-                    raise ValueError(f"gold is no index of {options}")
-        except KeyError as error:
-            raise ValueError(f"{where}, line {number}: no {error}") from None
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{where}, line {number}: {error}"[:500]) from None
-        rows.append(row)
-    return rows
+def _parse_row(line: bytes, kind: str) -> dict[str, Any]:
+    row, (texts, options) = json.loads(line), FIELDS[kind]
+    if wrong := [name for name in texts if not isinstance(row[name], str)]:
+        raise ValueError(f"{wrong[0]} is not a text")
+    if options is None:
+        if not row["continuation"].strip():
+            raise ValueError("nothing is to be continued")
+        return row
+    choices, gold = row[options], row["gold"]
+    if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
+        raise ValueError(f"{options} is not a list of texts")
+    if type(gold) is not int or not 0 <= gold < len(choices):
+        raise ValueError(f"gold is no index of {options}")
+    return row

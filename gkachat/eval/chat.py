@@ -11,7 +11,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from gkachat.data.conversations import is_val, render_prompt
@@ -28,25 +27,16 @@ MAX_ANSWER_TOKENS = 512
 SEED = 1337
 
 
-@dataclass(frozen=True)
-class Question:
-    text: str
-    answer: str
+def held_out_questions(task: str, val_fraction: float, limit: int = MAX_QUESTIONS) -> list[tuple[str, str]]:
+    """Return up to `limit` (question, answer) pairs that tuning kept out of training, always the same ones.
 
-
-def held_out_questions(task: str, val_fraction: float, limit: int = MAX_QUESTIONS) -> list[Question]:
-    """Return up to `limit` questions of a task that tuning kept out of training, always the same.
-
-    Args:
-        val_fraction: the tuned run's chat.val_fraction.
-
-    Raises ValueError when nothing was kept out.
+    `val_fraction` is the tuned run's chat.val_fraction. Raises ValueError when nothing was kept out.
     """
     rng, found = random.Random(SEED), {}
     for _ in range(100_000):
         key, text, reply = ask(task, rng, {})
         if is_val(key, val_fraction):
-            found[key] = Question(text, answer_of(reply))
+            found[key] = text, answer_of(reply)
             if len(found) == limit:
                 break
     if not found:
@@ -80,11 +70,12 @@ def evaluate_chat(
     scores = {}
     for task in tasks:
         start, questions = time.perf_counter(), held_out_questions(task, val_fraction, limit)
-        replies = generate_replies(model, tokenizer, [question.text for question in questions], rows)
-        correct = [answer_of(reply) == q.answer for reply, q in zip(replies, questions, strict=True)]
-        n, baseline = len(questions), Counter(q.answer for q in questions).most_common(1)[0][1] / len(questions)
+        texts, answers = zip(*questions, strict=True)
+        replies = generate_replies(model, tokenizer, texts, rows)
+        correct = [answer_of(reply) == answer for reply, answer in zip(replies, answers, strict=True)]
+        n, commonest = len(questions), max(Counter(answers).values())
         scores[task] = {
-            **task_score(sum(correct) / n, n, time.perf_counter() - start, baseline),
+            **task_score(sum(correct) / n, n, time.perf_counter() - start, commonest / n),
             "correct": correct,
             "sha256": hashlib.sha256(repr(questions).encode()).hexdigest(),
         }

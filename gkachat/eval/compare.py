@@ -1,10 +1,9 @@
 """Comparison of evaluated runs: a table, scores on common tasks, BPB curves, and learned bandwidths.
 
 comparison = compare_runs([baseline, another])        # run directories; ratios are over the first
-write_comparison(comparison, directory)               # comparison.md, .json, .png
+markdown(comparison), draw(comparison)
 """
 
-import json
 import math
 from pathlib import Path
 from string import ascii_lowercase
@@ -12,14 +11,14 @@ from typing import Any
 
 from scipy.stats import sem
 
+from gkachat.benchmark import table
 from gkachat.checkpoint import MODEL, load_weights, model_config, open_checkpoint
 from gkachat.eval.results import read_results
-from gkachat.files import atomic_write, write_text
 from gkachat.model.stats import PUBLISHED_FLOPS_RATIO, PUBLISHED_PARAMS_RATIO, model_stats
 from gkachat.train.metrics import read_metrics
 
 NOISE = 1.96  # standard errors; chance alone exceeds them on one task in twenty
-FILES = ("comparison.md", "comparison.json", "comparison.png")
+VERDICTS = {True: "within noise", False: "more than noise"}  # by is_noise
 TABLE = [  # name, key in a run's figures, format, the paper's ratio of gka over softmax at depth 20
     ("parameters", "params", "{:,.0f}", PUBLISHED_PARAMS_RATIO),
     ("training FLOPs a token", "flops_per_token", "{:.4g}", None),
@@ -50,20 +49,20 @@ def compare_runs(run_dirs: list[Path]) -> dict[str, Any]:
         raise ValueError(f"given {len(run_dirs)} run to compare, expected two or more")
     runs = [read_run(run_dir) for run_dir in run_dirs]
     for run_dir, run in zip(run_dirs, runs, strict=True):
-        if run["eval"]["val_sha256"] != runs[0]["eval"]["val_sha256"]:
+        if run["results"]["bpb"]["val_sha256"] != runs[0]["results"]["bpb"]["val_sha256"]:
             raise ValueError(f"{run_dirs[0].name} and {run_dir.name} have different val texts and cannot be compared")
     names = [run_dir.name for run_dir in run_dirs]
     if len(set(names)) < len(names):
         names = [f"{name} ({letter})" for name, letter in zip(names, ascii_lowercase, strict=False)]
-    table = {}
+    rows = {}
     for row, key, _, published in TABLE:
         first, *others = values = [run["figures"][key] for run in runs]
         ratios = [other / first if first > 0 and other > 0 else None for other in others]
-        table[row] = {"values": values, "ratios": ratios, "published_ratio": published}
+        rows[row] = {"values": values, "ratios": ratios, "published_ratio": published}
     by_name = dict(zip(names, runs, strict=True))
     return {
         "names": names,
-        "table": table,
+        "table": rows,
         "scores": [
             {"run": name, **difference}
             for name in names[1:]
@@ -76,7 +75,7 @@ def compare_runs(run_dirs: list[Path]) -> dict[str, Any]:
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """Read an evaluated run: its bpb result `eval`, all `results`, `figures`, `curve`, `sigma` and `facts`.
+    """Read an evaluated run: its `results` by kind, `figures`, `curve`, `sigma` and `facts`.
 
     Raises FileNotFoundError or ValueError when something is missing or damaged.
     """
@@ -89,7 +88,6 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         )
     bpb, stats, config = results["bpb"], model_stats(model_config(meta)), meta["config"]
     return {
-        "eval": bpb,
         "results": results,
         "figures": {
             "params": stats.params["total"],
@@ -102,10 +100,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
             **{key: bpb[key] for key in ("val_bpb", "train_bpb", "unigram_bpb")},
         },
         "curve": [
-            {
-                "flops": r["tokens"] * stats.flops_per_token,
-                **{key: r[key] for key in ("tokens", "val_bpb", "train_bpb")},
-            }
+            {key: r[key] for key in ("tokens", "val_bpb", "train_bpb")} | {"flops": r["tokens"] * stats.flops_per_token}
             for r in read_metrics(run_dir)
             if r["kind"] == "eval"
         ],
@@ -131,13 +126,14 @@ def by_layer(weights: dict[str, Any]) -> list[list[float]]:
 def compare_scores(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare two runs' results, {kind: result}, on the tasks that both have.
 
-    Returns a dict per task: name, scores a and b with standard errors error_a and error_b, error of b - a, paired,
-    is_noise. If both runs answered the same rows, the difference is paired: taken row by row, which removes what the
-    rows' difficulty adds. Otherwise its error is that of two independent samples.
+    Returns a dict per task: name, scores a and b, difference b - a, their standard errors error_a, error_b and error,
+    paired, is_noise. If both runs answered the same rows, the difference is paired: taken row by row, which removes
+    what the rows' difficulty adds. Otherwise its error is that of two independent samples.
     """
     differences = []
     for kind in [kind for kind in a if kind in b]:
-        tasks, centered_errors = [task for task in a[kind]["scores"] if task in b[kind]["scores"]], []
+        tasks = [task for task in a[kind]["scores"] if task in b[kind]["scores"]]
+        centered_errors, all_paired = [], True
         for task in tasks:
             score_a, score_b = a[kind]["scores"][task], b[kind]["scores"][task]
             errors = score_a["standard_error"], score_b["standard_error"]
@@ -150,80 +146,65 @@ def compare_scores(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -
             accuracies = score_a["accuracy"], score_b["accuracy"]
             differences.append(_difference(f"{kind}: {task}", *accuracies, *errors, error, paired))
             centered_errors.append([e / (1 - (score_a["baseline"] or 0)) for e in (*errors, error)])
+            all_paired &= paired
         # Means are compared only where they have the same name, as CORE has; chat and lm_eval ask any tasks.
         name = a[kind].get("name")
         if tasks and name is not None and name == b[kind].get("name"):
             errors = [math.hypot(*column) / len(tasks) for column in zip(*centered_errors, strict=True)]
             means = a[kind]["mean_centered"], b[kind]["mean_centered"]
-            paired = all(difference["paired"] for difference in differences[-len(tasks) :])
-            differences.append(_difference(f"{kind}: {name}", *means, *errors, paired))
+            differences.append(_difference(f"{kind}: {name}", *means, *errors, all_paired))
     return differences
 
 
 def _difference(name: str, a: float, b: float, error_a: float, error_b: float, error: float, paired: bool) -> dict:
-    figures = {"name": name, "a": a, "b": b, "error_a": error_a, "error_b": error_b, "error": error, "paired": paired}
-    return {**figures, "is_noise": abs(b - a) <= NOISE * error}
+    return {
+        "name": name, "a": a, "b": b, "difference": b - a, "error_a": error_a, "error_b": error_b, "error": error,
+        "paired": paired, "is_noise": abs(b - a) <= NOISE * error,
+    }  # fmt: skip
 
 
 def markdown(comparison: dict[str, Any]) -> str:
     """Return a comparison's tables and facts as Markdown."""
     first, *others = comparison["names"]
     ratio_names = ["ratio"] if len(others) == 1 else [f"{name} over {first}" for name in others]
-    lines = _markdown_table(
-        ["", first, *others, *ratio_names, "published"],
-        [
-            [
-                name,
-                *(style.format(value) for value in comparison["table"][name]["values"]),
-                *("" if ratio is None else f"{ratio:.3f}" for ratio in comparison["table"][name]["ratios"]),
-                "" if published is None else f"{published:.2f}",
-            ]
-            for name, _, style, published in TABLE
-        ],
+    rows = []
+    for name, _, style, published in TABLE:
+        figures = comparison["table"][name]
+        values = [style.format(value) for value in figures["values"]]
+        rows.append({"name": name, "values": values, "ratios": figures["ratios"], "published": published})
+    columns = {"": "{name}"}
+    columns |= {name: f"{{values[{i}]}}" for i, name in enumerate(comparison["names"])}
+    columns |= {name: f"{{ratios[{i}]:.3f}}" for i, name in enumerate(ratio_names)}
+    text = table(rows, columns | {"published": "{published:.2f}"})
+    text += (
+        f"\nRatios are over {first}. Published: gka over softmax at depth 20 (arXiv 2605.02144).\n"
+        "Bits per byte are taken over all of the val split, and over as many training tokens.\n\n"
     )
-    lines += [
-        f"Ratios are over {first}. Published: gka over softmax at depth 20 (arXiv 2605.02144).",
-        "Bits per byte are taken over all of the val split, and over as many training tokens.",
-        "",
-    ]
     for name in others:
-        if scores := [score for score in comparison["scores"] if score["run"] == name]:
-            lines += _markdown_table(["score", first, name, "difference", ""], [_score_cells(s) for s in scores])
+        scores = [
+            score | {"verdict": VERDICTS[score["is_noise"]] + (", paired" if score["paired"] else "")}
+            for score in comparison["scores"]
+            if score["run"] == name
+        ]
+        columns = {
+            "score": "{name}",
+            first: "{a:.4f} ± {error_a:.4f}",
+            name: "{b:.4f} ± {error_b:.4f}",
+            "difference": "{difference:+.4f} ± {error:.4f}",
+            "": "{verdict}",
+        }
+        text += table(scores, columns) + "\n" if scores else ""
     if comparison["scores"]:
-        lines += [f"± one standard error; more than noise: more than {NOISE} of them. Paired: on the same rows.", ""]
+        text += f"± one standard error; more than noise: more than {NOISE} of them. Paired: on the same rows.\n\n"
     for name, facts in comparison["facts"].items():
         finished = "" if facts["finished"] else " (unfinished)"
-        lines.append(
+        text += (
             f"- {name}: depth {facts['depth']} {facts['attention']}, {facts['steps']:,} steps{finished}, seed "
             f"{facts['seed']}, protocol {facts['protocol']}, {facts['dtype']} on {facts['device']} x "
             f"{facts['world_size']}, torch {facts['torch']}, {facts['seconds']:.0f} s in training steps, "
-            f"{facts['peak_memory_bytes'] / 2**30:.2f} GiB at most"
+            f"{facts['peak_memory_bytes'] / 2**30:.2f} GiB at most\n"
         )
-    return "\n".join(lines) + "\n"
-
-
-def _score_cells(score: dict[str, Any]) -> list[str]:
-    return [
-        score["name"],
-        f"{score['a']:.4f} ± {score['error_a']:.4f}",
-        f"{score['b']:.4f} ± {score['error_b']:.4f}",
-        f"{score['b'] - score['a']:+.4f} ± {score['error']:.4f}",
-        ("within noise" if score["is_noise"] else "more than noise") + (", paired" if score["paired"] else ""),
-    ]
-
-
-def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the lines of a table, and an empty line."""
-    align = ["---", *["---:"] * (len(header) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in (header, align, *rows)] + [""]
-
-
-def write_comparison(comparison: dict[str, Any], directory: Path, notes: str = "") -> None:
-    """Write comparison.md, with `notes` at its end, comparison.json and comparison.png."""
-    write_text(directory / "comparison.md", markdown(comparison) + notes)
-    write_text(directory / "comparison.json", json.dumps(comparison, indent=1) + "\n")
-    with atomic_write(directory / "comparison.png") as file:
-        draw(comparison).savefig(file, format="png", dpi=120)
+    return text
 
 
 def draw(comparison: dict[str, Any]) -> Any:

@@ -19,15 +19,7 @@ import torch
 
 from gkachat.eval.bundle import TASKS, Task, make_prompts, read_bundle
 from gkachat.eval.results import task_score
-from gkachat.eval.scoring import (
-    Continuation,
-    Group,
-    TextScore,
-    batch_groups,
-    max_batch_tokens,
-    score_alone,
-    score_groups,
-)
+from gkachat.eval.scoring import Continuation, Group, TextScore, score_alone, score_texts
 from gkachat.files import read_json, write_text
 from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
@@ -75,8 +67,7 @@ def tokenize_example(task: Task, index: int, tokenizer: Tokenizer, max_tokens: i
 def group_texts(number: int, example: Example) -> list[Group]:
     """Group an example's texts: one group if they share at least half of the longest, otherwise one group per text.
 
-    A text alone takes as its prefix all that is not scored. Equal texts count once; texts with nothing to score are
-    left out.
+    Equal texts count once. Texts with nothing to score are left out.
     """
     starts = {text: start for text, start in zip(example.texts, example.starts, strict=True) if start < len(text)}
     if not starts:
@@ -84,8 +75,8 @@ def group_texts(number: int, example: Example) -> list[Group]:
     shared = min(common_prefix([*starts]), *(start - 1 for start in starts.values()), math.inf)
     if 2 * shared >= max(map(len, starts)):
         tails = [Continuation(number, text[shared:], start - shared) for text, start in starts.items()]
-        return [Group.of(next(iter(starts))[:shared], tails)]
-    return [Group(text[: start - 1], [Continuation(number, text[start - 1 :], 1)]) for text, start in starts.items()]
+        return [Group(next(iter(starts))[:shared], tails)]
+    return [Group.alone(number, text, start) for text, start in starts.items()]
 
 
 def decide(example: Example, scores: dict[tuple[int, ...], TextScore]) -> tuple[bool, float]:
@@ -122,8 +113,8 @@ def evaluate_core(
         bundle_dir: a directory, or a zip.
         max_per_task: rows a task is cut to, after they were shuffled.
         world: processes, each with the same model, that share the rows.
-        tokens: tokens in a batch, with padding; by default max_batch_tokens. Memory follows it: the cache takes
-            `scripts.cost`'s cache_bytes_per_token for each, activations some 20 n_embd numbers.
+        tokens: tokens in a batch, with padding; by default scoring.MAX_BATCH_TOKENS. Memory follows it: the cache
+            takes `scripts.cost`'s cache_bytes_per_token for each, activations some 20 n_embd numbers.
         partial: file that keeps finished tasks. An interrupted evaluation continues from it if it has the same
             `partial_key` (any JSON value, which should identify the model); tasks whose rows or rules differ are
             evaluated again.
@@ -145,25 +136,20 @@ def evaluate_core(
     finished = kept["tasks"] if kept.get("key") == partial_key and kept else {}
     barrier(world)  # every process has read the file before it is written
     total, done = sum(len(task.rows) * (1 + task.shots) for task in tasks), 0
-    tokens = tokens or max_batch_tokens(model.wte.weight.device)
-    results, was_training = {}, model.training
-    model.eval()
-    try:
-        for task in tasks:
-            result = finished.get(task.label)
-            if result is None or result["sha256"] != task.sha256:
+    results = {}
+    for task in tasks:
+        result = finished.get(task.label)
+        if result is None or result["sha256"] != task.sha256:
 
-                def on_rows(rows: int, task: Task = task, done: int = done) -> None:
-                    on_progress(task.label, done + rows * (1 + task.shots), total)
+            def on_rows(rows: int, task: Task = task, done: int = done) -> None:
+                on_progress(task.label, done + rows * (1 + task.shots), total)
 
-                result = finished[task.label] = _evaluate_task(model, tokenizer, task, world, tokens, on_rows)
-                if partial is not None and world.is_rank0:
-                    write_text(partial, json.dumps({"key": partial_key, "tasks": finished}))
-                on_task(task.label, result)
-            results[task.label] = result
-            done += len(task.rows) * (1 + task.shots)
-    finally:
-        model.train(was_training)
+            result = finished[task.label] = _evaluate_task(model, tokenizer, task, world, tokens, on_rows)
+            if partial is not None and world.is_rank0:
+                write_text(partial, json.dumps({"key": partial_key, "tasks": finished}))
+            on_task(task.label, result)
+        results[task.label] = result
+        done += len(task.rows) * (1 + task.shots)
     return {**results, **_summary(tasks, results, max_per_task)}
 
 
@@ -182,7 +168,7 @@ def _summary(tasks: list[Task], results: dict[str, dict[str, Any]], max_per_task
 
 
 def _evaluate_task(
-    model: GPT, tokenizer: Tokenizer, task: Task, world: World, tokens: int, on_rows: Callable[[int], None]
+    model: GPT, tokenizer: Tokenizer, task: Task, world: World, tokens: int | None, on_rows: Callable[[int], None]
 ) -> dict[str, Any]:
     start, n = time.monotonic(), len(task.rows)
     sums = torch.zeros(n + 2, dtype=torch.int64, device=model.wte.weight.device)  # right or not, truncated, rescored
@@ -192,9 +178,8 @@ def _evaluate_task(
         examples = {i: tokenize_example(task, i, tokenizer, model.config.sequence_len) for i in chunk}
         scores: dict[int, dict[tuple[int, ...], TextScore]] = {i: {} for i in examples}
         groups = [group for i, example in examples.items() for group in group_texts(i, example)]
-        for batch in batch_groups(groups, tokens):
-            for (i, text), text_score in score_groups(model, batch).items():
-                scores[i][text] = text_score
+        for (i, text), text_score in score_texts(model, groups, tokens):
+            scores[i][text] = text_score
         for i, example in examples.items():
             right, margin = decide(example, scores[i])
             if margin < MIN_MARGIN and model.compute_dtype == torch.float32:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -24,10 +23,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 
 from gkachat.data.conversations import render, render_prompt
-from gkachat.data.loader import IGNORE
-from gkachat.eval.bpb import MAX_LOGITS
 from gkachat.eval.results import task_score
-from gkachat.eval.scoring import Continuation, Group, batch_groups, max_batch_tokens, score_groups
+from gkachat.eval.scoring import Continuation, Group, score_texts
 from gkachat.inference.engine import Engine, Request
 from gkachat.inference.sampling import Sampling
 from gkachat.model.gpt import GPT
@@ -35,7 +32,7 @@ from gkachat.tokenizer import Tokenizer
 
 ACCURACY_METRICS = ("acc", "exact_match", "acc_norm", "pass@1")  # the first of these that a task has is its accuracy
 FEWSHOT_SEED = 1234  # the harness's default
-# Rendered prompts are text, in which a special token is spelled. These keep apart what a message itself spells so.
+# Rendered prompts spell special tokens as text. A message that spells one itself is escaped, so that it stays text.
 SPELLING, ESCAPED = "<|", "<\0|"
 
 
@@ -46,7 +43,7 @@ class HarnessModel(TemplateLM):
 
     Args:
         chat: read chat templates, and end generated answers at <|assistant_end|>.
-        batch_size: texts that are generated, or read as a whole, at a time.
+        batch_size: texts that are generated at a time.
         seed: of sampling, for tasks that sample.
     """
 
@@ -54,7 +51,6 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.tokenizer, self.chat = model, tokenizer, chat
         self.batch_size, self.seed = batch_size, seed
-        self._device = model.wte.weight.device
         self.sequence_len = model.config.sequence_len
         self.truncated = 0
         self.ignored_options: set[str] = set()  # generation options that tasks set and the engine does not have
@@ -66,10 +62,6 @@ class HarnessModel(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         return f"gkachat-{self.tokenizer.sha256[:16]}"
-
-    def chat_template(self, chat_template: bool | str = False) -> str:
-        """Return the prompt made of a placeholder question, for the harness's records; empty without a template."""
-        return self.apply_chat_template([{"role": "user", "content": "{content}"}]) if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return messages as one text, as gkachat.data.conversations renders them, without BOS.
@@ -110,11 +102,10 @@ class HarnessModel(TemplateLM):
             *before, last = self.tokenizer.bos, *self._truncate(context, room)
             if continuation:
                 shared.setdefault(tuple(before), []).append(Continuation(number, (last, *continuation), 1))
-        groups = [Group.of(prefix, continuations) for prefix, continuations in shared.items()]
+        groups = [Group(prefix, continuations) for prefix, continuations in shared.items()]
         answers = [(0.0, True)] * len(requests)
-        for batch in batch_groups(groups, max_batch_tokens(self._device)):
-            for (number, _), text in score_groups(self.model, batch).items():
-                answers[number] = (-text.mean_loss * len(requests[number][2]), text.greedy)
+        for (number, _), score in score_texts(self.model, groups):
+            answers[number] = (-score.mean_loss * len(requests[number][2]), score.greedy)
         return answers
 
     def _truncate(self, ids: list[int], room: int) -> list[int]:
@@ -134,22 +125,15 @@ class HarnessModel(TemplateLM):
                 self.tokenizer.encode(request.args[0]), self.tokenizer.bos, self.sequence_len, 1
             )
         ]
-        windows.sort(key=lambda window: -len(window[1]))
-        totals = torch.zeros(len(requests), dtype=torch.float64)
-        while windows:
-            longest = len(windows[0][1])
-            n = max(1, min(self.batch_size, MAX_LOGITS // (longest * self.model.config.vocab_size)))
-            batch, windows = windows[:n], windows[n:]
-            idx = torch.zeros(len(batch), longest, dtype=torch.long)  # padding comes after a text, which cannot see it
-            targets = torch.full_like(idx, IGNORE)
-            for row, (_, given, predicted) in enumerate(batch):
-                idx[row, : len(given)] = torch.tensor(given)
-                targets[row, len(given) - len(predicted) : len(given)] = torch.tensor(predicted)
-            logits, targets = self.model(idx.to(self._device)), targets.to(self._device)
-            nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
-            per_text = nats.view(len(batch), -1).double().sum(dim=1).cpu()
-            totals.index_add_(0, torch.tensor([number for number, _, _ in batch]), -per_text)
-        return totals.tolist()
+        groups = [
+            Group.alone(i, (*given, predicted[-1]), len(given) + 1 - len(predicted))
+            for i, (_, given, predicted) in enumerate(windows)
+        ]
+        totals = [0.0] * len(requests)
+        for (i, _), score in score_texts(self.model, groups):
+            number, _, predicted = windows[i]
+            totals[number] -= score.mean_loss * len(predicted)
+        return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the text generated for each (prompt, options) request. A prompt may take half of sequence_len."""

@@ -3,7 +3,7 @@
     write_result(run_dir, "core", meta, device, {"arc_easy": task_score(0.4, examples=500, seconds=3.1)}, n_tasks=22)
     read_results(run_dir, step=300)["core"]["scores"]["arc_easy"]["accuracy"]
 
-This is the only form in which evaluations leave figures. Kinds in use are bpb, core, chat and lm_eval.
+Kinds in use are bpb, core, chat and lm_eval.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from gkachat.benchmark import facts, table
-from gkachat.files import read_json, write_text
+from gkachat.files import atomic_write, read_json, write_text
 
 DIRECTORY = "evals"
 COLUMNS = {
@@ -62,10 +62,9 @@ def write_result(
     """Write one evaluation of a checkpoint and return the path of its .json.
 
     Args:
-        kind: what was evaluated; first part of the file's name.
         meta: the checkpoint's meta.json.
         device: where the model ran.
-        scores: {task: figures}, from `task_score`, with more figures of the task where there are any.
+        scores: {task: figures}, from `task_score` and perhaps more.
         figures: everything else; must be JSON. The .md lists those that fit on a line.
     """
     about = {
@@ -74,16 +73,27 @@ def write_result(
         "checkpoint_sha256": meta["sha256"]["model.safetensors"],
         "checkpoint_version": meta.get("version"),
         "command": f"python -m scripts.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}",
-        "facts": facts(device),
     }
+    where = facts(device)
     path = run_dir / DIRECTORY / f"{kind}_step_{meta['step']:06d}.json"
-    write_text(path, json.dumps({**about, **figures, "scores": scores or {}}, indent=1) + "\n")
-    where = about.pop("facts")
+    tree = {**about, "facts": where, **figures, "scores": scores or {}}
     shown = {**about, **where, **figures}
     lines = [f"- {key}: {value}" for key, value in shown.items() if len(str(value)) <= LONGEST_FACT]
     rows = table([{"name": task, **score} for task, score in scores.items()], COLUMNS) + "\n" if scores else ""
-    write_text(path.with_suffix(".md"), f"# {run_dir.name}: {kind}\n\n{rows}" + "\n".join(lines) + "\n")
+    write_report(path, f"# {run_dir.name}: {kind}\n\n{rows}" + "\n".join(lines) + "\n", tree)
     return path
+
+
+def write_report(path: Path, text: str, tree: dict[str, Any], figure: Any = None) -> list[str]:
+    """Write PATH.md, PATH.json and, of a matplotlib figure, PATH.png. Return the names of these files."""
+    write_text(path.with_suffix(".md"), text)
+    write_text(path.with_suffix(".json"), json.dumps(tree, indent=1) + "\n")
+    names = [f"{path.stem}.md", f"{path.stem}.json"]
+    if figure is not None:
+        names.append(f"{path.stem}.png")
+        with atomic_write(path.with_suffix(".png")) as file:
+            figure.savefig(file, format="png", dpi=120)
+    return names
 
 
 def read_results(run_dir: Path, step: int) -> dict[str, dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Likelihoods of many texts under a model, with what texts share read once. CORE and lm-evaluation-harness use it.
 
-    group = Group.of(prefix, [Continuation(0, tokens, start=1), Continuation(1, other_tokens, start=1)])
-    for batch in batch_groups([group, ...], max_batch_tokens(device)):
-        score_groups(model, batch)         # {(number, the whole text's tokens): TextScore}
+    group = Group(prefix, [Continuation(0, tokens, start=1), Continuation(1, other_tokens, start=1)])
+    for (number, text), score in score_texts(model, [group, ...]):    # text: all of its tokens
+        score.mean_loss, score.greedy
 
 A group's prefix is read once into a KV cache, for many groups at a time. The continuations of a group follow it one
 after the other, and only their tokens get logits. Up to rounding, this equals scoring each text alone.
@@ -37,35 +37,14 @@ class Group:
 
     prefix: tuple[int, ...]
     continuations: list[Continuation]
-    """The longest first."""
+
+    def __post_init__(self) -> None:
+        self.continuations.sort(key=lambda continuation: -len(continuation.tokens))  # the longest first
 
     @classmethod
-    def of(cls, prefix: tuple[int, ...], continuations: list[Continuation]) -> "Group":
-        return cls(prefix, sorted(continuations, key=lambda continuation: -len(continuation.tokens)))
-
-
-def max_batch_tokens(device: torch.device) -> int:
-    return MAX_BATCH_TOKENS.get(device.type, MAX_BATCH_TOKENS["cpu"])
-
-
-def batch_groups(groups: list[Group], max_tokens: int) -> Iterator[list[Group]]:
-    """Yield batches of groups of similar length, the longest first, of at most `max_tokens` tokens with padding.
-
-    A group that is longer is a batch of its own.
-    """
-    batch: list[Group] = []
-    longest_prefix = longest_tail = 0
-    for group in sorted(groups, key=lambda group: -len(group.prefix)):
-        tail = len(group.continuations[0].tokens)
-        longest_tail = max(longest_tail, tail)
-        if batch and (len(batch) + 1) * (longest_prefix + longest_tail) > max_tokens:
-            yield batch
-            batch, longest_tail = [], tail
-        if not batch:
-            longest_prefix = len(group.prefix)
-        batch.append(group)
-    if batch:
-        yield batch
+    def alone(cls, number: int, text: tuple[int, ...], start: int) -> "Group":
+        """Return the group of one text, scored from token `start` on. Its prefix is all that is not scored."""
+        return cls(text[: start - 1], [Continuation(number, text[start - 1 :], 1)])
 
 
 @dataclass(frozen=True)
@@ -82,6 +61,38 @@ class TextScore:
     @classmethod
     def of(cls, losses: Sequence[float], hits: Sequence[float], leads: Sequence[float]) -> "TextScore":
         return cls(sum(losses) / len(losses), all(hits), abs(min(leads)))
+
+
+def score_texts(
+    model: GPT, groups: list[Group], max_tokens: int | None = None
+) -> Iterator[tuple[tuple[int, tuple[int, ...]], TextScore]]:
+    """Yield ((number, the whole text's tokens), score) for every text, in batches of `max_tokens` tokens at most.
+
+    By default they hold MAX_BATCH_TOKENS.
+    """
+    device = model.wte.weight.device.type
+    for batch in batch_groups(groups, max_tokens or MAX_BATCH_TOKENS.get(device, MAX_BATCH_TOKENS["cpu"])):
+        yield from score_groups(model, batch).items()
+
+
+def batch_groups(groups: list[Group], max_tokens: int) -> Iterator[list[Group]]:
+    """Yield batches of groups of similar length, the longest first, of at most `max_tokens` tokens with padding.
+
+    A group that is longer is a batch of its own.
+    """
+    batch: list[Group] = []
+    longest_prefix = longest_tail = 0
+    for group in sorted(groups, key=lambda group: (-len(group.prefix), -len(group.continuations[0].tokens))):
+        tail = len(group.continuations[0].tokens)
+        longest_tail = max(longest_tail, tail)
+        if batch and (len(batch) + 1) * (longest_prefix + longest_tail) > max_tokens:
+            yield batch
+            batch, longest_tail = [], tail
+        if not batch:
+            longest_prefix = len(group.prefix)
+        batch.append(group)
+    if batch:
+        yield batch
 
 
 def score_tokens(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class GkachatConfig(PretrainedConfig):
         gka_normalize: gka: RMS-normalise each head's channels before they are compared and averaged.
 
     transformers sizes its caches by `sliding_window`, which is derived: for gka_plus it includes the tokens before the
-    window that the convolutions read. Raises ValueError for an unknown attention or a wrong number of layer types.
+    window that the convolutions read.
     """
 
     model_type = "gkachat"
@@ -43,16 +43,12 @@ class GkachatConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs,
     ):
-        if attention not in ("softmax", "gka", "gka_plus"):
-            raise ValueError(f"attention: given {attention!r}, expected 'softmax', 'gka' or 'gka_plus'")
         self.attention, self.vocab_size, self.hidden_size = attention, vocab_size, hidden_size
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.head_dim = hidden_size // num_attention_heads
         self.max_position_embeddings, self.window = max_position_embeddings, window
         kwargs["sliding_window"] = window and window + (TAPS - 1 if attention == "gka_plus" else 0)
         self.layer_types = list(layer_types or ["full_attention"] * num_hidden_layers)
-        if len(self.layer_types) != num_hidden_layers:
-            raise ValueError(f"layer_types: given {len(self.layer_types)}, expected {num_hidden_layers}")
         self.value_embedding_layers = list(value_embedding_layers or [])
         self.gka_rope, self.gka_include_self, self.gka_normalize = gka_rope, gka_include_self, gka_normalize
         self.use_cache = use_cache

@@ -35,25 +35,42 @@ def rms_norm(x: Tensor) -> Tensor:
     return (wide * (wide.square().mean(dim=-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
 
 
-class Linear(nn.Linear):
-    """Linear layer without a bias."""
-
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out, bias=False)
+def linear(n_in: int, n_out: int) -> nn.Linear:
+    return nn.Linear(n_in, n_out, bias=False)
 
 
 class Positions:
     """Positions of the new tokens and of the keys: rotations and masks.
 
     Keys are the latest S tokens and end with the newest. Positions count from the start of a row, padding included:
-    only distances matter, and no token sees padding.
+    only distances matter, and no token sees padding. Raises ValueError for inputs that do not fit together.
     """
 
-    def __init__(self, n_new: int, n_total: int, padding_mask: Tensor | None, head_dim: int, device: torch.device):
-        self.n_new = n_new
+    def __init__(
+        self,
+        idx_BT: Tensor,
+        padding_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: DynamicCache | None,
+        head_dim: int,
+    ):
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise ValueError(f"cache: given a {type(cache).__name__}, expected a DynamicCache")
+        B, T = idx_BT.shape
+        n_total = T + (0 if cache is None else cache.get_seq_length())
+        if padding_mask is not None and padding_mask.shape != (B, n_total):
+            raise ValueError(f"attention_mask: given {tuple(padding_mask.shape)}, expected {(B, n_total)}")
+        self.n_new = T
         self.padding_mask = None if padding_mask is None else padding_mask.bool()
-        self.positions = torch.arange(n_total, device=device)
-        channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+        if position_ids is not None:
+            breaks = position_ids.diff() != 1
+            if padding_mask is not None:
+                tokens = self.padding_mask[:, -T:]
+                breaks = breaks & tokens[:, 1:] & tokens[:, :-1]
+            if breaks.any():
+                raise ValueError("position_ids: expected consecutive ones; texts packed into one row are not supported")
+        self.positions = torch.arange(n_total, device=idx_BT.device)
+        channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=idx_BT.device)
         angles = self.positions.float()[:, None] * ROPE_BASE ** (-channels / head_dim)
         self.cos, self.sin = angles.cos(), angles.sin()
 
@@ -81,7 +98,7 @@ class ValueEmbedding(nn.Module):
     def __init__(self, config: GkachatConfig):
         super().__init__()
         self.table = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.gate = Linear(GATE_CHANNELS, config.num_attention_heads)
+        self.gate = linear(GATE_CHANNELS, config.num_attention_heads)
 
     def forward(self, x_BTC: Tensor, idx_BT: Tensor) -> Tensor:
         """Return what is added to the values, (B, H, T, D)."""
@@ -104,7 +121,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.index = config, index
         self.window = config.window if config.layer_types[index] == "sliding_attention" else None
-        self.c_proj = Linear(config.hidden_size, config.hidden_size)
+        self.c_proj = linear(config.hidden_size, config.hidden_size)
         self.value_embedding = ValueEmbedding(config) if index in config.value_embedding_layers else None
 
     def forward(self, x_BTC: Tensor, idx_BT: Tensor, positions: Positions, cache: DynamicCache | None) -> Tensor:
@@ -132,7 +149,7 @@ class SoftmaxAttention(Attention):
     def __init__(self, config: GkachatConfig, index: int):
         super().__init__(config, index)
         C = config.hidden_size
-        self.c_q, self.c_k, self.c_v = Linear(C, C), Linear(C, C), Linear(C, C)
+        self.c_q, self.c_k, self.c_v = linear(C, C), linear(C, C), linear(C, C)
 
     def cache_entries(self, x_BTC: Tensor, idx_BT: Tensor, positions: Positions) -> tuple:
         k, v = self.split_heads(self.c_k(x_BTC)), self.split_heads(self.c_v(x_BTC))
@@ -149,7 +166,7 @@ class GaussianKernelAttention(Attention):
     """Mean of the visible tokens, weighted by exp(-|x_i - x_j|^2 / (2 sigma^2)) with one bandwidth sigma per head.
 
     The query's own norm cancels in that mean, which leaves softmax attention with a bias for each key's norm. The
-    cache keeps the block input alone, as keys; its values are a tensor without channels.
+    cache keeps the block input as keys; its values have no channels.
     """
 
     def __init__(self, config: GkachatConfig, index: int):
@@ -215,8 +232,8 @@ ATTENTIONS = {"softmax": SoftmaxAttention, "gka": GaussianKernelAttention, "gka_
 class MLP(nn.Module):
     def __init__(self, config: GkachatConfig):
         super().__init__()
-        self.c_fc = Linear(config.hidden_size, 4 * config.hidden_size)
-        self.c_proj = Linear(4 * config.hidden_size, config.hidden_size)
+        self.c_fc = linear(config.hidden_size, 4 * config.hidden_size)
+        self.c_proj = linear(4 * config.hidden_size, config.hidden_size)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         return self.c_proj(F.relu(self.c_fc(x_BTC)).square())
@@ -244,7 +261,7 @@ class GkachatForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = linear(config.hidden_size, config.vocab_size)
         self.residual_scale = nn.Parameter(torch.ones(config.num_hidden_layers))
         self.x0_mix = nn.Parameter(torch.zeros(config.num_hidden_layers))
         self.post_init()
@@ -277,7 +294,7 @@ class GkachatForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if cache is None and not self.training and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
-        positions = self._positions(input_ids, attention_mask, position_ids, cache)
+        positions = Positions(input_ids, attention_mask, position_ids, cache, self.config.head_dim)
         x_BTC = x0_BTC = rms_norm(self.wte(input_ids))
         for block, scale, mix in zip(self.blocks, self.residual_scale, self.x0_mix, strict=True):
             x_BTC = block(scale.to(x_BTC.dtype) * x_BTC + mix.to(x_BTC.dtype) * x0_BTC, input_ids, positions, cache)
@@ -287,25 +304,3 @@ class GkachatForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
-
-    def _positions(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: DynamicCache | None,
-    ) -> Positions:
-        if cache is not None and not isinstance(cache, DynamicCache):
-            raise ValueError(f"cache: given a {type(cache).__name__}, expected a DynamicCache")
-        B, T = input_ids.shape
-        n_total = T + (0 if cache is None else cache.get_seq_length())
-        if attention_mask is not None and attention_mask.shape != (B, n_total):
-            raise ValueError(f"attention_mask: given {tuple(attention_mask.shape)}, expected {(B, n_total)}")
-        if position_ids is not None and T > 1:
-            breaks = position_ids.diff() != 1
-            if attention_mask is not None:
-                tokens = attention_mask[:, -T:].bool()
-                breaks = breaks & tokens[:, 1:] & tokens[:, :-1]
-            if breaks.any():
-                raise ValueError("position_ids: expected consecutive ones; texts packed into one row are not supported")
-        return Positions(T, n_total, attention_mask, self.config.head_dim, input_ids.device)

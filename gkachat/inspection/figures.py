@@ -6,7 +6,7 @@ Each function returns a matplotlib Figure.
 import math
 from typing import Any
 
-import torch
+import numpy as np
 
 from gkachat.attention.kernels.reference import visible
 from gkachat.eval.compare import heat_map
@@ -23,22 +23,16 @@ def statistics_figure(inspection: Inspection) -> Any:
     Scales are equal for all runs on the same texts with the same windows, so that their figures can be compared.
     Weights above 0.1 stretch theirs.
     """
-    shown = {name: values for name, values in inspection.statistics.items() if is_shown(inspection, name)}
     depth, n_head = len(inspection.visible), len(inspection.statistics["self"][0])
-    figure, axes = _grid(len(shown), max(4.4, 1 + 0.35 * n_head), max(3.6, 1 + 0.3 * depth))
+    figure, axes = _grid(len(STATISTICS), max(4.4, 1 + 0.35 * n_head), max(3.6, 1 + 0.3 * depth))
     most_visible = max(inspection.visible)
-    for axis, (name, values) in zip(axes, shown.items(), strict=True):
+    for axis, (name, values) in zip(axes, inspection.statistics.items(), strict=True):
         if name in ("effective", "distance"):
             limits = (1 if name == "effective" else 0, most_visible)
         else:
             limits = (0, max(0.1, *map(max, values)))
         heat_map(figure, axis, values, STATISTICS[name], *limits)
     return _titled(figure, inspection, "attention of each head")
-
-
-def is_shown(inspection: Inspection, name: str) -> bool:
-    """Whether a statistic is worth showing: "unassigned" only where some weight goes to no token."""
-    return name != "unassigned" or max(map(max, inspection.statistics[name])) > 1e-6
 
 
 def maps_figure(inspection: Inspection) -> Any:
@@ -99,15 +93,13 @@ def distances_figure(inspection: Inspection) -> Any:
     for layer, (axis, distances, sigma) in enumerate(zip(axes, inspection.distances, inspection.sigma, strict=True)):
         marks = [2 * value**2 for value in sigma]
         # Equal tokens are at distance 0 or near it, which a log scale lacks: they go to the first bin.
-        logs = distances.clamp(min=max(1e-9, distances.median().item() / 100)).log10()
-        low = min(logs.min().item(), math.log10(min(marks))) - 0.05
-        high = max(logs.max().item(), math.log10(max(marks))) + 0.05
-        bins = torch.linspace(low, high, 81)
+        low = max(1e-9, min(distances.median().item() / 100, *marks))
+        bins = np.geomspace(0.9 * low, 1.1 * max(distances.max().item(), *marks), 81)
+        shares = np.full(distances.size(1), 1 / distances.size(1))
         for head, mark in enumerate(marks):
-            color = f"C{head % 10}"
-            counts = torch.histogram(logs[head].contiguous(), bins)[0] / distances.size(1)
-            axis.stairs(counts.numpy(), (10**bins).numpy(), color=color, label=f"head {head}")
-            axis.axvline(mark, color=color, linestyle="--", linewidth=1)
+            style = {"color": f"C{head % 10}", "label": f"head {head}"}
+            axis.hist(distances[head].clamp(min=low).numpy(), bins, weights=shares, histtype="step", **style)
+            axis.axvline(mark, color=style["color"], linestyle="--", linewidth=1)
         axis.set(xscale="log", title=f"layer {layer}", xlabel="squared distance", ylabel="share of pairs")
         if len(sigma) <= 10:
             axis.legend(fontsize=7)

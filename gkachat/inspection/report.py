@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gkachat.benchmark import table
 from gkachat.files import atomic_write, write_text
-from gkachat.inspection.figures import distances_figure, is_shown, maps_figure, sigma_figure, statistics_figure
+from gkachat.inspection.figures import distances_figure, maps_figure, sigma_figure, statistics_figure
 from gkachat.inspection.page import page
 from gkachat.inspection.statistics import Inspection
 
@@ -30,8 +30,7 @@ def markdown(inspection: Inspection) -> str:
     for layer, n_visible in enumerate(inspection.visible):
         for head in range(len(inspection.statistics["self"][layer])):
             row = {"name": f"{layer}.{head}", "visible": n_visible, "sigma": None, "median_exponent": None}
-            for name, values in inspection.statistics.items():
-                row[name] = values[layer][head] if is_shown(inspection, name) else None
+            row |= {name: values[layer][head] for name, values in inspection.statistics.items()}
             if inspection.sigma:
                 row["sigma"] = inspection.sigma[layer][head]
                 row["median_exponent"] = inspection.distances[layer][head].median().item() / (2 * row["sigma"] ** 2)

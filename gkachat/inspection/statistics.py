@@ -9,7 +9,6 @@ Axes: T query time, S key time, H heads.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -49,9 +48,9 @@ class Inspection:
     statistics: dict[str, list[list[float]]]
     """Mean over all positions, for each name in STATISTICS."""
     visible: list[float]
-    """Mean number of tokens visible to a position, for each layer: the largest value `effective` can take."""
+    """Mean number of tokens visible to a position, for each layer."""
     sigma: list[list[float]]
-    """Bandwidths of this checkpoint; empty for an attention without them."""
+    """Bandwidths; empty for an attention without them."""
     distances: list[Tensor]
     """Squared distances to earlier tokens within the window, (H, pairs) for each layer; empty without sigma."""
     sigma_history: dict[int, list[list[float]]]
@@ -130,16 +129,11 @@ def _observe(
             found["visible"].append(visible(len(ids), layer.window).sum(dim=-1).double())
             found["map"].append(weights[0, :, :map_tokens, :map_tokens].cpu())
             if distances is not None:
-                earlier = distances[0].cpu()[:, visible(len(ids), layer.window, include_self=False)]
-                found["distances"].append(_sample(earlier, max(1, MAX_PAIRS // len(texts)), generator))
+                pairs = distances[0].cpu()[:, visible(len(ids), layer.window, include_self=False)]
+                if pairs.size(1) > (n := max(1, MAX_PAIRS // len(texts))):
+                    pairs = pairs[:, torch.randint(pairs.size(1), (n,), generator=generator)]
+                found["distances"].append(pairs)
     return observed
-
-
-def _sample(pairs: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Return n random columns of `pairs`, or all of them where there are no more."""
-    if pairs.size(1) <= n:
-        return pairs
-    return pairs[:, torch.randint(pairs.size(1), (n,), generator=generator)]
 
 
 def head_statistics(weights_HTS: Tensor) -> dict[str, Tensor]:
@@ -176,10 +170,15 @@ def _read_texts(
 ) -> tuple[list[list[int]], str]:
     """Return the token ids of each text, with BOS and cut to the context, and a description of the texts."""
     if text is not None:
-        ids = tokenizer.encode(text)
-        texts, source = [ids], f"a text of {len(ids):,} tokens"
+        texts = [tokenizer.encode(text)]
+        source = f"a text of {len(texts[0]):,} tokens"
     else:
-        texts = [ids for ids in islice(_val_documents(tokenizer, meta, sequence_len), documents) if ids]
+        val_documents = (
+            shard.tokens[start : start + min(length, sequence_len)].tolist()
+            for shard in Split(tokens_dir(meta), "val", tokenizer)
+            for start, length in zip(shard.start, shard.length, strict=True)
+        )
+        texts = [ids for ids in islice(val_documents, documents) if ids]
         source = f"{len(texts)} val documents"
     texts = [[tokenizer.bos, *ids][:sequence_len] for ids in texts if ids]
     if not texts:
@@ -188,18 +187,8 @@ def _read_texts(
     return texts, f"{source}, {total:,} tokens read with BOS, at most {sequence_len:,} of each"
 
 
-def _val_documents(tokenizer: Tokenizer, meta: dict[str, Any], max_tokens: int) -> Iterator[list[int]]:
-    """Yield the first tokens of each val document of the run's dataset."""
-    for shard in Split(tokens_dir(meta), "val", tokenizer):
-        for start, length in zip(shard.start, shard.length, strict=True):
-            yield shard.tokens[start : start + min(length, max_tokens)].tolist()
-
-
 def sigma_history(run_dir: Path) -> dict[int, list[list[float]]]:
-    """Return the bandwidths by training step, each a list for each layer with a number for each head.
-
-    The steps are those logged in metrics.jsonl or, where none was logged, those of the checkpoints that were kept.
-    """
+    """Return {step: bandwidths, [layer][head]}, from metrics.jsonl or, if it has none, from the checkpoints."""
     records = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
     logged = {record["step"]: record["sigma_by_head"] for record in records if "sigma_by_head" in record}
     return logged or {step: by_layer(load_weights(step_dir(run_dir, step))) for step in checkpoint_steps(run_dir)}

@@ -9,6 +9,20 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from gkachat.config import GPTConfig
+from gkachat.model.gpt import GPT
+
+
+def random_model(dtype=torch.float32, **shape):
+    """Return a small model of random weights, none of them zero."""
+    torch.manual_seed(0)
+    small = {"depth": 2, "n_embd": 32, "head_dim": 16, "vocab_size": 512, "sequence_len": 1024}
+    model = GPT(GPTConfig(**small | shape), dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
 
 def read_bundle(directory):
     """Return {label: (rows, shots, kind, delimiter, baseline in percent)}."""
@@ -93,13 +107,11 @@ def decide(model, tokenizer, rows, index, shots, kind, delimiter):
 
 
 def evaluate(model, tokenizer, bundle_dir, max_per_task=None):
-    """Return {label: [(right or not, margin) for each row]}."""
-    results = {}
+    """Yield (label, [(right or not, margin) for each row])."""
     for label, (rows, *task, _) in read_bundle(bundle_dir).items():
         random.Random(1337).shuffle(rows)
         rows = rows[:max_per_task]
-        results[label] = [decide(model, tokenizer, rows, i, *task) for i in range(len(rows))]
-    return results
+        yield label, [decide(model, tokenizer, rows, i, *task) for i in range(len(rows))]
 
 
 @torch.no_grad()

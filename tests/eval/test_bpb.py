@@ -27,16 +27,15 @@ TOKEN_BYTES = np.array([1, 2, 4, 0])
 MODEL = FixedModel([0.5, 0.25, 0.125, 0.125])
 
 
-def test_bits_per_byte_of_known_probabilities():
+def test_bits_per_byte_count_targets_that_have_bytes():
     targets = torch.tensor([[0, 1, 2, 2]])
     # 1 + 2 + 3 + 3 bits over 1 + 2 + 4 + 4 bytes
     assert evaluate_bpb(MODEL, [(targets, targets)], TOKEN_BYTES) == pytest.approx(9 / 11)
-
-
-def test_special_tokens_and_ignored_targets_do_not_count():
-    idx = torch.zeros(2, 3, dtype=torch.long)
-    targets = torch.tensor([[3, 0, -1], [-1, -1, 2]])
-    assert evaluate_bpb(MODEL, [(idx, targets)], TOKEN_BYTES) == pytest.approx((1 + 3) / (1 + 4))
+    targets = torch.tensor([[3, 0, -1, -1], [-1, -1, 2, 3]])  # special tokens and ignored ones do not count
+    assert evaluate_bpb(MODEL, [(torch.zeros_like(targets), targets)], TOKEN_BYTES) == pytest.approx((1 + 3) / (1 + 4))
+    special = torch.tensor([[3]])
+    with pytest.raises(ValueError, match="no target stands for any bytes"):
+        evaluate_bpb(MODEL, [(special, special)], TOKEN_BYTES)
 
 
 @pytest.mark.parametrize("max_logits", [bpb.MAX_LOGITS, 8])
@@ -52,19 +51,6 @@ def test_a_uniform_model_over_single_bytes_needs_eight_bits():
     assert evaluate_bpb(model, [(text, text)], np.ones(256)) == pytest.approx(8.0, abs=1e-5)
 
 
-def test_the_model_returns_to_its_mode():
-    for training in (True, False):
-        MODEL.train(training)
-        evaluate_bpb(MODEL, [(torch.tensor([[0]]),) * 2], TOKEN_BYTES)
-        assert MODEL.training == training
-
-
-def test_nothing_to_score_is_an_error():
-    special = torch.tensor([[3]])
-    with pytest.raises(ValueError, match="no target stands for any bytes"):
-        evaluate_bpb(MODEL, [(special, special)], TOKEN_BYTES)
-
-
 def as_split(tokens):
     tokens = np.array(tokens, dtype=np.uint16)
     return [Documents(np.array([0, len(tokens)]), lambda: tokens)]
@@ -75,8 +61,7 @@ def test_the_unigram_model_by_hand():
     # one added to each of four counts: 6, 3, 2, 1 of 12
     bits = -(2 * math.log2(6 / 12) + math.log2(3 / 12) + math.log2(2 / 12))
     assert unigram_bpb(train, val, TOKEN_BYTES) == pytest.approx(bits / (1 + 1 + 2 + 4))
-
-
-def test_the_unigram_model_stops_counting_at_max_tokens():
-    train, val = as_split([0, 1, 1, 1]), as_split([0])
-    assert unigram_bpb(train, val, TOKEN_BYTES, max_tokens=1) == pytest.approx(-math.log2(2 / 5))
+    # counting stops at max_tokens
+    assert unigram_bpb(as_split([0, 1, 1, 1]), as_split([0]), TOKEN_BYTES, max_tokens=1) == pytest.approx(
+        -math.log2(2 / 5)
+    )

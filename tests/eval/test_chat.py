@@ -4,14 +4,13 @@ import re
 
 import pytest
 import torch
-from conftest import untrained_run
+from conftest import live_model, untrained_run
 
 from gkachat.data.conversations import is_val, render_prompt
 from gkachat.data.tasks import answer_of
 from gkachat.eval import chat
 from gkachat.eval.chat import TASKS, evaluate_chat, generate_replies, held_out_questions
 from gkachat.eval.results import read_results
-from gkachat.model.gpt import GPT, GPTConfig
 from gkachat.tokenizer import train_tokenizer
 from scripts import chat_eval
 
@@ -23,29 +22,16 @@ def tokenizer():
 
 @pytest.fixture(scope="module", params=["softmax", "gka"])
 def model(request, tokenizer):
-    torch.manual_seed(1)
-    config = GPTConfig(
-        depth=2, attention=request.param, vocab_size=tokenizer.vocab_size, sequence_len=256, n_embd=32, head_dim=16
-    )  # fmt: skip
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.3)
-    return model
+    return live_model(request.param, vocab_size=tokenizer.vocab_size, sequence_len=256)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_questions_are_the_same_each_time_and_none_is_asked_twice(task):
-    questions = held_out_questions(task, 0.05, 20)
-    assert questions == held_out_questions(task, 0.05, 20) and len({q.text for q in questions}) == 20
-
-
-def test_additions_asked_are_those_that_tuning_kept_out():
-    for question in held_out_questions("addition", 0.05, 50):
-        a, b = map(int, re.findall(r"\d+", question.text))
-        assert is_val(f"addition {a} {b}", 0.05) and question.answer == str(a + b)
-    assert 300 < len(held_out_questions("addition", 0.05, 10_000)) < 500  # of 8,100 pairs
+def test_questions_are_always_the_same_ones_that_tuning_kept_out():
+    for task in TASKS:
+        questions = held_out_questions(task, 0.05, 20)
+        assert questions == held_out_questions(task, 0.05, 20) and len(dict(questions)) == 20
+    for question, answer in held_out_questions("addition", 0.05, 50):
+        a, b = map(int, re.findall(r"\d+", question))
+        assert is_val(f"addition {a} {b}", 0.05) and answer == str(a + b)
     with pytest.raises(ValueError, match="tuning kept no question out"):
         held_out_questions("addition", 1e-9, 5)
 
@@ -76,39 +62,33 @@ def test_replies_are_greedy_end_where_the_assistant_ends_and_come_in_order(model
 
 def test_right_answers_are_counted_and_centered_on_guessing(model, tokenizer, monkeypatch):
     questions = held_out_questions("counting", 0.05, 20)
-    replies = [f"The answer is {q.answer}." if i % 4 else "I cannot say." for i, q in enumerate(questions)]
+    replies = [f"The answer is {answer}." if i % 4 else "I cannot say." for i, (_, answer) in enumerate(questions)]
     monkeypatch.setattr(chat, "generate_replies", lambda *args: replies)
     score = evaluate_chat(model, tokenizer, ["counting"], val_fraction=0.05, limit=20)["counting"]
     assert score["correct"] == [i % 4 > 0 for i in range(20)] and score["accuracy"] == 0.75
-    answers = [q.answer for q in questions]
+    answers = [answer for _, answer in questions]
     assert score["baseline"] == max(map(answers.count, answers)) / 20
     assert score["centered"] == pytest.approx((0.75 - score["baseline"]) / (1 - score["baseline"]))
 
 
 def test_unknown_tasks_and_a_limit_of_nothing_are_refused(model, tokenizer):
-    with pytest.raises(ValueError, match="tasks: given chess, expected some of addition, counting"):
-        evaluate_chat(model, tokenizer, ["chess"], val_fraction=0.05)
-    with pytest.raises(ValueError, match="tasks: given none"):
-        evaluate_chat(model, tokenizer, [], val_fraction=0.05)
-    with pytest.raises(ValueError, match="limit: given 0"):
-        evaluate_chat(model, tokenizer, val_fraction=0.05, limit=0)
+    for tasks, limit, words in (
+        (["chess"], 1, "tasks: given chess, expected some of addition, counting"),
+        ([], 1, "tasks: given none"),
+        (TASKS, 0, "limit: given 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            evaluate_chat(model, tokenizer, tasks, val_fraction=0.05, limit=limit)
 
 
 def test_the_script_asks_tuned_runs_only_and_writes_a_result(tmp_path, tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(chat, "MAX_ANSWER_TOKENS", 8)
     monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
-    run_dir = untrained_run(tmp_path, "d1", tokenizer, sequence_len=128)
+    untrained_run(tmp_path, "d1", tokenizer, sequence_len=128)
     with pytest.raises(ValueError, match="d1: given a run that was not tuned"):
         chat_eval.main("d1")
-    load_model = chat_eval.load_model
-
-    def load_tuned(*args):
-        model, tokenizer, meta = load_model(*args)
-        meta["config"]["chat"] = {"val_fraction": 0.05}
-        return model, tokenizer, meta
-
-    monkeypatch.setattr(chat_eval, "load_model", load_tuned)
-    chat_eval.main("d1", limit=3)
+    run_dir = untrained_run(tmp_path, "d1_chat", tokenizer, tuned=True, sequence_len=128)
+    chat_eval.main("d1_chat", limit=3)
     printed = capsys.readouterr().out
     assert "  addition  " in printed and "  counting  " in printed and "guessing: " in printed
     scores = read_results(run_dir, 1)["chat"]["scores"]

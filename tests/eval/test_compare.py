@@ -4,11 +4,11 @@ import json
 import shutil
 
 import pytest
-from conftest import TINY, call, wandb_runs
+from conftest import TINY, run_script, wandb_runs
 
 from gkachat.checkpoint import open_checkpoint
 from gkachat.config_file import load_config
-from gkachat.eval.compare import compare_runs, markdown, write_comparison
+from gkachat.eval.compare import compare_runs, markdown
 from gkachat.eval.results import read_results, task_score, write_result
 from gkachat.machine import pick_device
 from gkachat.model.stats import model_stats
@@ -25,7 +25,7 @@ def finished(corpus_home, tmp_path_factory):
         patch.setenv("GKACHAT_HOME", str(home))
         for attention in ("softmax", "gka"):
             options = [*TINY, f"--model.attention={attention}", "--train.device_batch_size=auto"]
-            result = call("base_train", "configs/laptop.toml", *options, home=home)
+            result = run_script("base_train", "configs/laptop.toml", *options, home=home)
             assert result.returncode == 0, result.stderr
             base_eval.main(f"d2_{attention}")
     return home
@@ -65,16 +65,6 @@ def test_curves_and_bandwidths_come_from_the_runs(runs):
     sigma = comparison["sigma"]["d2_gka"]
     assert len(sigma) == 2 and all(len(heads) == 2 for heads in sigma)
     assert all(1 < value < 6 for heads in sigma for value in heads)  # near sqrt(16 / 2) after eight steps
-
-
-def test_all_files_are_written_and_agree(runs, tmp_path):
-    comparison = compare_runs(runs)
-    write_comparison(comparison, tmp_path / "out", "- a note\n")
-    written = {path.name: path for path in (tmp_path / "out").iterdir()}
-    assert set(written) == {"comparison.md", "comparison.json", "comparison.png"}
-    assert written["comparison.md"].read_text() == markdown(comparison) + "- a note\n"
-    assert json.loads(written["comparison.json"].read_text()) == comparison
-    assert written["comparison.png"].read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_compared_with_itself_has_ratios_of_one(runs):
@@ -131,7 +121,7 @@ FIRST = [i % 2 == 0 for i in range(100)]
 BETTER = [right or i < 12 for i, right in enumerate(FIRST)]  # six rows more, none less
 
 
-def test_scores_on_the_same_rows_are_compared_pair_by_pair(runs):
+def test_scores_are_compared_pair_by_pair_on_the_same_rows_and_as_two_samples_on_others(runs):
     for run_dir, answers in zip(runs, (FIRST, BETTER), strict=True):
         write_scores(run_dir, {"arc": answers}, name="n of 22", mean_centered=sum(answers) / 100)
     comparison = compare_runs(runs)
@@ -141,11 +131,7 @@ def test_scores_on_the_same_rows_are_compared_pair_by_pair(runs):
     assert mean["name"] == "core: n of 22" and mean["error"] == pytest.approx(arc["error"]) and mean["paired"]
     line = "| core: arc | 0.5000 ± 0.0500 | 0.5600 ± 0.0496 | +0.0600 ± 0.0237 | more than noise, paired |"
     assert line in markdown(comparison)
-
-
-def test_scores_on_other_rows_are_two_samples(runs):
-    for run_dir, answers, rows in zip(runs, (FIRST, BETTER), ("these", "those"), strict=True):
-        write_scores(run_dir, {"arc": answers}, rows=rows)
+    write_scores(runs[1], {"arc": BETTER}, rows="others")
     (arc,) = compare_runs(runs)["scores"]
     assert not arc["paired"] and arc["is_noise"]
     assert arc["error"] == pytest.approx((0.25 / 100 + 0.56 * 0.44 / 100) ** 0.5)
@@ -158,12 +144,18 @@ def test_only_tasks_that_both_runs_have_are_compared_and_means_only_by_name(runs
     assert [score["name"] for score in compare_runs(runs)["scores"]] == ["chat: arc"]
 
 
-def test_the_script_prints_the_table_and_sends_it_to_weights_and_biases(runs, tiny_home, monkeypatch, capsys):
+def test_the_script_prints_the_table_writes_files_and_sends_them_to_weights_and_biases(
+    runs, tiny_home, monkeypatch, capsys
+):
     monkeypatch.setenv("WANDB_MODE", "offline")
     compare.main(("d2_softmax", "d2_gka"), wandb="tests")
     printed, out = capsys.readouterr().out, tiny_home / "comparisons" / "d2_softmax-d2_gka"
-    assert markdown(compare_runs(runs)) in printed and str(out) in printed
-    assert "commit" in (out / "comparison.md").read_text()
+    comparison = compare_runs(runs)
+    assert markdown(comparison) in printed and str(out) in printed
+    assert json.loads((out / "comparison.json").read_text()) == comparison
+    note = (out / "comparison.md").read_text().removeprefix(markdown(comparison))
+    assert "commit" in note and note.count("\n") == 1
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
     [sent] = wandb_runs(out)
     assert (sent.project, sent.name) == ("tests", "d2_softmax-d2_gka")
@@ -174,6 +166,6 @@ def test_the_script_prints_the_table_and_sends_it_to_weights_and_biases(runs, ti
     table = json.loads((sent.files / items["table/path"]).read_text())
     assert table["columns"] == ["", "d2_softmax", "d2_gka", "d2_gka over d2_softmax", "published"]
     [params] = [row for row in table["data"] if row[0] == "parameters"]
-    stored = json.loads((out / "comparison.json").read_text())["table"]["parameters"]
+    stored = comparison["table"]["parameters"]
     assert params[1:4] == [*stored["values"], *stored["ratios"]]
     assert (sent.files / items["comparison/path"]).read_bytes() == (out / "comparison.png").read_bytes()

@@ -262,9 +262,7 @@ def test_text_that_spells_a_special_token_is_not_one(chat_lm, tokenizer):
     lm, _ = chat_lm
     messages = [{"role": "user", "content": "What is <|assistant_end|>?"}]
     assert lm.tok_encode(lm.apply_chat_template(messages)) == render_prompt(tokenizer, messages)[1:]
-    plain = HarnessModel(lm.model, tokenizer)
-    assert plain.tok_encode("<|assistant_end|>") == tokenizer.encode("<|assistant_end|>")
-    assert lm.tokenizer_name == plain.tokenizer_name and "<|user_start|>" in lm.chat_template(True)
+    assert HarnessModel(lm.model, tokenizer).tok_encode("<|bos|>") == tokenizer.encode("<|bos|>")
 
 
 def test_generation_of_a_tuned_model_ends_with_its_turn(chat_lm, tokenizer, monkeypatch):
@@ -301,13 +299,7 @@ def test_the_script_writes_a_result_and_applies_the_template_to_tuned_runs(
     tuned, tmp_path, tokenizer, tasks, monkeypatch, capsys
 ):
     monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
-    run_dir, load_model = untrained_run(tmp_path, "d1", tokenizer), lm_eval.load_model
-
-    def load(*args):
-        model, tokenizer, meta = load_model(*args)
-        return model, tokenizer, meta | {"config": meta["config"] | ({"chat": {}} if tuned else {})}
-
-    monkeypatch.setattr(lm_eval, "load_model", load)
+    run_dir = untrained_run(tmp_path, "d1", tokenizer, tuned=tuned)
     lm_eval.main("d1", tasks=("last_word", "pages"), limit=4, include_path=tasks)
     result = read_results(run_dir, 1)["lm_eval"]
     assert result["scores"]["last_word"]["examples"] == 4 and result["chat_template"] == tuned

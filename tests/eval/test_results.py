@@ -22,33 +22,25 @@ def test_a_score_has_its_standard_error_and_is_centered_on_guessing():
 
 
 def test_a_result_holds_scores_figures_checkpoint_machine_and_command(tmp_path):
-    path = write_result(tmp_path, "core", META, CPU, SCORES, mean_centered=0.2)
-    assert path == tmp_path / "evals" / "core_step_000300.json"
+    path = write_result(tmp_path, "core", META, CPU, SCORES, mean_centered=0.2, tasks="2 of 22", long=[True] * 500)
+    assert {path.name for path in (tmp_path / "evals").iterdir()} == {"core_step_000300.json", "core_step_000300.md"}
     result = read_results(tmp_path, 300)["core"]
     assert result == json.loads(path.read_text())
     assert result["checkpoint_sha256"] == "ab12" and result["mean_centered"] == 0.2 and result["scores"] == SCORES
     assert {"processor", "date", "commit", "torch"} <= result["facts"].keys()
     assert result["command"].startswith("python -m scripts.")
-    assert {path.name for path in path.parent.iterdir()} == {"core_step_000300.json", "core_step_000300.md"}
-
-
-def test_the_table_shows_every_task_and_leaves_long_lists_out(tmp_path):
-    write_result(tmp_path, "core", META, CPU, SCORES, tasks="2 of 22", long=[True] * 500)
-    text = (tmp_path / "evals" / "core_step_000300.md").read_text()
+    text = path.with_suffix(".md").read_text()
     assert "| arc_easy | 0.4000 | 0.0219 | 0.2000 | 500 | 3.2 |" in text
     assert "| lambada | 0.1000 | 0.0150 |  | 400 | 1.0 |" in text
     assert "- tasks: 2 of 22" in text and "- commit: " in text and "long" not in text
 
 
-def test_results_are_read_by_step_and_kind(tmp_path):
-    write_result(tmp_path, "core", META, CPU, SCORES)
+def test_results_are_read_by_step_and_kind_and_a_damaged_one_is_named(tmp_path):
+    path = write_result(tmp_path, "core", META, CPU, SCORES)
     write_result(tmp_path, "bpb", META, CPU, val_bpb=1.5)
     write_result(tmp_path, "core", META | {"step": 400}, CPU)
     assert read_results(tmp_path, 300).keys() == {"core", "bpb"}
     assert read_results(tmp_path, 400).keys() == {"core"} and not read_results(tmp_path, 500)
-
-
-def test_a_damaged_result_is_named(tmp_path):
-    write_result(tmp_path, "core", META, CPU, SCORES).write_text('{"kind": "core"')
+    path.write_text('{"kind": "core"')
     with pytest.raises(ValueError, match=r"core_step_000300\.json cannot be read"):
         read_results(tmp_path, 300)

@@ -3,24 +3,21 @@
 import json
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 
 import pytest
 import torch
-from conftest import TINY, call, untrained_run
+from conftest import TINY, live_model, run_script, untrained_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkachat.attention import attention_class
 from gkachat.attention.features import rms_norm, rope_table
 from gkachat.attention.kernels.reference import visible
-from gkachat.config import GKAConfig, GPTConfig
+from gkachat.config import GKAConfig
 from gkachat.inspection.page import page
 from gkachat.inspection.report import markdown, write_inspection
 from gkachat.inspection.statistics import Inspection, head_statistics, inspect_run, sigma_history
 from gkachat.tokenizer import Tokenizer
-from scripts import attention_maps, cli
 
 T = 200  # longer than the short window, 128
 TEXT = "def add(a, b):\n    return a + b\n"
@@ -30,13 +27,9 @@ TEXT = "def add(a, b):\n    return a + b\n"
 @pytest.mark.parametrize("attention", ["gka", "gka_plus"])
 @pytest.mark.parametrize("include_self", [True, False])
 def test_distances_and_sigma_give_the_weights(attention, include_self):
-    torch.manual_seed(0)
     options = GKAConfig(rope=True, include_self=include_self)
-    config = GPTConfig(
-        depth=2, attention=attention, vocab_size=512, sequence_len=256, n_embd=32, head_dim=16, gka=options
-    )
-    layer = attention_class(attention)(config, 0)
-    layer.init_weights()
+    model = live_model(attention, vocab_size=512, sequence_len=256, gka=options)
+    layer, config = model.blocks[0].attn, model.config
     for parameter in layer.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))
     x_BTC = rms_norm(torch.randn(2, T, config.n_embd))
@@ -78,7 +71,7 @@ def home(corpus_home, tmp_path_factory):
     home = tmp_path_factory.mktemp("inspected")
     for name in ("tokenizer", "tokens"):
         (home / name).symlink_to(corpus_home / name)
-    result = call("base_train", "configs/laptop.toml", *TINY, "--model.attention=gka", home=home)
+    result = run_script("base_train", "configs/laptop.toml", *TINY, "--model.attention=gka", home=home)
     assert result.returncode == 0, result.stderr
     tokenizer = Tokenizer.load(next((home / "tokenizer").iterdir()))
     untrained_run(home, "softmax", tokenizer, attention="softmax")
@@ -89,18 +82,6 @@ def home(corpus_home, tmp_path_factory):
 @pytest.fixture
 def run(home):
     return home / "runs" / "d2_gka"
-
-
-@pytest.fixture
-def run_script(home, monkeypatch):
-    """Run the script's command line in this process."""
-    monkeypatch.setenv("GKACHAT_HOME", str(home))
-
-    def run_script(*args):
-        monkeypatch.setattr(sys, "argv", ["attention_maps", *map(str, args)])
-        cli.run(attention_maps.main, attention_maps.__doc__)
-
-    return run_script
 
 
 def test_sigma_history_comes_from_the_log_or_else_from_checkpoints(run, tmp_path):
@@ -114,58 +95,46 @@ def test_sigma_history_comes_from_the_log_or_else_from_checkpoints(run, tmp_path
     torch.testing.assert_close(torch.tensor(list(saved.values())), torch.tensor([logged[4], logged[8]]))
 
 
-def test_sigma_figures_are_drawn_only_where_there_is_a_sigma(run, home, tmp_path):
-    gka = write_inspection(inspect_run(run, text=TEXT), tmp_path)
-    assert {"sigma.png", "distances.png"} < set(gka) == {path.name for path in tmp_path.iterdir()}
-    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in gka if name.endswith(".png"))
-    softmax = write_inspection(inspect_run(home / "runs" / "softmax", text=TEXT), tmp_path)
-    assert set(gka) - set(softmax) == {"sigma.png", "distances.png"}
-    assert set(softmax) == {path.name for path in tmp_path.iterdir()}  # the earlier figures are gone
-    tree = json.loads((tmp_path / "statistics.json").read_text())
-    assert tree["attention"] == "softmax" and not tree["sigma"] and not tree["sigma_history"]
-
-
-def test_maps_show_the_chosen_heads_and_the_first_tokens(run):
+def test_the_table_has_columns_that_apply_and_maps_show_the_chosen_heads(run, home):
+    without_self = inspect_run(home / "runs" / "without_self", text=TEXT)
+    assert min(without_self.statistics["unassigned"][0]) > 0 and "| sigma |" in markdown(without_self)
+    softmax = inspect_run(home / "runs" / "softmax", text=TEXT)
+    assert max(softmax.statistics["unassigned"][0]) < 1e-6 and "sigma" not in markdown(softmax)
     inspection = inspect_run(run, text=TEXT, tokens=5, heads=("1.0",))
-    assert list(inspection.maps) == ["1.0"] and inspection.maps["1.0"].shape == (5, 5)
+    assert inspection.maps.keys() == {"1.0"} and inspection.maps["1.0"].shape == (5, 5)
     assert inspection.tokens[0] == "<|bos|>" and len(inspection.tokens) == 5
     torch.testing.assert_close(inspection.maps["1.0"].sum(dim=-1), torch.ones(5))
 
 
-def test_the_table_has_only_columns_that_apply(home):
-    without_self = markdown(inspect_run(home / "runs" / "without_self", text=TEXT))
-    assert "| unassigned |" in without_self and "| sigma |" in without_self
-    softmax = markdown(inspect_run(home / "runs" / "softmax", text=TEXT))
-    assert "unassigned" not in softmax and "sigma" not in softmax
+def test_the_script_reads_val_documents_and_writes_figures_of_sigma_only_where_there_is_one(run, home):
+    result, out = run_script("attention_maps", "d2_gka", "--documents=3", home=home), run / "attention_maps"
+    assert result.returncode == 0, result.stderr
+    assert "3 val documents, 96 tokens read" in result.stdout and "| 1.1 |" in result.stdout  # contexts of 32
+    gka = sorted(path.name for path in out.iterdir())
+    assert f"written to {out}: {', '.join(gka)}" in result.stdout and "maps.html" in gka
+    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in gka if name.endswith(".png"))
+    softmax = write_inspection(inspect_run(home / "runs" / "softmax", text=TEXT), out)
+    assert set(gka) - set(softmax) == {"sigma.png", "distances.png"}
+    assert softmax == sorted(path.name for path in out.iterdir())  # the earlier figures are gone
+    tree = json.loads((out / "statistics.json").read_text())
+    assert tree["attention"] == "softmax" and not tree["sigma"] and not tree["sigma_history"]
 
 
-def test_the_script_reads_val_documents_and_lists_what_it_wrote(run, run_script, capsys):
-    with pytest.raises(SystemExit) as exit:
-        run_script("d2_gka", "--documents=3")
-    assert not exit.value.code
-    printed = capsys.readouterr().out
-    assert "3 val documents, 96 tokens read" in printed and "| 1.1 |" in printed  # contexts of 32
-    assert f"written to {run / 'attention_maps'}: distances.png" in printed
-    assert (run / "attention_maps" / "maps.html").exists()
-
-
-def test_invalid_requests_end_with_one_line(run_script, tmp_path, capsys):
+def test_invalid_requests_end_with_one_line(home, tmp_path):
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "empty").write_bytes(b"")
     for args, message in (
-        (["d9"], "no run 'd9'"),
-        (["d2_gka", "--text", tmp_path / "latin"], "is not UTF-8 (unexpected end of data at byte 3)"),
-        (["d2_gka", "--text", tmp_path / "empty"], "the text is empty"),
-        (["d2_gka", "--text", tmp_path / "none"], "No such file"),
-        (["d2_gka", "--prompt", "x", "--text", tmp_path / "empty"], "expected one of them"),
-        (["d2_gka", "--prompt", "x", "--heads", "2.0"], "heads: given '2.0', expected LAYER.HEAD with a layer from 0"),
-        (["d2_gka", "--tokens", "1"], "maps of 1 tokens"),
-        (["d2_gka", "--step", "3"], "no checkpoint of step 3"),
+        (["--text", tmp_path / "latin"], "is not UTF-8 (unexpected end of data at byte 3)"),
+        (["--text", tmp_path / "empty"], "the text is empty"),
+        (["--text", tmp_path / "none"], "No such file"),
+        (["--prompt", "x", "--text", tmp_path / "empty"], "expected one of them"),
+        (["--prompt", "x", "--heads", "2.0"], "heads: given '2.0', expected LAYER.HEAD with a layer from 0"),
+        (["--tokens", "1"], "maps of 1 tokens"),
+        (["--step", "3"], "no checkpoint of step 3"),
     ):
-        with pytest.raises(SystemExit, match="1"):
-            run_script(*args, "--out", tmp_path / "out")
-        error = capsys.readouterr().err
-        assert message in error and error.startswith("error: ") and error.count("\n") == 1
+        result = run_script("attention_maps", "d2_gka", *args, "--out", tmp_path / "out", home=home)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1
+        assert result.stderr.startswith("error: ") and message in result.stderr
         assert not (tmp_path / "out").exists()
 
 
@@ -176,33 +145,22 @@ def inspection_of(tokens, heads=("0.0",), run="a run"):
     return Inspection(run, "softmax", 1, "", {}, [], [], [], {}, tokens, maps)
 
 
-class Elements(HTMLParser):
-    """The name of every element, and the text of the one with id="data"."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.names, self.data, self.open = [], "", []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.names.append(tag)
-        if tag != "meta":
-            self.open.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()[0] == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1][1].get("id") == "data":
-            self.data += data
+def elements(text):
+    """Return the names of all start and end tags of a page."""
+    names, parser = [], HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: names.append(tag)
+    parser.handle_endtag = lambda tag: names.append(f"/{tag}")
+    parser.feed(text)
+    parser.close()
+    return names
 
 
 @given(st.lists(st.text(), min_size=1, max_size=4), st.text() | st.sampled_from(["DATA", "TITLE"]))
 def test_tokens_and_run_names_never_break_the_page(tokens, name):
-    found = Elements(page(inspection_of(tokens, run=name)))
-    assert found.names == Elements(page(inspection_of(["a"]))).names and not found.open
-    assert json.loads(found.data)["tokens"] == tokens
+    text = page(inspection_of(tokens, run=name))
+    assert elements(text) == elements(page(inspection_of(["a"])))
+    data = text.split('id="data">')[1].split("</script>")[0]
+    assert json.loads(data)["tokens"] == tokens
 
 
 def test_the_page_makes_no_network_request():
@@ -213,7 +171,6 @@ def test_the_page_makes_no_network_request():
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on the PATH")
 POINT = """<script>
 document.getElementById("head").value = "1.1";
 document.getElementById("head").dispatchEvent(new Event("change"));
@@ -224,32 +181,20 @@ document.querySelector('#text span[data-i="1"]').dispatchEvent(new MouseEvent("m
 </script>"""
 
 
-def browse(directory):
-    """Open page.html in a browser; its output is the DOM after all scripts, its errors the console's messages."""
-    return subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={directory / 'profile'}",
-         "--enable-logging=stderr", "--dump-dom", (directory / "page.html").as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-
-
-@needs_browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on the PATH")
 def test_a_browser_draws_the_page_and_describes_what_is_pointed_at(tmp_path):
     tokens = ["<|bos|>", "</script><b>", " x\n", "\u2028é", "\ufffd"]
     text = page(inspection_of(tokens, heads=("0.0", "1.1"), run="<i>run</i>"))
     (tmp_path / "page.html").write_text(text.replace("</body>", POINT + "</body>"))
-    result = browse(tmp_path)
+    result = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+         "--enable-logging=stderr", "--dump-dom", (tmp_path / "page.html").as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
     assert result.returncode == 0 and "CONSOLE" not in result.stderr, result.stderr
-    dom = result.stdout
+    dom = result.stdout  # after all scripts
     assert dom.count("<rect ") == 15  # 5 tokens, each with those before it
     assert dom.count("<option>") == 2 and "<i>" not in dom and "<b>" not in dom.split("<script")[0]
     assert "<title>3 \u2028é ← 1 &lt;/script&gt;&lt;b&gt; 25.00 %</title>" in dom
     # Pointing at a token marks it and names what it attends to.
     assert 'data-i="1" class="query"' in dom and "1 &lt;/script&gt;&lt;b&gt; ← 0 &lt;|bos|&gt; 50.00 %, 1 " in dom
-
-
-@needs_browser
-def test_the_browser_test_would_see_an_error(tmp_path):
-    (tmp_path / "page.html").write_text(page(inspection_of(["a"])).replace("draw();\n</script>", "drawn();\n</script>"))
-    result = browse(tmp_path)
-    assert "CONSOLE" in result.stderr and "<rect " not in result.stdout
