@@ -25,7 +25,7 @@ def evaluate_bpb(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], tok
     """Return bits per byte: nats over the targets that have bytes, divided by ln 2 and by the number of these bytes.
 
     Args:
-        model: idx (B, T) -> logits (B, T, V).
+        model: any module, idx (B, T) -> logits (B, T, V). It runs in eval mode, and leaves in the mode it came in.
         batches: (idx, targets) pairs, each (B, T); a target of -1 is not scored.
         token_bytes: (V,) bytes of text behind each id; ids with 0 bytes (special tokens) are not scored.
 
@@ -49,30 +49,35 @@ def bpb_sums(
 
     Batches with more than MAX_LOGITS logits, or that do not fit the device's memory, are split into fewer rows.
     """
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     token_bytes = torch.as_tensor(token_bytes, device=device, dtype=torch.int64)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     n_bytes = torch.zeros((), dtype=torch.int64, device=device)
     max_tokens = MAX_LOGITS // len(token_bytes)
-    for batch in batches:
-        pending = [tuple(t.to(device) for t in batch)]
-        while pending:
-            idx, targets = pending.pop()
-            if len(idx) > 1 and idx.numel() > max_tokens:
-                pending += reversed(list(zip(idx.chunk(2), targets.chunk(2), strict=True)))
-                continue
-            try:
-                logits = model(idx).flatten(0, 1)
-                losses = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
-            except torch.OutOfMemoryError:
-                if len(idx) == 1:
-                    raise
-                max_tokens = idx.numel() - 1  # from now on, batches of this size are split
-                pending.append((idx, targets))
-                continue
-            target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
-            nats += losses.view_as(targets)[target_bytes > 0].double().sum()
-            n_bytes += target_bytes.sum()
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            pending = [tuple(t.to(device) for t in batch)]
+            while pending:
+                idx, targets = pending.pop()
+                if len(idx) > 1 and idx.numel() > max_tokens:
+                    pending += reversed(list(zip(idx.chunk(2), targets.chunk(2), strict=True)))
+                    continue
+                try:
+                    logits = model(idx).flatten(0, 1)
+                    losses = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
+                except torch.OutOfMemoryError:
+                    if len(idx) == 1:
+                        raise
+                    max_tokens = idx.numel() - 1  # from now on, batches of this size are split
+                    pending.append((idx, targets))
+                    continue
+                target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
+                nats += losses.view_as(targets)[target_bytes > 0].double().sum()
+                n_bytes += target_bytes.sum()
+    finally:
+        model.train(was_training)
     return nats.item(), int(n_bytes.item())
 
 

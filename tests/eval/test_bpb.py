@@ -51,6 +51,16 @@ def test_a_uniform_model_over_single_bytes_needs_eight_bits():
     assert evaluate_bpb(model, [(text, text)], np.ones(256)) == pytest.approx(8.0, abs=1e-5)
 
 
+def test_any_module_is_evaluated_in_eval_mode_and_stays_in_the_mode_it_came_in():
+    class Dropping(torch.nn.Dropout):  # without parameters
+        def forward(self, idx):
+            return super().forward(torch.ones(*idx.shape, 4))
+
+    model, idx = Dropping(0.5).train(), torch.zeros(2, 8, dtype=torch.long)
+    assert evaluate_bpb(model, [(idx, idx)], TOKEN_BYTES) == pytest.approx(2.0)
+    assert model.training
+
+
 def as_split(tokens):
     tokens = np.array(tokens, dtype=np.uint16)
     return [Documents(np.array([0, len(tokens)]), lambda: tokens)]
