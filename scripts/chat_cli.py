@@ -10,6 +10,7 @@ stdin may then be {"messages": [...]}, which is answered by itself, apart from t
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -204,24 +205,14 @@ def print_side_by_side(names: Sequence[str], answers: Sequence[Iterator[str]]) -
     from rich.table import Table
     from rich.text import Text
 
-    texts = [""] * len(answers)
-
-    def table() -> Table:
-        columns = Table(*names, expand=True)
-        columns.add_row(*map(Text, texts))
-        return columns
-
-    active = dict(enumerate(answers))
-    with Live(table(), refresh_per_second=10, vertical_overflow="visible") as live:
+    texts = [Text() for _ in answers]
+    table = Table(*names, expand=True)
+    table.add_row(*texts)
+    with Live(table, refresh_per_second=10, vertical_overflow="visible"):
         try:
-            while active:
-                for number, answer in list(active.items()):
-                    part = next(answer, None)
-                    if part is None:
-                        del active[number]
-                    else:
-                        texts[number] += part
-                        live.update(table())
+            for parts in itertools.zip_longest(*answers, fillvalue=""):
+                for text, part in zip(texts, parts, strict=True):
+                    text.append(part)
         except KeyboardInterrupt:
             for answer in answers:
                 answer.close()
