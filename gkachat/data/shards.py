@@ -10,7 +10,7 @@ tokens/<dataset>/
     val_00000.bin, ...
 
 A train shard holds the next `shard_chars` characters. The val shard beside it holds the val documents that were met
-meanwhile. An interrupted run that starts again meets the same boundaries: it reads the texts again, but tokenizes only
+meanwhile. A run that continues an interrupted one reads the texts again, meets the same boundaries, and tokenizes only
 the shards that the manifest does not have yet. Training can begin while later shards are still being written.
 """
 
@@ -276,9 +276,11 @@ def _check_size(directory: Path, shard: Shard, suffix: str) -> Path:
 
 def _is_intact(directory: Path, shard: Shard) -> bool:
     try:
-        return all(_read_array(directory, shard, suffix) is not None for suffix in DTYPES)
+        for suffix in DTYPES:
+            _read_array(directory, shard, suffix)
     except ValueError:
         return False
+    return True
 
 
 def _damaged(problem: str) -> ValueError:
