@@ -34,12 +34,8 @@ OTHER_TOKENIZER = train_tokenizer(["another text " * 10], 512)
 
 def write(directory, documents=DOCUMENTS, tokenizer=TOKENIZER, source=SOURCE, **options):
     """Write shards, and return whether each was reused."""
-    reused = {}
-    write_shards(
-        documents, tokenizer, directory, source=source, shard_chars=SHARD_CHARS, dropped=lambda: DROPPED,
-        progress=lambda shard, was_there: reused.update({shard.name: was_there}), **options,
-    )  # fmt: skip
-    return reused
+    options |= {"source": source, "shard_chars": SHARD_CHARS, "dropped": lambda: DROPPED}
+    return {shard.name: reused for shard, reused in write_shards(documents, tokenizer, directory, **options)}
 
 
 def read(directory, split="train"):
