@@ -100,12 +100,6 @@ def test_a_command_that_fails_ends_a_script_with_an_error(chat, tmp_path, conten
         chat("base", line.format(tmp_path / "talk.json"))
 
 
-def test_a_home_without_runs_is_an_error(chat, tmp_path, monkeypatch):
-    monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no run with a checkpoint"):
-        chat(None)
-
-
 def test_scripts_get_json_and_may_give_whole_conversations(chat):
     messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "Hello!"}]
     lines = ["What?", json.dumps({"messages": messages}), "/reset", "Again"]
@@ -123,8 +117,11 @@ def test_scripts_get_json_and_may_give_whole_conversations(chat):
             chat("chat", json.dumps(bad), as_json=True)
 
 
-def test_compared_runs_are_named_in_front_of_their_answers(chat):
+def test_compared_runs_are_named_in_front_of_their_answers(chat, tmp_path, monkeypatch):
     assert re.fullmatch(r"chat: .*\nbase: .*\n", chat("chat", prompt="turn", compare="base"), flags=re.DOTALL)
+    monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no run with a checkpoint"):
+        chat(None)
 
 
 def test_the_oldest_turns_are_left_out_whole_and_the_system_message_stays(session):
