@@ -147,15 +147,6 @@ def test_hugging_face_datasets_take_turns(monkeypatch):
     assert len(load(source="huggingface", conversations=2)) == 2
 
 
-def test_a_hugging_face_dataset_that_cannot_be_read_is_named(monkeypatch):
-    def no_network(*_, **__):
-        raise ConnectionError("no route\nto the hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", no_network)
-    with pytest.raises(ValueError, match=r"cannot read .* 'HuggingFaceTB/smol-smoltalk'.*: no route$"):
-        load(source="huggingface")
-
-
 def test_generated_conversations_depend_on_the_seed_and_fill_both_splits():
     first, again, other = ([next(g) for _ in range(300)] for g in (generated(s, FACTS) for s in (1, 1, 2)))
     assert first == again != other
