@@ -3,9 +3,8 @@
     timings = benchmark({"a": run_a, "b": run_b}, device, rounds=10)
     timings["b"].median / timings["a"].median
 
-Contestants take turns, A B A B, so that other load on the machine falls on all of them alike.
-The bench scripts run on GPU machines that have torch but not this project's other dependencies. They take their
-command line from here, through argparse, and import nothing that imports tyro, wandb, datasets or tiktoken.
+Contestants take turns, A B A B, so that other load on the machine falls on all of them alike. The bench scripts run on
+GPU machines that have torch but none of this project's other dependencies, so their command line is argparse.
 """
 
 import argparse
@@ -17,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ class Timing:
     median: float
     low: float
     high: float
-    peak_bytes: int | None
-    """Bytes that the device's allocator held at most, beyond those held before the run; None on a CPU."""
+    peak_mib: float | None
+    """MiB that the device's allocator held at most, beyond those held before the run; None on a CPU."""
 
 
 def benchmark(contestants: dict[str, Callable[[], Any]], device: torch.device, rounds: int = 10) -> dict[str, Timing]:
@@ -45,7 +45,7 @@ def benchmark(contestants: dict[str, Callable[[], Any]], device: torch.device, r
     repeats, peaks, samples = {}, {}, {name: [] for name in contestants}
     for name, run in contestants.items():
         run()
-        peaks[name] = _peak_bytes(run, device)
+        peaks[name] = _peak_mib(run, device)
         repeats[name] = max(1, round(MIN_SAMPLE_SECONDS / max(1e-6, _seconds(run, device, 1))))
     for _ in range(rounds):
         for name, run in contestants.items():
@@ -54,6 +54,7 @@ def benchmark(contestants: dict[str, Callable[[], Any]], device: torch.device, r
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Return the seconds of one of several runs."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -69,7 +70,7 @@ def _seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> floa
     return (time.perf_counter() - before) / repeats
 
 
-def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+def _peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -77,7 +78,7 @@ def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     before = torch.cuda.memory_allocated(device)
     run()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def measured_peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -92,26 +93,24 @@ def measured_peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, flo
 
 def facts(device: torch.device) -> dict[str, str]:
     """Return the machine, the date, the commit and the versions that a result was measured with."""
-    versions = {}
-    for package in ("torch", "triton", "flash-attn", "flash-attn-3"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
+    found = {
         "device": device_name(device),
         "processor": processor(),
         "date": str(datetime.date.today()),
         "commit": commit(),
         "python": platform.python_version(),
-        **versions,
     }
+    for package in ("torch", "triton", "flash-attn", "flash-attn-3"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
-def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+def table(rows: list[dict[str, Any]], columns: dict[str, str] | None = None) -> str:
     """Return a Markdown table. `columns` maps headers to format strings over a row, like "{step_ms:.1f}".
 
-    A figure that is None leaves its cell empty; a column without any figure is left out.
+    By default, the keys of a row are the headers. A figure that is None leaves its cell empty; a column without any
+    figure is left out.
     """
 
     def cell(template: str, row: dict[str, Any]) -> str:
@@ -120,7 +119,10 @@ def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
         except TypeError:  # None has no decimals
             return ""
 
-    cells = {header: [cell(template, row) for row in rows] for header, template in columns.items()}
+    if columns is None:
+        cells = {header: [row[header] for row in rows] for header in rows[0]}
+    else:
+        cells = {header: [cell(template, row) for row in rows] for header, template in columns.items()}
     cells = {header: column for header, column in cells.items() if any(column)}
     lines = [[*cells], ["---", *["---:"] * (len(cells) - 1)], *zip(*cells.values(), strict=True)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -140,7 +142,7 @@ def publish(title: str, result: dict[str, Any], table: str, device: torch.device
 
 
 def benchmark_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser of the options that all bench scripts share."""
+    """Return a parser of the options that all bench scripts share; `parse_benchmark` uses it."""
     parser = argparse.ArgumentParser(
         prog=f"python -m scripts.{Path(sys.argv[0]).stem}",
         description=description,
@@ -150,6 +152,7 @@ def benchmark_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="of activations")
     parser.add_argument("--rounds", type=positive, default=10, help="samples of each contestant")
     parser.add_argument("--threads", type=positive, help="CPU threads; by default all")
+    parser.add_argument("--compile", action="store_true", help="compile what is timed with torch.compile")
     parser.add_argument("--out", help="write OUT.json and OUT.md")
     return parser
 

@@ -10,9 +10,10 @@ becomes a special token, even if it spells one.
 """
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,7 @@ import numpy as np
 from gkachat.files import write_text
 
 BOS = "<|bos|>"
-# Nothing uses the last four tokens yet. They are reserved for a Python tool, and they stay in the vocabulary because
-# tokenizers, shards and checkpoints that exist already count their ids.
+# Nothing uses the last four. They stay because tokenizers, shards and checkpoints that exist count their ids.
 SPECIAL_TOKENS = (
     BOS,  # starts every document
     "<|user_start|>",
@@ -101,7 +101,8 @@ class Tokenizer:
                 data = part.encode(errors="surrogatepass")
                 ids += [self.encoding.encode_single_token(bytes([byte])) for byte in data]
             else:
-                ids += [id for chunk in _chunks(part) for id in self.encoding.encode_ordinary(chunk)]
+                for chunk in _chunks(part):
+                    ids += self.encoding.encode_ordinary(chunk)
         return ids
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
@@ -129,14 +130,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as BPE
 
-    n_chars = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal n_chars
-        for text in texts:
-            n_chars += len(text)
-            yield text
-
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -150,9 +143,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(counted(), trainer)
-    if not n_chars:
+    texts = filter(None, texts)
+    if (first := next(texts, None)) is None:
         raise ValueError("the tokenizer was given no text to learn from")
+    bpe.train_from_iterator(itertools.chain([first], texts), trainer)
     bpe.add_special_tokens(list(SPECIAL_TOKENS))
     return Tokenizer(bpe.to_str())
 

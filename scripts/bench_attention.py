@@ -20,17 +20,17 @@ from gkachat.benchmark import benchmark, benchmark_parser, measured_peaks, parse
 from gkachat.config import GKAConfig, GPTConfig
 from scripts.cli import run
 
-# Functions of some inputs, with these inputs, by name.
+Shape = tuple[int, int, int, int]
+"""(B, T, H, D)"""
+
 Contestants = dict[str, tuple[Callable[..., Tensor], list[Tensor]]]
+"""Functions and the inputs that they are called with, by name. Softmax comes first."""
 
 GKA_VARIANTS = {"gka": GKAConfig(), "gka normalised": GKAConfig(normalize=True)}
-LEVELS = ("operator", "sublayer")
 MAX_NAIVE_BYTES = 16 * 2**30  # the naive operator is left out where its T x T tensors would take more
 
 
-def operators(
-    shape: tuple[int, int, int, int], window: int | None, device: torch.device, dtype: torch.dtype
-) -> Contestants:
+def operators(shape: Shape, window: int | None, device: torch.device, dtype: torch.dtype) -> Contestants:
     """Return the attention operators; inputs and outputs are (B, T, H, D)."""
     B, T, H, D = shape
     q, k, v, x = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(4))
@@ -39,8 +39,7 @@ def operators(
     found: Contestants = {f"softmax ({softmax.name})": (partial(softmax_operator, softmax), [q, k, v])}
     for name, options in GKA_VARIANTS.items():
         kernel = choose_kernel(KernelSpec(D, T, window, gaussian=True, unit_norm=options.normalize), device, dtype)
-        operator = partial(gka_operator, kernel, options.normalize)
-        found[f"{name} ({kernel.name})"] = (operator, [x, sigma])
+        found[f"{name} ({kernel.name})"] = (partial(gka_operator, kernel, options.normalize), [x, sigma])
     if 8 * B * H * T * T * torch.float32.itemsize <= MAX_NAIVE_BYTES:
         found["gka naive"] = (partial(naive, mask=visible(T, window, device=device)), [x, sigma])
     return found
@@ -64,11 +63,10 @@ def naive(x_BTHD: Tensor, sigma_H: Tensor, mask: Tensor) -> Tensor:
     return ((weights / weights.sum(-1, keepdim=True)).to(x.dtype) @ x).transpose(1, 2)
 
 
-def sublayers(
-    shape: tuple[int, int, int, int], window: int | None, device: torch.device, dtype: torch.dtype
-) -> Contestants:
+def sublayers(shape: Shape, window: int | None, device: torch.device, dtype: torch.dtype) -> Contestants:
     """Return whole attention layers with their norm and projections; inputs and outputs are (B, T, C)."""
     B, T, H, D = shape
+    idx, rope = torch.zeros(B, T, dtype=torch.long, device=device), rope_table(T, D, device)
     found: Contestants = {}
     for name, options in {"softmax": GKAConfig(), **GKA_VARIANTS}.items():
         attention = "softmax" if name == "softmax" else "gka"
@@ -77,31 +75,31 @@ def sublayers(
             value_embeddings=False, gka=options,
         )  # fmt: skip
         with device:
-            layer, idx = attention_class(attention)(config, 0), torch.zeros(B, T, dtype=torch.long)
+            layer = attention_class(attention)(config, 0)
         layer.window = window
         layer.choose_kernels(device, dtype)
         layer.init_weights()
         torch.nn.init.normal_(layer.c_proj.weight, std=(H * D) ** -0.5)
         x = torch.randn(B, T, H * D, device=device, dtype=dtype).requires_grad_()
-        function = partial(_sublayer, layer, idx, rope_table(T, D, device))
-        found[f"{name} ({layer.kernel.name})"] = (function, [x, *layer.parameters()])
+
+        def forward(x: Tensor, *parameters: Tensor, layer=layer) -> Tensor:
+            return layer(rms_norm(x), idx, rope)
+
+        found[f"{name} ({layer.kernel.name})"] = (forward, [x, *layer.parameters()])
     return found
 
 
-def _sublayer(layer, idx, rope, x, *parameters) -> Tensor:
-    return layer(rms_norm(x), idx, rope)
+LEVELS = {"operator": operators, "sublayer": sublayers}
 
 
-def passes(function: Callable, inputs: list[Tensor], compiled: bool) -> tuple[Callable, Callable]:
+def passes(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Callable, Callable]:
     """Return a function that runs the forward, as in training, and one that runs forward and backward."""
-    if compiled:
-        function = torch.compile(function, dynamic=False)
     dy = torch.randn_like(function(*inputs).detach())
     return lambda: function(*inputs), lambda: torch.autograd.grad(function(*inputs), inputs, dy)
 
 
 def bound(
-    name: str, sublayer: bool, shape, window: int | None, dtype, peaks: tuple[float, float]
+    name: str, sublayer: bool, shape: Shape, window: int | None, dtype: torch.dtype, peaks: tuple[float, float]
 ) -> tuple[float, float]:
     """Return the FLOPs of forward and backward, and the least seconds they take at the measured peaks.
 
@@ -120,16 +118,19 @@ def bound(
     return sum(flops for flops, _ in stages), seconds
 
 
-def measure(level: str, shape, window: int | None, device, dtype, peaks, compiled: bool, rounds: int) -> list[dict]:
+def measure(
+    level: str, shape: Shape, window: int | None, device: torch.device, dtype: torch.dtype,
+    peaks: tuple[float, float], compiled: bool, rounds: int,
+) -> list[dict]:  # fmt: skip
     """Time all contestants of one shape; return a row of the table for each."""
-    found = (operators if level == "operator" else sublayers)(shape, window, device, dtype)
+    found = LEVELS[level](shape, window, device, dtype)
     contestants = {}
     for name, (function, inputs) in found.items():
-        forward, both = passes(function, inputs, compiled and "naive" not in name)
-        contestants |= {(name, "forward"): forward, (name, "both"): both}
+        if compiled and "naive" not in name:
+            function = torch.compile(function, dynamic=False)
+        contestants[name, "forward"], contestants[name, "both"] = passes(function, inputs)
     timings = benchmark(contestants, device, rounds)
-    baseline = next(iter(found))
-    rows = []
+    softmax, rows = timings[next(iter(found)), "both"], []
     for name in found:
         forward, both = timings[name, "forward"], timings[name, "both"]
         flops, least = bound(name, level == "sublayer", shape, window, dtype, peaks)
@@ -138,9 +139,9 @@ def measure(level: str, shape, window: int | None, device, dtype, peaks, compile
                 "level": level, "shape": list(shape), "window": window, "name": name,
                 "forward_ms": 1e3 * forward.median, "backward_ms": 1e3 * (both.median - forward.median),
                 "both_ms": 1e3 * both.median, "both_low_ms": 1e3 * both.low, "both_high_ms": 1e3 * both.high,
-                "time_over_softmax": both.median / timings[baseline, "both"].median,
+                "time_over_softmax": both.median / softmax.median,
                 "tflops": flops / both.median / 1e12, "of_matrix_peak": flops / both.median / peaks[0],
-                "of_bound": least / both.median, "peak_mib": both.peak_bytes and both.peak_bytes / 2**20,
+                "of_bound": least / both.median, "peak_mib": both.peak_mib,
             }
         )  # fmt: skip
     return rows
@@ -165,13 +166,12 @@ def _window(text: str) -> int | None:
 
 def main() -> None:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--compile", action="store_true", help="compile the contestants with torch.compile")
     parser.add_argument("--batch", type=positive, nargs="+", default=[2], help="rows")
     parser.add_argument("--tokens", type=positive, nargs="+", default=[1024], help="tokens of a row")
     parser.add_argument("--heads", type=positive, nargs="+", default=[4], help="heads")
     parser.add_argument("--head-dim", type=positive, nargs="+", default=[128], help="channels of a head")
     parser.add_argument("--windows", type=_window, nargs="+", default=[None], help="visible positions, or full")
-    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="what is timed")
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="what is timed")
     options, device, dtype = parse_benchmark(parser)
     torch.manual_seed(0)
     peaks = measured_peaks(device, dtype)

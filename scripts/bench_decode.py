@@ -11,15 +11,13 @@ import torch
 
 from gkachat.attention.cache import Cache
 from gkachat.benchmark import benchmark, benchmark_parser, measured_peaks, parse_benchmark, positive, publish, table
-from gkachat.config import GPTConfig
+from gkachat.config import ATTENTIONS, GPTConfig
 from gkachat.inference.decoder import Decoder
+from gkachat.inference.engine import BLOCK
 from gkachat.inference.quantize import for_inference
 from gkachat.inference.sampling import Sampling
 from gkachat.model.gpt import GPT
 from scripts.cli import run
-
-BLOCK = 256  # tokens of a prompt that are read at a time, as in inference/engine.py, which needs tiktoken
-ATTENTIONS = ("softmax", "gka", "gka_plus")
 
 
 def prefill(model: GPT, idx: torch.Tensor) -> Cache:
@@ -51,9 +49,9 @@ def measure(
     models: dict[str, GPT], tokens: int, batch: int, rounds: int, bandwidth: float, compile: bool
 ) -> list[dict]:
     """Time all models at one context and batch; return a row of the table for each."""
-    device = next(iter(models.values())).wte.weight.device
-    generator = torch.Generator().manual_seed(0)
-    idx = torch.randint(next(iter(models.values())).config.vocab_size, (batch, tokens), generator=generator).to(device)
+    softmax = models["softmax"]
+    device, generator = softmax.wte.weight.device, torch.Generator().manual_seed(0)
+    idx = torch.randint(softmax.config.vocab_size, (batch, tokens), generator=generator).to(device)
     contestants, caches = {}, {}
     for name, model in models.items():
         contestants[name, "step"], caches[name] = decode_step(model, idx, compile)
@@ -64,10 +62,8 @@ def measure(
     rows = []
     for name, model in models.items():
         step = timings[name, "step"]
-        weights = sum(
-            tensor.nbytes for module in model.modules() if not isinstance(module, torch.nn.Embedding)
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        )  # fmt: skip
+        read = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        read -= sum(module.weight.nbytes for module in model.modules() if isinstance(module, torch.nn.Embedding))
         rows.append(
             {
                 "name": name, "tokens": tokens, "batch": batch, "step_ms": 1e3 * step.median,
@@ -76,7 +72,7 @@ def measure(
                 "speed_over_softmax": timings["softmax", "step"].median / step.median,
                 "speed_over_no_cache": timings[name, "no cache"].median / step.median if batch == 1 else None,
                 "cache_mb_a_row": caches[name].n_bytes / batch / 1e6,
-                "of_bandwidth": (weights + caches[name].n_bytes) / step.median / bandwidth,
+                "of_bandwidth": (read + caches[name].n_bytes) / step.median / bandwidth,
             }
         )  # fmt: skip
     return rows
@@ -103,7 +99,6 @@ def main() -> None:
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8], help="rows that decode together")
     parser.add_argument("--tokens", type=positive, nargs="+", default=[1024], help="tokens of context")
     parser.add_argument("--vocab-size", type=positive, default=32_768, help="tokens in the vocabulary")
-    parser.add_argument("--compile", action="store_true", help="compile the step with torch.compile")
     parser.add_argument("--int8", action="store_true", help="keep matrices as int8")
     options, device, dtype = parse_benchmark(parser)
     models = {}
@@ -124,9 +119,11 @@ def main() -> None:
     kernels = {name: model.blocks[0].attn.decode_kernel for name, model in models.items()}
     for name, kernel in kernels.items():
         print(f"{name}: {kernel.name} ({kernel.reason})")
-    facts = {"dtype": str(dtype), "compile": options.compile, "int8": options.int8}
-    facts |= {"kernels": {name: kernel.name for name, kernel in kernels.items()}}
-    result = facts | {"bytes_per_second": bandwidth, "rows": rows}
+    result = {
+        "dtype": str(dtype), "compile": options.compile, "int8": options.int8,
+        "kernels": {name: kernel.name for name, kernel in kernels.items()},
+        "bytes_per_second": bandwidth, "rows": rows,
+    }  # fmt: skip
     publish("Decoding, timed", result, table(rows, COLUMNS), device, options.out)
 
 

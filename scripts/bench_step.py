@@ -61,38 +61,32 @@ COLUMNS = {
 
 def main() -> None:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--compile", action="store_true", help="compile the models with torch.compile")
     parser.add_argument("--depth", type=positive, default=4, help="layers")
     parser.add_argument("--batch", type=positive, default=4, help="rows of a step")
     parser.add_argument("--tokens", type=positive, default=512, help="tokens of a row")
     parser.add_argument("--vocab-size", type=positive, default=32_768, help="tokens in the vocabulary")
-    parser.add_argument(
-        "--window-pattern", default="SSSL", help="a letter per layer: S for a short window, L for all tokens"
-    )
+    parser.add_argument("--window-pattern", default="SSSL", help="a letter per layer: S for short, L for all tokens")
     options, device, dtype = parse_benchmark(parser)
-    steps, models, configs = {}, {}, {}
+    steps, models = {}, {}
     for name, variant in VARIANTS.items():
-        configs[name] = GPTConfig(
+        config = GPTConfig(
             depth=options.depth, sequence_len=options.tokens, vocab_size=options.vocab_size,
             window_pattern=options.window_pattern, **variant,
         )  # fmt: skip
-        steps[name], models[name] = training_step(configs[name], options.batch, device, dtype, options.compile)
-    for name, model in models.items():
-        for kernel, layers in model.kernels().items():
+        steps[name], models[name] = training_step(config, options.batch, device, dtype, options.compile)
+        for kernel, layers in models[name].kernels().items():
             print(f"{name}, layers {', '.join(map(str, layers))}: {kernel}")
     timings = benchmark(steps, device, options.rounds)
-    flops_per_second, _ = measured_peaks(device, dtype)
-    peak = peak_flops(device_name(device)) or flops_per_second
-    rows = []
+    peak = peak_flops(device_name(device)) or measured_peaks(device, dtype)[0]
+    tokens, rows = options.batch * options.tokens, []
     for name, timing in timings.items():
-        tokens = options.batch * options.tokens
         rows.append(
             {
                 "name": name, "step_ms": 1e3 * timing.median, "low_ms": 1e3 * timing.low, "high_ms": 1e3 * timing.high,
                 "tokens_per_second": tokens / timing.median,
                 "speed_over_softmax": timings["softmax"].median / timing.median,
-                "mfu": tokens / timing.median * model_stats(configs[name]).flops_per_token / peak,
-                "peak_mib": timing.peak_bytes and timing.peak_bytes / 2**20, "backends": models[name].kernels(),
+                "mfu": tokens / timing.median * model_stats(models[name].config).flops_per_token / peak,
+                "peak_mib": timing.peak_mib, "backends": models[name].kernels(),
             }
         )  # fmt: skip
     print(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s")

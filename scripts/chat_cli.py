@@ -10,6 +10,7 @@ stdin may then be {"messages": [...]}, which is answered by itself, apart from t
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -78,7 +79,6 @@ class Chat:
 
     def __init__(self, sessions: list[ChatSession], sampling: Sampling, as_json: bool):
         self.sessions, self.sampling, self.as_json = sessions, sampling, as_json
-        self.n_turns = 0
 
     def loop(self, at_terminal: bool) -> None:
         """Answer lines and run commands until the input ends. Without a terminal, an error ends the loop too."""
@@ -113,16 +113,16 @@ class Chat:
 
     def ask(self, text: str) -> None:
         """Print the answers to a message, and add both to the conversations."""
-        sampling = self._turn_sampling()
-        self.n_turns += 1
+        sampling = self.sampling
+        self.sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)  # each turn has a seed of its own
         self._print_answers(text, [session.ask(text, sampling) for session in self.sessions])
 
     def answer(self, messages: Messages) -> None:
         """Print the answers to messages that are not part of the conversations."""
         if messages[-1]["role"] != "user":
             raise ValueError(f"the last message: given role {messages[-1]['role']!r}, expected 'user'")
-        sampling = self._turn_sampling()
-        self._print_answers(messages[-1]["content"], [session.answer(messages, sampling) for session in self.sessions])
+        answers = [session.answer(messages, self.sampling) for session in self.sessions]
+        self._print_answers(messages[-1]["content"], answers)
 
     def reset(self, argument: str) -> None:
         for session in self.sessions:
@@ -157,10 +157,6 @@ class Chat:
 
     def quit(self, argument: str) -> None:
         raise EOFError
-
-    def _turn_sampling(self) -> Sampling:
-        """Return the sampling with a seed of this turn's own."""
-        return dataclasses.replace(self.sampling, seed=self.sampling.seed + self.n_turns)
 
     def _print_answers(self, prompt: str, answers: Sequence[Iterator[str]]) -> None:
         """Print streamed answers: side by side in a terminal, otherwise one after the other. Ctrl-C ends them."""
@@ -204,24 +200,14 @@ def print_side_by_side(names: Sequence[str], answers: Sequence[Iterator[str]]) -
     from rich.table import Table
     from rich.text import Text
 
-    texts = [""] * len(answers)
-
-    def table() -> Table:
-        columns = Table(*names, expand=True)
-        columns.add_row(*map(Text, texts))
-        return columns
-
-    active = dict(enumerate(answers))
-    with Live(table(), refresh_per_second=10, vertical_overflow="visible") as live:
+    texts = [Text() for _ in answers]
+    table = Table(*names, expand=True)
+    table.add_row(*texts)
+    with Live(table, refresh_per_second=10, vertical_overflow="visible"):
         try:
-            while active:
-                for number, answer in list(active.items()):
-                    part = next(answer, None)
-                    if part is None:
-                        del active[number]
-                    else:
-                        texts[number] += part
-                        live.update(table())
+            for parts in itertools.zip_longest(*answers, fillvalue=""):
+                for text, part in zip(texts, parts, strict=True):
+                    text.append(part)
         except KeyboardInterrupt:
             for answer in answers:
                 answer.close()

@@ -7,7 +7,7 @@ python -m scripts.cost --config configs/d20.toml --plan 12 16 20 24
 
 import itertools
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -53,7 +53,7 @@ def main(
         f"depth {shape.depth}, {shape.n_embd} channels, {shape.n_head} heads of {shape.head_dim}, vocabulary "
         f"{shape.vocab_size:,}, {shape.sequence_len} tokens per row, windows {shape.window_pattern}\n"
     )
-    _print_tables(counts)
+    print(count_tables(counts))
 
 
 def training_plan(config: str | None, overrides: list[str], depths: tuple[int, ...]) -> str:
@@ -71,7 +71,7 @@ def training_plan(config: str | None, overrides: list[str], depths: tuple[int, .
         row_bytes = activation_bytes(one.model, 2) - activation_bytes(one.model, 1)
         rows.append(
             {
-                "run": f"d{depth} {attention}",
+                "": f"d{depth} {attention}",
                 "parameters": f"{stats.params['total'] / 1e6:,.0f} M",
                 "tokens": f"{train.total_tokens / 1e9:.2f} B",
                 "steps of tokens": f"{n_steps(one):,} of {train.total_batch_size:,}",
@@ -81,32 +81,35 @@ def training_plan(config: str | None, overrides: list[str], depths: tuple[int, .
                 "GPU hours": f"{flops / (ASSUMED_MFU * peak_flops('H100')) / 3600:,.1f}",
             }
         )
-    return table(rows, {"" if header == "run" else header: f"{{{header}}}" for header in rows[0]})
+    return table(rows)
 
 
-def _print_tables(counts: dict) -> None:
+def count_tables(counts: dict[str, Any]) -> str:
+    """Return two Markdown tables of `compare_stats`: counts, and total FLOPs under each protocol over softmax's."""
+    from gkachat.benchmark import table
     from gkachat.model.stats import PROTOCOLS, PUBLISHED_FLOPS_RATIO, PUBLISHED_PARAMS_RATIO
 
     ratios = counts["ratios"]
     names = ["softmax", *ratios]
-
-    def line(name: str, values: list[int], note: str = "") -> None:
-        over = [f"{value / values[0]:10.4f}" if values[0] else " " * 10 for value in values[1:]]
-        print("".join([f"{name:28}", *(f"{value:16,}" for value in values), *over, f"  {note}"]).rstrip())
-
-    print("".join([f"{'':28}", *(f"{name:>16}" for name in names), *(f"{name:>10}" for name in ratios)]))
     groups = dict.fromkeys(group for name in names for group in counts[name]["params"])
-    for group in [group for group in groups if group != "total"]:
-        line(group.replace("_", " "), [counts[name]["params"].get(group, 0) for name in names])
-    published = f"published at depth 20, gka: {PUBLISHED_PARAMS_RATIO}"
-    line("parameters", [counts[name]["params"]["total"] for name in names], published)
-    line("training FLOPs per token", [counts[name]["flops_per_token"] for name in names])
-    line("decode-cache bytes per token", [counts[name]["cache_bytes_per_token"] for name in names])
-    print("\nthe last columns, and the rows below, are ratios to softmax\n")
-    print("".join([f"{'total training FLOPs under':28}", *(f"{name:>10}" for name in ratios)]))
-    for protocol in PROTOCOLS:
-        note = f"  published at depth 20, gka: {PUBLISHED_FLOPS_RATIO}" if protocol == "paper" else ""
-        print(f"{protocol:28}" + "".join(f"{ratio['total_flops'][protocol]:10.4f}" for ratio in ratios.values()) + note)
+    values = {group: [counts[name]["params"].get(group, 0) for name in names] for group in [*groups][1:]}
+    values["parameters"] = [counts[name]["params"]["total"] for name in names]
+    values |= {key: [counts[name][key] for name in names] for key in ("flops_per_token", "cache_bytes_per_token")}
+    rows = []
+    for what, (softmax, *others) in values.items():
+        row = {"": what.replace("_", " "), "softmax": f"{softmax:,}"}
+        row |= {name: f"{value:,}" for name, value in zip(ratios, others, strict=True)}
+        over = [f"{value / softmax:.4f}" if softmax else "" for value in others]
+        rows.append(row | {f"{name} over softmax": ratio for name, ratio in zip(ratios, over, strict=True)})
+    totals = [
+        {
+            "total FLOPs over softmax": protocol,
+            **{name: f"{ratios[name]['total_flops'][protocol]:.4f}" for name in ratios},
+        }
+        for protocol in PROTOCOLS
+    ]
+    published = f"{PUBLISHED_PARAMS_RATIO} of the parameters and {PUBLISHED_FLOPS_RATIO} of the total FLOPs"
+    return f"{table(rows)}\n{table(totals)}\nPublished for gka at depth 20: {published}."
 
 
 if __name__ == "__main__":

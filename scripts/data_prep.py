@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from gkachat.config import home
-from gkachat.data.shards import MANIFEST, SPLITS, Shard, write_shards
+from gkachat.data.shards import MANIFEST, SPLITS, read_manifest, write_shards
 from gkachat.data.sources import Corpus
 from gkachat.tokenizer import Tokenizer
 from scripts.cli import parse_config, run, with_progress
@@ -47,20 +47,19 @@ def main() -> None:
     if not (directory / MANIFEST).exists():
         announce_disk(corpus, tokenizer, directory)
 
-    def progress(shard: Shard, reused: bool) -> None:
-        seconds = time.perf_counter() - start
-        print(f"{shard.name} {shard.tokens:,} tokens{', was there' if reused else ''} | {seconds:.0f} s", flush=True)
-
-    manifest = write_shards(
+    shards = write_shards(
         with_progress(corpus, "tokenizing", lambda document: len(document[1]), config.data.max_chars),
         tokenizer,
         directory,
         source=dataclasses.asdict(config.data) | {"files": list(config.data.files)},
         shard_chars=config.data.shard_chars,
         dropped=lambda: {reason: n for reason, n in corpus.counts.items() if reason != "kept"},
-        progress=progress,
         reread="reread" in flags,
     )
+    for shard, reused in shards:
+        seconds = time.perf_counter() - start
+        print(f"{shard.name} {shard.tokens:,} tokens{', was there' if reused else ''} | {seconds:.0f} s", flush=True)
+    manifest = read_manifest(directory)
     for split in SPLITS:
         docs, tokens, n_bytes = (manifest.total(split, what) for what in ("documents", "tokens", "bytes"))
         print(f"{split}: {docs:,} documents, {tokens:,} tokens, {n_bytes:,} bytes, {n_bytes / tokens:.2f} per token")

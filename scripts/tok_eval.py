@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tiktoken
 
+from gkachat.benchmark import table
 from gkachat.config import Config, home
 from gkachat.data.sources import Corpus
 from gkachat.tokenizer import Tokenizer
@@ -55,10 +56,11 @@ def main() -> None:
             encoders[name] = tiktoken.get_encoding(name).encode_ordinary
         except Exception as error:  # a failed download raises many kinds of error, and ours needs none
             print(f"{name}: tiktoken cannot load it here ({type(error).__name__})")
-    print(f"{'bytes per token':24}" + "".join(f"{name:>14}" for name in encoders))
+    rows = []
     for kind, text in kinds(config).items():
-        n_bytes = len(text.encode())
-        print(f"{kind:24}" + "".join(f"{n_bytes / len(encode(text)):14.2f}" for encode in encoders.values()))
+        rates = {name: f"{len(text.encode()) / len(encode(text)):.2f}" for name, encode in encoders.items()}
+        rows.append({"bytes per token": kind} | rates)
+    print(table(rows))
 
 
 if __name__ == "__main__":

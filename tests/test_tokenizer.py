@@ -17,8 +17,7 @@ TRAINED_ON = [
     (STDLIB / name).read_text(encoding="utf-8") for name in ("argparse.py", "heapq.py", "json/decoder.py", "this.py")
 ]
 UNSEEN = [
-    (STDLIB / name).read_text(encoding="utf-8")
-    for name in ("ast.py", "difflib.py", "html/entities.py", "encodings/cp1251.py", "textwrap.py", "turtle.py")
+    (STDLIB / name).read_text(encoding="utf-8") for name in ("ast.py", "html/entities.py", "encodings/cp1251.py")
 ] + [
     "Zwölf Boxkämpfer jagen Viktor\r\n\r\n  über   den großen Sylter Deich.\t\u3000",
     "漢字かな交じり文 ١٢٣٤ ½ 🧑\u200d🚀\u00a0\u2028don't WE'LL 1234567 \x00\x1c\x85 e\u0301",
@@ -33,14 +32,10 @@ def tokenizer():
     return train_tokenizer(TRAINED_ON, 700)
 
 
-def test_ids_are_contiguous_and_special_tokens_come_last(tokenizer):
+def test_special_tokens_come_last_and_every_id_has_its_own_bytes(tokenizer):
     assert tokenizer.vocab_size == 700
-    assert sorted(json.loads(tokenizer.json_text)["model"]["vocab"].values()) == list(range(691))
     assert [tokenizer.special[name] for name in SPECIAL_TOKENS] == list(range(691, 700))
     assert tokenizer.bos == tokenizer.special[BOS]
-
-
-def test_every_byte_has_its_own_id_and_every_id_its_own_bytes(tokenizer):
     stands_for = {tokenizer.decode_bytes([i]) for i in range(700)}
     assert len(stands_for) == 700 and {bytes([byte]) for byte in range(256)} <= stands_for
 
@@ -56,11 +51,11 @@ def test_any_text_round_trips_and_none_becomes_a_special_token(tokenizer, text):
     assert not special & set(tokenizer.encode_to_numpy(text.encode(errors="replace").decode()).tolist())
 
 
-@pytest.mark.parametrize("name", SPECIAL_TOKENS)
-def test_the_text_of_a_special_token_is_encoded_as_text(tokenizer, name):
-    ids = tokenizer.encode(name)
-    assert len(ids) > 1 and max(ids) < 691
-    assert tokenizer.decode(ids) == name == tokenizer.decode([tokenizer.special[name]])
+def test_the_text_of_a_special_token_is_encoded_as_text(tokenizer):
+    for name in SPECIAL_TOKENS:
+        ids = tokenizer.encode(name)
+        assert len(ids) > 1 and max(ids) < 691
+        assert tokenizer.decode(ids) == name == tokenizer.decode([tokenizer.special[name]])
 
 
 def test_special_tokens_have_no_bytes_and_all_others_have_some(tokenizer):
@@ -75,11 +70,7 @@ def test_encoding_is_that_of_the_tokenizers_library(tokenizer):
         ids, array = tokenizer.encode(text), tokenizer.encode_to_numpy(text)
         assert ids == reference.encode(text, add_special_tokens=False).ids
         assert array.dtype == np.uint16 and array.tolist() == ids
-
-
-def test_merges_shorten_text(tokenizer):
-    text = "".join(UNSEEN[:2])
-    assert len(tokenizer.encode(text)) < len(text.encode()) / 2
+    assert len(tokenizer.encode(UNSEEN[0])) < len(UNSEEN[0].encode()) / 2  # merges shorten text
 
 
 def test_a_token_has_at_most_two_digits(tokenizer):
@@ -91,9 +82,7 @@ def test_a_token_has_at_most_two_digits(tokenizer):
 def test_a_saved_tokenizer_loads_unchanged(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "new" / "directory")
     loaded = Tokenizer.load(tmp_path / "new" / "directory")
-    assert (loaded.sha256, loaded.vocab_size) == (tokenizer.sha256, 700)
-    assert (loaded.bos, loaded.special) == (tokenizer.bos, tokenizer.special)
-    assert all(loaded.encode(text) == tokenizer.encode(text) for text in UNSEEN)
+    assert loaded.json_text == tokenizer.json_text and loaded.sha256 == tokenizer.sha256
 
 
 def test_training_depends_on_the_text_alone(tokenizer):
@@ -101,10 +90,10 @@ def test_training_depends_on_the_text_alone(tokenizer):
     assert train_tokenizer(TRAINED_ON[:2], 700).sha256 != tokenizer.sha256
 
 
-@pytest.mark.parametrize("texts", [[], [""], ["", ""]])
-def test_no_text_to_learn_from_is_an_error(texts):
-    with pytest.raises(ValueError, match="no text to learn from"):
-        train_tokenizer(texts, 600)
+def test_no_text_to_learn_from_is_an_error():
+    for texts in ([], ["", ""]):
+        with pytest.raises(ValueError, match="no text to learn from"):
+            train_tokenizer(texts, 600)
 
 
 def test_a_small_corpus_gives_a_smaller_vocabulary_that_works():
@@ -154,7 +143,7 @@ def test_a_damaged_file_is_an_error_that_names_it(tokenizer, tmp_path, damage):
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("text", [" " * 1_200_000 + "x", "\u3000" * 1_100_000])
-def test_a_million_spaces_do_not_overflow_the_regex(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.encode_to_numpy(text).tolist() == tokenizer.encode(text)
+def test_a_million_spaces_do_not_overflow_the_regex(tokenizer):
+    text = "\u3000" * 1_100_000
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.encode_to_numpy(text).tolist() == ids

@@ -130,11 +130,6 @@ class Attention(nn.Module):
         """What the cache keeps of each token. Scores of features with one common norm need no norms."""
         return LayerCacheSpec(self.window, self.shares_kv, self.gaussian and not self.unit_norm, self.lookback)
 
-    @property
-    def cache_tensors(self) -> int:
-        """Number of tensors with C numbers that the cache keeps for each token."""
-        return 1 if self.shares_kv else 2
-
     def split_heads(self, x_BTC: Tensor) -> Tensor:
         """Reshape (B, T, C) to (B, T, H, D)."""
         return x_BTC.view(*x_BTC.shape[:2], self.config.n_head, self.config.head_dim)

@@ -120,20 +120,22 @@ class CacheStep:
         self.cache, self.rows, self.longest, self.is_prefill = cache, rows, longest, prefill
         self.positions = lengths[:, None] + torch.arange(T, device=cache.device)  # (B, T)
         self.row_index = torch.arange(len(cache.lengths), device=cache.device)[rows, None]  # (B, 1)
-        self._masks: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self._ropes: dict[tuple, Rope] = {}
+        self._views: dict[tuple, tuple[Tensor, Tensor, Rope | None]] = {}
 
     def layer(self, index: int) -> "LayerCache":
         """Return the part of this step that one layer reads and writes."""
         return LayerCache(self, index)
 
-    def positions_and_mask(self, window: int | None, slots: int, of_prefix: bool) -> tuple[Tensor, Tensor]:
-        """Return the positions (B or 1, S) in the slots in use of a buffer, and the mask (B, 1, T, S) over them.
+    def view(
+        self, window: int | None, slots: int, of_prefix: bool, rotated: bool
+    ) -> tuple[Tensor, Tensor, Rope | None]:
+        """Return positions, mask and rotation tables of the slots in use, computed once for all layers that share them.
 
-        Computed once for all layers that share a window. The mask is 0 where a new token sees the key, else -inf.
+        Positions are (B or 1, S). The mask (B, 1, T, S) is 0 where a new token sees the key, and minus infinity
+        elsewhere. The tables, (B or 1, 1, S, D/2), are None unless keys are rotated when they are read.
         """
-        key = (window, slots, of_prefix)
-        if key not in self._masks:
+        key = (window, slots, of_prefix, rotated)
+        if key not in self._views:
             cache = self.cache.prefix if of_prefix else self.cache
             first, device = cache.first, self.cache.device
             if of_prefix:
@@ -147,16 +149,9 @@ class CacheStep:
             if window is not None:
                 seen &= distance < window
             mask = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
-            self._masks[key] = positions, mask[:, None]
-        return self._masks[key]
-
-    def rope(self, window: int | None, slots: int, of_prefix: bool) -> Rope:
-        """Return tables (B or 1, 1, S, D/2) for the positions of `positions_and_mask`, computed once for all layers."""
-        key = (window, slots, of_prefix)
-        if key not in self._ropes:
-            positions, _ = self.positions_and_mask(*key)
-            self._ropes[key] = rope_at(positions[:, None], self.cache.head_dim)
-        return self._ropes[key]
+            rope = rope_at(positions[:, None], self.cache.head_dim) if rotated else None
+            self._views[key] = positions, mask[:, None], rope
+        return self._views[key]
 
 
 class LayerCache:
@@ -203,18 +198,17 @@ class LayerCache:
         if (prefix := self.cache.prefix) is not None:
             buffers = prefix.layers[self.index]
             slots = min(buffers["k"].size(2), prefix.lengths[0])
-            shared = {name: buffer[:, :, :slots] for name, buffer in buffers.items() if name != "x"}
-            slices.append(self._slice(shared, slots, of_prefix=True))
-        own = {name: buffer[step.rows, :, : step.longest] for name, buffer in self.buffers.items() if name != "x"}
-        part = self._slice(own, self.buffers["k"].size(2), of_prefix=False)
+            slices.append(self._slice(buffers, slice(None), slots, slots, of_prefix=True))
+        slots = self.buffers["k"].size(2)
+        own = self._slice(self.buffers, step.rows, step.longest, slots, of_prefix=False)
         if not include_self:
-            positions, _ = step.positions_and_mask(self.spec.window, self.buffers["k"].size(2), False)
+            positions, _, _ = step.view(self.spec.window, slots, False, self.rotates_keys)
             is_self = positions[:, None, None, :] == step.positions[:, None, :, None]
-            part = part._replace(mask=part.mask.masked_fill(is_self, -torch.inf))
-        return [*slices, part]
+            own = own._replace(mask=own.mask.masked_fill(is_self, -torch.inf))
+        return [*slices, own]
 
-    def _slice(self, tensors: dict[str, Tensor], slots: int, of_prefix: bool) -> KVSlice:
-        _, mask = self.step.positions_and_mask(self.spec.window, slots, of_prefix)
-        rope = self.step.rope(self.spec.window, slots, of_prefix) if self.rotates_keys else None
-        k = tensors["k"]
-        return KVSlice(k, tensors.get("v", k), mask, tensors.get("key_norms"), rope)
+    def _slice(self, buffers: dict[str, Tensor], rows: slice, n: int, slots: int, of_prefix: bool) -> KVSlice:
+        """Return the first n of a buffer's slots."""
+        k, v, norms = (buffers[name][rows, :, :n] if name in buffers else None for name in ("k", "v", "key_norms"))
+        _, mask, rope = self.step.view(self.spec.window, slots, of_prefix, self.rotates_keys)
+        return KVSlice(k, k if v is None else v, mask, norms, rope)

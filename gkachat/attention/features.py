@@ -100,11 +100,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     return cast(y, x.dtype)
 
 
-def last_tokens(t: Tensor, T: int) -> Tensor:
-    """Return the last T tokens of t (B, at least T, ...), without a copy; t itself when it has T."""
-    return t[:, t.size(1) - T :]
-
-
 class ShortConv(nn.Module):
     """Each channel mixes its last four tokens: y_t = sum_n w_n x_(t-n), with 0 before the text. Starts as delays."""
 
@@ -123,7 +118,7 @@ class ShortConv(nn.Module):
 
     def forward(self, x_BTHD: Tensor, T: int) -> Tensor:
         """Convolve, and return the last T tokens (B, T, H, D). Tokens before these only serve as their past."""
-        return last_tokens(_ShortConv.apply(x_BTHD, self.weight.to(x_BTHD.dtype)), T)
+        return _ShortConv.apply(x_BTHD, self.weight.to(x_BTHD.dtype))[:, -T:]
 
 
 class _ShortConv(torch.autograd.Function):

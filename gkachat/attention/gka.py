@@ -101,7 +101,6 @@ class GaussianKernelAttention(Attention):
         nn.init.constant_(self.log_sigma, 0.5 * math.log(self.config.head_dim / 2))
 
     def parameter_groups(self) -> Groups:
-        """Return one matrix and the bandwidths."""
         return super().parameter_groups() | {"log_sigma": [self.log_sigma]}
 
     def statistics(self) -> dict[str, Tensor]:

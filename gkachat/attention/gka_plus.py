@@ -14,7 +14,7 @@ import math
 from torch import Tensor, nn
 
 from gkachat.attention.base import Groups
-from gkachat.attention.features import Rope, ShortConv, apply_rope, last_tokens, rms_norm
+from gkachat.attention.features import Rope, ShortConv, apply_rope, rms_norm
 from gkachat.attention.gka import GaussianKernelAttention
 from gkachat.attention.qkv import QKV
 from gkachat.attention.value_embedding import ValueEmbedding
@@ -42,7 +42,7 @@ class GKAPlus(GaussianKernelAttention):
         q, k = (rms_norm(apply_rope(t, rope)) for t in (q, k))
         v = self.conv_v(x, T)
         if self.value_embedding is not None:
-            v = self.value_embedding(v, last_tokens(x_BTC, T), idx_BT)
+            v = self.value_embedding(v, x_BTC[:, -T:], idx_BT)
         return QKV(q, k, v, sigma=self.sigma)
 
     def init_weights(self) -> None:
@@ -56,7 +56,6 @@ class GKAPlus(GaussianKernelAttention):
             self.value_embedding.init_weights()
 
     def parameter_groups(self) -> Groups:
-        """Return one matrix, bandwidths, convolutions, and what value embeddings add."""
         groups = super().parameter_groups()
         groups["convolutions"] = [conv.weight for conv in (self.conv_q, self.conv_k, self.conv_v)]
         return groups if self.value_embedding is None else groups | self.value_embedding.parameter_groups()

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from gkachat.attention.base import Attention, Groups
-from gkachat.attention.features import Rope, ShortConv, apply_rope, last_tokens, rms_norm
+from gkachat.attention.features import Rope, ShortConv, apply_rope, rms_norm
 from gkachat.attention.linear import Linear, uniform_
 from gkachat.attention.qkv import QKV
 from gkachat.attention.value_embedding import ValueEmbedding
@@ -34,7 +34,7 @@ class SoftmaxAttention(Attention):
         if self.convs is not None:
             T = idx_BT.size(1)
             q, k, v = (conv(t, T) for conv, t in zip(self.convs, (q, k, v), strict=True))
-            x_BTC = last_tokens(x_BTC, T)
+            x_BTC = x_BTC[:, -T:]
         if self.value_embedding is not None:
             v = self.value_embedding(v, x_BTC, idx_BT)
         q, k = (QK_SCALE * rms_norm(apply_rope(t, rope)) for t in (q, k))
@@ -52,7 +52,6 @@ class SoftmaxAttention(Attention):
                 conv.init_weights(delays)
 
     def parameter_groups(self) -> Groups:
-        """Return four matrices, and what convolutions and value embeddings add."""
         groups: Groups = {"matrices": [m.weight for m in (self.c_q, self.c_k, self.c_v, self.c_proj)]}
         if self.convs is not None:
             groups["convolutions"] = [conv.weight for conv in self.convs]

@@ -10,7 +10,7 @@ which may begin with a system message. Its tokens are
     <|bos|><|user_start|>...<|user_end|><|assistant_start|>...<|assistant_end|>
 
 The model learns the assistant's text and end token, and nothing else. A system message is put before the first user
-message. A hash of what is asked decides whether a conversation is in train or val: no question of val is in train.
+message. A hash of the question decides between train and val, so that no question of val is in train.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -143,7 +143,6 @@ def _files(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator[Con
 
 def _huggingface(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator[Conversation]:
     """Yield a conversation of each of three datasets in turns, until all of them end."""
-
     datasets = [map(read, stream_dataset(name, subset, "train", shuffle_seed=seed)) for name, subset, read in DATASETS]
     while datasets:
         for dataset in list(datasets):

@@ -25,16 +25,6 @@ ERASING, MIXUP, CUTMIX = 0.25, 0.8, 1.0  # probability; alphas
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue, 0 to 1
 
 
-@dataclass(frozen=True)
-class Images:
-    """Train and val split of a dataset."""
-
-    train: "Split"
-    val: "Split"
-    mix: Mix | None = None
-    """Blends a training batch and its classes (rows,), which become shares (rows, K)."""
-
-
 class Split(Dataset):
     """Maps (index, seed) to an image (colours, size, size) in float32 and its class."""
 
@@ -48,6 +38,16 @@ class Split(Dataset):
         index, seed = key
         torch.manual_seed(seed)  # augmentation draws from torch's generator
         return self.prepare(self.rows[index])
+
+
+@dataclass(frozen=True)
+class Images:
+    """Train and val split of a dataset."""
+
+    train: Split
+    val: Split
+    mix: Mix | None = None
+    """Blends a training batch and its classes (rows,), which become shares (rows, K)."""
 
 
 def load_images(config: VisionConfig) -> Images:

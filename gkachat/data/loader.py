@@ -3,14 +3,13 @@
     loader = Loader(split, sequence_len=2048, batch_rows=32, bos=tokenizer.bos, seed=42)
     inputs, targets = loader.batch(step)    # each (batch_rows, sequence_len)
 
-A row has sequence_len + 1 tokens: inputs are all but the last, targets all but the first. packing.py decides what is in
-a row. Every row starts with BOS, no token is a target twice in an epoch, and the free end of a row has no targets. An
-epoch takes the shards in order and packs each by itself, so that later shards may still be being written. A batch
-follows from the seed and the step alone, so that any step can be read at once.
+A row has sequence_len + 1 tokens: inputs are all but the last, targets all but the first. Every row starts with BOS, no
+token is a target twice in an epoch, and the free end of a row has no targets. An epoch takes the shards in order and
+packs each by itself (packing.py), so that later shards may still be being written.
 """
 
 import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
@@ -21,8 +20,7 @@ from torch import Tensor
 
 from gkachat.data.packing import PackingPlan, count_rows, pack_documents
 from gkachat.data.shards import Documents, Split
-
-IGNORE = -1  # target of a position that has no loss
+from gkachat.model.loss import IGNORE
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, each (rows, sequence_len) int64."""
@@ -48,7 +46,7 @@ class Loader:
         """`batch_rows` is the number of rows of one rank in a step. Raises ValueError if the split is too small."""
         self.split, self.sequence_len, self.batch_rows, self.bos = split, sequence_len, batch_rows, bos
         self.seed, self.rank, self.rows_per_step = seed, rank, batch_rows * world_size
-        self._row_ends: list[int] = []  # of each shard read so far: where its rows end, counted from the epoch's start
+        self._row_ends: list[int] = []  # number of rows up to the end of each shard that was read so far
         self._plan = lru_cache(2)(self._plan_shard)  # a step may begin in one shard and end in the next
         if not self._has_rows(self.rows_per_step):
             raise ValueError(
@@ -58,7 +56,8 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """Return this rank's batch of a step, counted from the start of training."""
-        return gather_rows(self._rows(step, self.rank * self.batch_rows, self.batch_rows), self.sequence_len, self.bos)
+        rows = list(self._rows(step, self.rank * self.batch_rows, self.batch_rows))
+        return gather_rows(rows, self.sequence_len, self.bos)
 
     def n_targets(self, step: int) -> int:
         """Return the number of targets of a step over all ranks. It follows from the plan, without communication."""
@@ -158,26 +157,25 @@ def val_batches(
         yield gather_rows(batch, sequence_len, bos)
 
 
-def gather_rows(rows: Iterable[Row], sequence_len: int, bos: int) -> Batch:
+def gather_rows(rows: Sequence[Row], sequence_len: int, bos: int) -> Batch:
     """Read the tokens of rows from their shards."""
-    rows = list(rows)
     tokens = np.zeros((len(rows), sequence_len + 1), dtype=np.int64)
-    is_target = np.zeros(tokens.shape, dtype=bool)
+    targets = np.full(tokens.shape, IGNORE, dtype=np.int64)
     for number, (documents, plan, row) in enumerate(rows):
         at = 0
         for piece in plan.row_pieces(row):
             length = plan.length[piece]
             start = documents.start[plan.document[piece]] + plan.offset[piece]
+            piece_tokens = documents.tokens[start : start + length]
             begin, end = at + 1, at + 1 + length
-            tokens[number, at] = bos
-            tokens[number, begin:end] = documents.tokens[start : start + length]
+            tokens[number, at], tokens[number, begin:end] = bos, piece_tokens
             if documents.loss_mask is None:
-                is_target[number, at:end] = True
+                targets[number, at:end] = tokens[number, at:end]
             else:
-                is_target[number, begin:end] = documents.loss_mask[start : start + length]
+                is_learned = documents.loss_mask[start : start + length]
+                targets[number, begin:end][is_learned] = piece_tokens[is_learned]
             at = end
-    inputs, targets = np.ascontiguousarray(tokens[:, :-1]), np.where(is_target, tokens, IGNORE)[:, 1:]
-    return torch.from_numpy(inputs), torch.from_numpy(np.ascontiguousarray(targets))
+    return tuple(torch.from_numpy(np.ascontiguousarray(part)) for part in (tokens[:, :-1], targets[:, 1:]))
 
 
 def count_targets(documents: Documents, plan: PackingPlan, row: int) -> int:

@@ -1,6 +1,6 @@
 """Tokenized corpora on disk.
 
-    write_shards(corpus, tokenizer, directory, source=..., shard_chars=...)
+    for shard, reused in write_shards(corpus, tokenizer, directory, source=..., shard_chars=...): ...
     for documents in Split(directory, "train", tokenizer): ...    # shard by shard
 
 tokens/<dataset>/
@@ -10,7 +10,7 @@ tokens/<dataset>/
     val_00000.bin, ...
 
 A train shard holds the next `shard_chars` characters. The val shard beside it holds the val documents that were met
-meanwhile. An interrupted run that starts again meets the same boundaries: it reads the texts again, but tokenizes only
+meanwhile. A run that continues an interrupted one reads the texts again, meets the same boundaries, and tokenizes only
 the shards that the manifest does not have yet. Training can begin while later shards are still being written.
 """
 
@@ -168,17 +168,15 @@ def write_shards(
     source: dict[str, object],
     shard_chars: int,
     dropped: Callable[[], dict[str, int]] = dict,
-    progress: Callable[[Shard, bool], None] = lambda shard, reused: None,
     reread: bool = False,
-) -> Manifest:
-    """Tokenize documents into shards, and keep the shards that an earlier, interrupted run finished.
+) -> Iterator[tuple[Shard, bool]]:
+    """Tokenize documents into shards; yield each shard, and whether it was there from an earlier, interrupted run.
 
     Args:
         documents: (split, text) pairs.
         source: What the documents depend on. It is stored, and a later call must give the same.
         shard_chars: Characters of train text in a shard.
         dropped: Called at the end for the counts of dropped documents, which are stored.
-        progress: Called with each shard and whether it was reused.
         reread: Read the documents even if the corpus is complete, and replace shards whose text has changed.
 
     Raises ValueError if the directory was made from another source or tokenizer, or if a split stays empty.
@@ -191,9 +189,8 @@ def write_shards(
             raise ValueError(f"{directory} was made from another source or tokenizer; delete it or set data.name")
         finished = {shard.name: shard for shard in before.shards if _is_intact(directory, shard)}
         if before.complete and len(finished) == len(before.shards) and not reread:
-            for shard in before.shards:
-                progress(shard, True)
-            return before
+            yield from ((shard, True) for shard in before.shards)
+            return
 
     written = dict.fromkeys(SPLITS, 0)
     with ThreadPoolExecutor() as pool:  # tiktoken releases the interpreter lock
@@ -211,13 +208,12 @@ def write_shards(
             # Finished shards that are still ahead stay in the manifest, or a second interruption would lose them.
             ahead = [*manifest.shards, *finished.values()]
             Manifest(source, tokenizer.sha256, shards=ahead).save(directory)
-            progress(shard, reused)
+            yield shard, reused
     for split in SPLITS:
         if not manifest.total(split, "tokens"):
             raise ValueError(f"the {split} split is empty; give more documents, or another data.val_fraction")
     manifest.complete, manifest.dropped = True, dropped()
     manifest.save(directory)
-    return manifest
 
 
 def _group_into_shards(documents: Iterable[tuple[str, str]], shard_chars: int) -> Iterator[tuple[str, list[str]]]:
@@ -276,9 +272,11 @@ def _check_size(directory: Path, shard: Shard, suffix: str) -> Path:
 
 def _is_intact(directory: Path, shard: Shard) -> bool:
     try:
-        return all(_read_array(directory, shard, suffix) is not None for suffix in DTYPES)
+        for suffix in DTYPES:
+            _read_array(directory, shard, suffix)
     except ValueError:
         return False
+    return True
 
 
 def _damaged(problem: str) -> ValueError:

@@ -46,7 +46,7 @@ class TokenOutput:
     request: int
     """Index of the request."""
     token: int | None
-    """Its id; None where the request ends without one."""
+    """Token id; None where the request ends without one."""
     text: str
     """Text that is certain by now. Bytes of an unfinished character, and what may become a stop text, are held back."""
     logprob: float | None = None
@@ -124,21 +124,21 @@ class _Text:
         self.token, self.n_tokens, self.held_back = None, 0, ""
 
     def output(self, token: int, logprob: float, is_full: bool) -> TokenOutput:
-        """Take the next token in; `is_full`: the context has no room for another one."""
-        logprob = logprob if self.sampling.logprobs else None
+        """Take in the next token. With `is_full`, the context has no room for another one."""
+        finished, data = "", b""
         if token in self.stop_tokens:
-            text, _ = self._emit(self.utf8.decode(b"", final=True), is_last=True)
             finished = "bos" if token == self.tokenizer.bos else "stop"
-            return TokenOutput(self.request, None, text, logprob, finished)
-        self.token, self.n_tokens = token, self.n_tokens + 1
-        finished = ""
-        if self.n_tokens >= self.sampling.max_tokens:
-            finished = "max_tokens"
-        elif is_full:
-            finished = "sequence_len"
-        decoded = self.utf8.decode(self.tokenizer.decode_bytes([token]), final=bool(finished))
-        text, stopped = self._emit(decoded, is_last=bool(finished))
-        return TokenOutput(self.request, token, text, logprob, "stop" if stopped else finished)
+            token = None
+        else:
+            data, self.token, self.n_tokens = self.tokenizer.decode_bytes([token]), token, self.n_tokens + 1
+            if self.n_tokens >= self.sampling.max_tokens:
+                finished = "max_tokens"
+            elif is_full:
+                finished = "sequence_len"
+        text, stopped = self._emit(self.utf8.decode(data, final=bool(finished)), is_last=bool(finished))
+        if stopped and token is not None:
+            finished = "stop"
+        return TokenOutput(self.request, token, text, logprob if self.sampling.logprobs else None, finished)
 
     def _emit(self, text: str, is_last: bool) -> tuple[str, bool]:
         """Return the text that can be emitted now, and whether a stop text has come."""
@@ -156,40 +156,34 @@ class _Batch:
     """The requests that are being answered, one in each row of the cache."""
 
     def __init__(self, engine: Engine, n_rows: int, prefix: Prefix | None):
-        self.engine, self.n_rows, self.prefix = engine, n_rows, prefix
+        self.engine, self.prefix, self.n_rows = engine, prefix, n_rows
         self.sequence_len = engine.model.config.sequence_len
+        length, shared = self.sequence_len, None
+        if prefix is not None:
+            length, shared = max(0, length - prefix.cache.lengths[0]), prefix.cache
+        self.cache = engine.model.make_cache(n_rows, length, block=BLOCK, prefix=shared)
+        self.decoder = Decoder(engine.model, self.cache, engine.tokenizer.vocab_size, engine.compile)
         self.texts: list[_Text] = []
-        self.decoder: Decoder | None = None  # made with the first prompt that fits
-
-    def _make_decoder(self) -> Decoder:
-        model, shared = self.engine.model, None if self.prefix is None else self.prefix.cache
-        length = self.sequence_len - (0 if shared is None else shared.lengths[0])
-        cache = model.make_cache(self.n_rows, length, block=BLOCK, prefix=shared)
-        return Decoder(model, cache, self.engine.tokenizer.vocab_size, self.engine.compile)
 
     @torch.inference_mode()
     def add(self, number: int, request: Request) -> TokenOutput:
         """Read a prompt into a free row, and draw its first token."""
-        tokens, n_shared, seen = list(request.tokens), 0, set(request.tokens)
+        cache, row, tokenizer = self.cache, len(self.texts), self.engine.tokenizer
+        tokens, seen = list(request.tokens), set(request.tokens)
         if self.prefix is None:
-            tokens = [self.engine.tokenizer.bos, *tokens]
+            tokens = [tokenizer.bos, *tokens]
         else:
-            n_shared = self.prefix.cache.lengths[0]
             seen.update(self.prefix.tokens)
-        if n_shared + len(tokens) > self.sequence_len:
-            raise ValueError(
-                f"the prompt: given {n_shared + len(tokens)} tokens, expected at most sequence_len {self.sequence_len}"
-            )
+        if (n := cache.first + len(tokens)) > self.sequence_len:
+            raise ValueError(f"the prompt: given {n} tokens, expected at most sequence_len {self.sequence_len}")
         if not tokens:
             raise ValueError("the prompt: given no token after the prefix, expected one or more")
         if request.sampling.max_tokens == 0:
             return TokenOutput(number, None, "", finished="max_tokens")
-        self.decoder = self.decoder or self._make_decoder()
-        row, cache = len(self.texts), self.decoder.cache
         cache.lengths[row] = cache.first  # forget the row's last request
         logits = self.engine._read_prompt(cache, row, tokens)
         self.decoder.set_row(row, request.sampling, seen)
-        text = _Text(number, request.sampling, self.engine.tokenizer)
+        text = _Text(number, request.sampling, tokenizer)
         output = text.output(*self.decoder.first(row, logits, text.random.random()), self._is_full(row))
         if not output.finished:
             self.texts.append(text)
@@ -208,4 +202,4 @@ class _Batch:
         return outputs
 
     def _is_full(self, row: int) -> bool:
-        return self.decoder.cache.lengths[row] >= self.sequence_len
+        return self.cache.lengths[row] >= self.sequence_len

@@ -2,8 +2,8 @@
 
     ids = sample(logits, settings_tensor(samplings, device), make_plan(samplings), draws, seen)
 
-The numbers of each row are a tensor. The kinds of computation that the rows need at all are a SamplingPlan: for one
-plan the work is the same whatever the numbers are, so that it can be recorded as a CUDA graph.
+The settings of each row are numbers in a tensor. A SamplingPlan says which computations any of the rows needs. For one
+plan, the work is the same whatever the numbers are, so that it can be recorded as a CUDA graph.
 Axes: B rows, V vocabulary.
 """
 
@@ -26,7 +26,7 @@ class Sampling:
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token each time."""
     top_k: int | None = None
-    """Sample from so many likeliest tokens only."""
+    """Sample from this many likeliest tokens."""
     top_p: float | None = None
     """Sample from the likeliest tokens that together reach this probability, after top_k."""
     min_p: float | None = None
@@ -83,12 +83,10 @@ def make_plan(samplings: Sequence[Sampling]) -> SamplingPlan:
 
 def settings_tensor(samplings: Sequence[Sampling], device: torch.device | str = "cpu") -> Tensor:
     """Return (B, 5): temperature, top_k, top_p, min_p and repetition penalty of each row."""
-    rows = [
-        (s.temperature, s.top_k or 2**24, s.top_p or 1.0, s.min_p or 0.0, s.repetition_penalty)
-        if s.temperature
-        else (1.0, 1, 1.0, 0.0, s.repetition_penalty)
-        for s in samplings
-    ]
+    rows = []
+    for s in samplings:
+        settings = (s.temperature, s.top_k or 2**24, s.top_p or 1.0, s.min_p or 0.0)
+        rows.append((*(settings if s.temperature else (1.0, 1, 1.0, 0.0)), s.repetition_penalty))
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 

@@ -50,7 +50,7 @@ def model_stats(config: GPTConfig) -> ModelStats:
     groups = {name: sum(p.numel() for p in group) for name, group in model.parameter_groups().items()}
     multiplied = sum(groups.get(name, 0) for name in ("matrices", "lm_head", "convolutions"))
     seen = sum(min(block.attn.window or config.sequence_len, config.sequence_len) for block in model.blocks)
-    cached = sum(block.attn.cache_tensors for block in model.blocks) * config.n_embd
+    cached = sum(1 if block.attn.shares_kv else 2 for block in model.blocks) * config.n_embd
     return ModelStats(
         params={"total": sum(groups.values()), **groups},
         flops_per_token=6 * multiplied + 12 * config.n_embd * seen,

@@ -77,21 +77,15 @@ def equal(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_batch_has_the_shape_and_type_that_training_wants():
+def test_rows_start_with_bos_and_have_the_next_inputs_as_targets_up_to_their_free_end():
     for tensor in loader_of(split_of(), sequence_len=32, batch_rows=4).batch(0):
         assert tensor.shape == (4, 32) and tensor.dtype == torch.int64 and tensor.is_contiguous()
-
-
-def test_rows_start_with_bos_and_targets_are_the_next_inputs():
     inputs, targets = epoch_of(loader_of(split_of()))
     assert len(inputs) > 100 and (inputs[:, 0] == BOS).all()
-    filled = targets[:, :-1] != IGNORE
+    ignored = targets == IGNORE
+    filled = ~ignored[:, :-1]
     assert torch.equal(inputs[:, 1:][filled], targets[:, :-1][filled])
     assert (~filled).any() and (inputs[:, 1:][~filled] == 0).all()
-
-
-def test_only_the_end_of_a_row_has_no_targets():
-    ignored = epoch_of(loader_of(split_of()))[1] == IGNORE
     assert not (ignored[:, :-1] & ~ignored[:, 1:]).any() and not ignored[:, 0].any()
 
 
@@ -101,20 +95,14 @@ def test_the_largest_token_id_is_a_target():
 
 
 @PROPERTY
-@given(LENGTHS, st.integers(2, 64), st.integers(0, 3))
-def test_every_token_is_a_target_once_an_epoch_when_no_row_is_dropped(lengths, sequence_len, epoch):
-    loader = loader_of(split_of(lengths), sequence_len, batch_rows=1)
-    assert text_targets(epoch_of(loader, epoch)[1]) == list(range(1, sum(lengths) + 1))
-    assert loader.packing_waste()["tokens_dropped"] == 0
-
-
-@PROPERTY
 @given(LENGTHS, st.integers(2, 64), st.integers(1, 4), st.integers(0, 3))
 def test_no_token_is_a_target_twice_an_epoch_and_dropped_ones_are_counted(lengths, sequence_len, rows, epoch):
     rows = min(rows, count_rows(np.array(lengths), sequence_len))
     loader = loader_of(split_of(lengths), sequence_len, batch_rows=rows)
     tokens = text_targets(epoch_of(loader, epoch)[1])
     assert len(tokens) == len(set(tokens))
+    if rows == 1:
+        assert tokens == list(range(1, sum(lengths) + 1))
     if epoch == 0:
         assert loader.packing_waste()["tokens_dropped"] == pytest.approx(1 - len(tokens) / sum(lengths))
 
@@ -134,13 +122,12 @@ def test_pieces_are_the_documents_cut_to_the_sequence_length(lengths, sequence_l
     assert sorted(pieces_of(*epoch_of(loader_of(split_of(lengths), sequence_len, batch_rows=1)))) == expected
 
 
-@pytest.mark.parametrize("step", [0, 1, 7, 100, 999, 10_000])
+@pytest.mark.parametrize("step", [0, 7, 10_000])
 def test_a_batch_depends_on_its_step_alone(step):
-    split = split_of()
-    loader = loader_of(split, seed=3)
+    loader = loader_of(split_of(), seed=3)
     for other in (500, step + 1, 2):
         loader.batch(other)
-    assert equal(loader.batch(step), loader_of(split, seed=3).batch(step))
+    assert equal(loader.batch(step), loader_of(split_of(), seed=3).batch(step))
 
 
 def test_seeds_and_epochs_have_their_own_rows_of_the_same_tokens():
@@ -158,20 +145,21 @@ def test_every_part_of_a_shard_mixes_long_and_short_pieces():
         assert {len(piece) for piece in pieces_of(*batch)} == {7, 32}
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_ranks_share_the_batch_of_a_single_process(world_size):
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_batch_of_a_single_process_and_know_its_number_of_targets(world_size):
     split = split_of()
     single = loader_of(split, batch_rows=2 * world_size)
     ranks = [loader_of(split, batch_rows=2, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert {rank.steps_per_epoch for rank in ranks} == {single.steps_per_epoch}
-    for step in (0, 1, single.steps_per_epoch - 1, single.steps_per_epoch, 100):
-        assert equal(stack(rank.batch(step) for rank in ranks), single.batch(step))
+    for step in range(2 * single.steps_per_epoch):
+        inputs, targets = single.batch(step)
+        assert equal(stack(rank.batch(step) for rank in ranks), (inputs, targets))
+        assert {loader.n_targets(step) for loader in (single, *ranks)} == {int((targets != IGNORE).sum())}
     assert all(rank.packing_waste() == single.packing_waste() for rank in ranks)
 
 
-@pytest.mark.parametrize("n_written", [1, 2])
-def test_batches_do_not_depend_on_shards_that_are_not_written_yet(n_written):
-    whole, asked = split_of(n_shards=3), set()
+def test_batches_do_not_depend_on_shards_that_are_not_written_yet():
+    whole, asked, n_written = split_of(n_shards=3), set(), 2
 
     class Growing(InMemorySplit):
         n_shards = None
@@ -195,20 +183,11 @@ def test_an_epoch_has_whole_steps_only():
     assert [len(set(text_targets(epoch_of(loader, epoch)[1]))) for epoch in range(4)] == [3200] * 4
 
 
-@pytest.mark.parametrize("options", [{"batch_rows": 11}, {"batch_rows": 6, "world_size": 2}])
-def test_a_split_too_small_for_a_step_is_an_error(options):
+def test_a_split_too_small_for_a_step_is_an_error():
     split = split_of([32] * 10)
     assert loader_of(split, batch_rows=10).steps_per_epoch == 1
-    with pytest.raises(ValueError, match=r"fills 10 rows of 32 tokens, a step takes 1[12]: give more data"):
-        loader_of(split, **options)
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_the_number_of_targets_of_a_step_is_known_without_reading_it(world_size):
-    loaders = [loader_of(split_of(), rank=rank, world_size=world_size) for rank in range(world_size)]
-    for step in range(2 * loaders[0].steps_per_epoch):
-        counted = sum(int((loader.batch(step)[1] != IGNORE).sum()) for loader in loaders)
-        assert {loader.n_targets(step) for loader in loaders} == {counted}
+    with pytest.raises(ValueError, match=r"fills 10 rows of 32 tokens, a step takes 12: give more data"):
+        loader_of(split, batch_rows=6, world_size=2)
 
 
 def test_prefetched_batches_are_the_loaders_after_any_jump():
@@ -225,24 +204,21 @@ def test_validation_covers_the_split_exactly_once(lengths, sequence_len, rows):
     assert text_targets(targets) == list(range(1, sum(lengths) + 1)) and (inputs[:, 0] == BOS).all()
 
 
-def test_validation_has_one_order_whatever_its_batch_size():
-    rows = stack(val_of(split_of(), batch_rows=1))
-    for batch_rows in (3, 4, 1000):
+def test_validation_has_one_order_whatever_its_batch_size_and_a_part_is_its_first_rows():
+    inputs, targets = stack(val_of(split_of(), batch_rows=1))
+    for batch_rows in (3, 1000):
         batches = list(val_of(split_of(), batch_rows=batch_rows))
         assert {len(inputs) for inputs, _ in batches[:-1]} <= {batch_rows}
-        assert equal(stack(batches), rows)
-
-
-@pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (32, 1), (33, 2), (320, 10), (10**9, None)])
-def test_a_part_of_validation_is_its_first_rows(tokens, rows):
-    inputs, targets = stack(val_of(split_of()))
-    assert equal(stack(val_of(split_of(), tokens=tokens)), (inputs[:rows], targets[:rows]))
+        assert equal(stack(batches), (inputs, targets))
+    for tokens, rows in ((1, 1), (32, 1), (33, 2), (320, 10), (10**9, None)):
+        assert equal(stack(val_of(split_of(), tokens=tokens)), (inputs[:rows], targets[:rows]))
 
 
 def test_at_most_5_percent_of_the_standard_library_is_wasted(tmp_path):
-    corpus = Corpus(DataConfig(max_chars=3_000_000))
+    corpus = Corpus(DataConfig(max_chars=2_000_000))
     tokenizer = train_tokenizer((text[:10_000] for _, text in islice(corpus, 60)), 1024)
-    write_shards(corpus, tokenizer, tmp_path, source={}, shard_chars=1_000_000)
+    for _ in write_shards(corpus, tokenizer, tmp_path, source={}, shard_chars=700_000):
+        pass
     split = Split(tmp_path, "train", tokenizer)
     loader = Loader(split, sequence_len=256, batch_rows=16, bos=tokenizer.bos)
     assert max(loader.packing_waste().values()) <= 0.05

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, untrained_run
 
 from gkachat.data.conversations import render_prompt
@@ -27,6 +28,7 @@ def home(tmp_path_factory):
     """Home with two runs: `base`, and `chat`, which is the newest."""
     home = tmp_path_factory.mktemp("home")
     tokenizer = train_tokenizer(["import os\ndef f(x = 1):\n turn 0 1 2 3 4 5 6 é 漢\n" * 9], 300)
+    torch.manual_seed(0)
     for name, tuned in (("base", False), ("chat", True)):
         untrained_run(home, name, tokenizer, tuned=tuned, sequence_len=CONTEXT)
     return home
@@ -73,7 +75,7 @@ def test_commands_show_save_forget_and_load_the_conversation(chat, tmp_path):
         None, "/stats", "/system be kind", "turn 1", "/stats", f"/save {saved}", "/reset", f"/load {saved}", "/?"
     )
     assert "no answer yet" in out and "Ctrl-C stops an answer" in out
-    assert re.search(r"run chat, tokens_read \d+, tokens_written 4, seconds [\d.]+, finished max_tokens", out)
+    assert re.search(r"run chat, tokens_read \d+, tokens_written \d, seconds [\d.]+, finished (max_tokens|stop)", out)
     stored = json.loads(saved.read_text())
     assert stored["system"] == "be kind" and stored["histories"][0][0] == {"role": "user", "content": "turn 1"}
     again = tmp_path / "again.json"
@@ -100,12 +102,6 @@ def test_a_command_that_fails_ends_a_script_with_an_error(chat, tmp_path, conten
         chat("base", line.format(tmp_path / "talk.json"))
 
 
-def test_a_home_without_runs_is_an_error(chat, tmp_path, monkeypatch):
-    monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no run with a checkpoint"):
-        chat(None)
-
-
 def test_scripts_get_json_and_may_give_whole_conversations(chat):
     messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "Hello!"}]
     lines = ["What?", json.dumps({"messages": messages}), "/reset", "Again"]
@@ -123,8 +119,11 @@ def test_scripts_get_json_and_may_give_whole_conversations(chat):
             chat("chat", json.dumps(bad), as_json=True)
 
 
-def test_compared_runs_are_named_in_front_of_their_answers(chat):
+def test_compared_runs_are_named_in_front_of_their_answers(chat, tmp_path, monkeypatch):
     assert re.fullmatch(r"chat: .*\nbase: .*\n", chat("chat", prompt="turn", compare="base"), flags=re.DOTALL)
+    monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no run with a checkpoint"):
+        chat(None)
 
 
 def test_the_oldest_turns_are_left_out_whole_and_the_system_message_stays(session):

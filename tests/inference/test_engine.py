@@ -5,6 +5,7 @@ import torch
 from conftest import live_model
 
 from gkachat.config import ATTENTIONS
+from gkachat.inference import decoder
 from gkachat.inference.engine import Engine, Request, Sampling
 from gkachat.inference.sampling import make_plan, settings_tensor
 from gkachat.inference.sampling import sample as draw
@@ -47,9 +48,6 @@ def answers(engine, requests, **options):
     return tokens, ["".join(text) for text in texts], [end[0] for end in ends]
 
 
-# Tokens
-
-
 def test_temperature_zero_takes_the_likeliest_token_until_the_context_is_full(engine):
     for prompt in PROMPTS[:3]:
         tokens = [TOKENIZER.bos, *prompt]
@@ -69,6 +67,8 @@ def test_the_last_output_names_the_reason_of_the_end(engine):
 def test_a_prompt_that_leaves_no_room_is_an_error(engine):
     with pytest.raises(ValueError, match="the prompt: given 25 tokens, expected at most sequence_len 24"):
         list(engine.generate([5] * 24))
+    with pytest.raises(ValueError, match="the prompt: given 27 tokens, expected at most sequence_len 24"):
+        list(engine.run([Request([5])], prefix=engine.read([5] * 25)))
 
 
 def test_an_empty_prompt_and_no_tokens_are_fine(engine):
@@ -76,25 +76,21 @@ def test_an_empty_prompt_and_no_tokens_are_fine(engine):
     assert list(engine.generate([5], max_tokens=0)) == []
 
 
-def test_the_seed_decides_the_sample(engine):
-    a, b, c = (list(engine.generate(PROMPTS[6], max_tokens=20, seed=seed)) for seed in (1, 1, 2))
-    assert a == b != c
-
-
-@pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_other_requests_in_the_batch_make_no_difference(engine, rows, temperature):
+def test_other_requests_in_the_batch_make_no_difference(engine, temperature):
     requests = [
         Request(prompt, Sampling(max_tokens=3 + 2 * i, temperature=temperature, seed=i, top_k=40))
         for i, prompt in enumerate(PROMPTS)
     ]
     alone = [list(engine.generate(r.tokens, **vars(r.sampling))) for r in requests]
-    assert answers(engine, requests, rows=rows)[0] == alone
+    for rows in (3, 8):
+        assert answers(engine, requests, rows=rows)[0] == alone
 
 
 def test_a_step_of_fixed_shapes_gives_the_same_tokens(engine, monkeypatch):
     """CUDA graphs and compiled steps have fixed shapes; this one is not compiled."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(decoder, "ROUND", 10)
     settings = [Sampling(max_tokens=2 + 3 * i, seed=i, top_k=40, repetition_penalty=1.0 + 0.1 * i) for i in range(8)]
     requests = [Request(prompt, s) for prompt, s in zip(PROMPTS, settings, strict=True)]
     fixed = Engine(engine.model, TOKENIZER, compile=True)
@@ -102,9 +98,9 @@ def test_a_step_of_fixed_shapes_gives_the_same_tokens(engine, monkeypatch):
 
 
 def test_a_compiled_step_gives_the_same_tokens():
-    model = live_model("gka", depth=1, vocab_size=512, sequence_len=300)
+    model = live_model("gka", depth=1, vocab_size=512, sequence_len=24)
     requests = [
-        Request(prompt, Sampling(max_tokens=290 - 40 * i, seed=i, top_p=0.9, logprobs=True))
+        Request(prompt, Sampling(max_tokens=15 - i, seed=i, top_p=0.9, logprobs=True))
         for i, prompt in enumerate(PROMPTS)
     ]
     compiled, plain = (answers(Engine(model, TOKENIZER, compile=c), requests, rows=3) for c in (True, False))
@@ -137,9 +133,6 @@ def test_logprobs_are_the_models(engine):
     assert next(engine.run([Request(prompt)])).logprob is None
 
 
-# Text
-
-
 @pytest.mark.parametrize(
     ("stop", "text", "reason"),
     [
@@ -162,39 +155,18 @@ def test_stop_tokens_end_the_answer(rigged):
     assert answers(rigged("ab"), [request]) == ([TOKENIZER.encode("a")], ["a"], ["stop"])
 
 
-def test_the_answer_ends_where_a_new_document_would_start(rigged):
-    assert list(rigged("").generate([5], max_tokens=9, temperature=0)) == []
-
-
-def test_a_character_that_is_cut_off_is_marked(rigged):
+def test_characters_are_emitted_whole_and_one_that_is_cut_off_is_marked(rigged):
     assert answers(rigged("漢漢"), [Request([5], Sampling(temperature=0, max_tokens=5))])[1] == ["漢\ufffd"]
-
-
-def test_characters_are_emitted_whole(rigged):
     text = "é 漢字 🙂"
     outputs = [output.text for output in rigged(text).run([Request([5], Sampling(temperature=0, max_tokens=99))])]
     assert "".join(outputs) == text and outputs[0] == "" and "\ufffd" not in "".join(outputs)
 
 
-# Sampling
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"temperature": -1.0},
-        {"top_k": 0},
-        {"top_p": 0.0},
-        {"top_p": 1.5},
-        {"max_tokens": -1},
-        {"min_p": 2.0},
-        {"repetition_penalty": 0.0},
-        {"stop": ("",)},
-    ],
-)
-def test_settings_out_of_range_are_errors(setting):
-    with pytest.raises(ValueError, match=f"{next(iter(setting))}: given"):
-        Sampling(**setting)
+def test_settings_out_of_range_are_errors():
+    wrong = {"temperature": -1.0, "top_k": 0, "top_p": 1.5, "max_tokens": -1, "min_p": 2.0, "stop": ("",)}
+    for name, value in (wrong | {"repetition_penalty": 0.0}).items():
+        with pytest.raises(ValueError, match=f"{name}: given"):
+            Sampling(**{name: value})
 
 
 LOGITS = torch.tensor([0.5, 0.2, 0.2, 0.1]).log()

@@ -43,6 +43,11 @@ class KernelSpec:
     backend: str = "auto"
     """For Gaussian scores: sdpa, triton, reference, or auto for the fastest that can run."""
 
+    @property
+    def mask(self) -> dict[str, int | bool | None]:
+        """The options that decide which keys a query sees."""
+        return {"window": self.window, "causal": self.causal, "include_self": self.include_self}
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -86,14 +91,11 @@ def choose_decode_kernel(head_dim: int, device: torch.device, dtype: torch.dtype
 
 def plain_kernels(scores: reference.Scores, spec: KernelSpec) -> tuple[Kernel, Kernel]:
     """Return a kernel and a decode kernel in plain PyTorch, for a layer with a score function of its own."""
-    reason = "the layer defines its own scores"
-    within = partial(
-        reference.attend, window=spec.window, causal=spec.causal, include_self=spec.include_self, scores=scores
+    attends = (
+        partial(reference.attend, scores=scores, **spec.mask),
+        partial(reference.attend_cached, scores=scores),
     )
-    return (
-        Kernel("reference", reason, within),
-        Kernel("reference", reason, partial(reference.attend_cached, scores=scores)),
-    )
+    return tuple(Kernel("reference", "the layer defines its own scores", attend) for attend in attends)
 
 
 def _softmax_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -140,27 +142,16 @@ def _gaussian_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype)
             name, reason = "triton", "one read of x serves keys and values"
         else:
             slow = spec.window is not None and device.type != "cpu"
-            name, reason = (
-                "sdpa",
-                (
-                    f"softmax attention with a bias per key; no triton kernel: {'; '.join(obstacles)}"
-                    f"{'; it computes all T x T scores of a short window' if slow else ''}"
-                ),
-            )
+            name, reason = "sdpa", f"softmax attention with a bias per key; no triton kernel: {'; '.join(obstacles)}"
+            reason += "; it computes all T x T scores of a short window" if slow else ""
     if name not in GAUSSIAN_BACKENDS:
         raise ValueError(f"backend: given {name!r}, expected one of auto, {', '.join(GAUSSIAN_BACKENDS)}")
     if name == "triton" and obstacles:
         raise ValueError(f"backend: given 'triton', which cannot run here: {'; '.join(obstacles)}")
-    options = {"window": spec.window, "causal": spec.causal, "include_self": spec.include_self}
-    match name:
-        case "sdpa":
-            return Kernel(name, reason, partial(gaussian_sdpa.attend, **options))
-        case "triton":
-            from gkachat.attention.kernels import gaussian_triton
-
-            return Kernel(name, reason, partial(gaussian_triton.attend, **options))
-        case _:
-            return Kernel(name, reason, partial(reference.attend, **options))
+    module = gaussian_sdpa if name == "sdpa" else reference
+    if name == "triton":
+        from gkachat.attention.kernels import gaussian_triton as module
+    return Kernel(name, reason, partial(module.attend, **spec.mask))
 
 
 def _true(*checks: tuple[bool, str]) -> list[str]:

@@ -15,7 +15,5 @@ def attend(qkv: QKV, *, window: int | None, causal: bool, flash_attn_func: Calla
     """
     back = -1 if window is None else window - 1  # flash-attn counts the positions before self
     ahead = 0 if causal and back >= 0 else back
-    y = flash_attn_func(
-        qkv.q, qkv.k, qkv.v, softmax_scale=qkv.scale, causal=causal, window_size=(back, ahead)
-    )  # fmt: skip
+    y = flash_attn_func(*qkv[:3], softmax_scale=qkv.scale, causal=causal, window_size=(back, ahead))
     return y[0] if isinstance(y, tuple) else y  # some releases of version 3 return the log-sum-exp too

@@ -23,18 +23,16 @@ def attend(qkv: QKV, *, window: int) -> Tensor:
 
 
 def _blocks(T: int, window: int, include_self: bool, like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield (queries, keys that these see, additive mask) block after block."""
+    """Yield (queries, keys that these see, additive mask) block after block, without the queries that see no key."""
+    n_keyless = 0 if include_self else T if window == 1 else 1
     distance = torch.arange(BLOCK)[:, None] + window - torch.arange(window + BLOCK)[None, :]
     hidden = (distance < (0 if include_self else 1)) | (distance >= window)
     mask = torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
     for start in range(0, T, BLOCK):
-        end, first = min(T, start + BLOCK), max(0, start - window)
-        yield slice(start, end), slice(first, end), mask[: end - start, window - (start - first) : window + end - start]
-
-
-def _n_keyless(T: int, window: int, include_self: bool) -> int:
-    """Return how many rows, counted from the first, see no key."""
-    return 0 if include_self else T if window == 1 else 1
+        begin, end, first = max(start, n_keyless), min(T, start + BLOCK), max(0, start - window)
+        if begin < end:
+            columns = slice(window - (start - first), window + end - start)
+            yield slice(begin, end), slice(first, end), mask[begin - start : end - start, columns]
 
 
 @torch.library.custom_op("gkachat::window_attention", mutates_args=())
@@ -46,18 +44,12 @@ def window_attention(
     Rows without a key give 0.
     """
     B, H, T, _ = q.shape
-    y = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    y = torch.zeros_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     lse = q.new_zeros(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
-    n_keyless = _n_keyless(T, window, include_self)
-    y[:, :, :n_keyless] = 0
-    if n_keyless == T:
-        return y, lse
     for rows, keys, mask in _blocks(T, window, include_self, q):
-        rows, mask = slice(max(rows.start, n_keyless), rows.stop), mask[max(0, n_keyless - rows.start) :]
-        if rows.start < rows.stop:
-            y[:, :, rows], lse[:, :, rows] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[:, :, rows], k[:, :, keys], v[:, :, keys], 0.0, False, attn_mask=mask, scale=scale
-            )
+        y[:, :, rows], lse[:, :, rows] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[:, :, rows], k[:, :, keys], v[:, :, keys], 0.0, False, attn_mask=mask, scale=scale
+        )
     return y, lse
 
 
@@ -66,20 +58,14 @@ def window_attention_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, window: int, include_self: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    T = q.size(2)
     dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
-    n_keyless = _n_keyless(T, window, include_self)
-    if n_keyless == T:
-        return dq, dk, dv
-    for rows, keys, mask in _blocks(T, window, include_self, q):
-        rows, mask = slice(max(rows.start, n_keyless), rows.stop), mask[max(0, n_keyless - rows.start) :]
-        if rows.start < rows.stop:
-            dq[:, :, rows], dk_part, dv_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dy[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], y[:, :, rows], lse[:, :, rows],
-                0.0, False, attn_mask=mask, scale=scale,
-            )  # fmt: skip
-            dk[:, :, keys] += dk_part
-            dv[:, :, keys] += dv_part
+    for rows, keys, mask in _blocks(q.size(2), window, include_self, q):
+        dq[:, :, rows], dk_part, dv_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dy[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], y[:, :, rows], lse[:, :, rows],
+            0.0, False, attn_mask=mask, scale=scale,
+        )  # fmt: skip
+        dk[:, :, keys] += dk_part
+        dv[:, :, keys] += dv_part
     return dq, dk, dv
 
 
