@@ -76,17 +76,17 @@ def at_step(made, step, action, monkeypatch):
 
 @pytest.mark.parametrize("attention", ["softmax", "gka"])
 def test_training_lowers_the_loss_and_leaves_a_whole_run_directory(tiny_home, capsys, attention):
-    made = train(f"--model.attention={attention}", "--train.baseline_tokens=16384")
+    made = train(f"--model.attention={attention}", "--train.baseline_tokens=16384", "--train.eval_every=16")
     run_dir = tiny_home / "runs" / f"d2_{attention}"
     assert made.run.directory == run_dir
     names = {p.relative_to(run_dir).as_posix() for p in run_dir.rglob("*") if p.is_file()}
     assert names == {"config.toml", "tokenizer.json", "metrics.jsonl"} | {
         f"checkpoints/step_{step:06d}/{name}"
-        for step in (60, 64)
+        for step in (48, 64)
         for name in ("model.safetensors", "optimizer_0-of-1.safetensors", "meta.json")
     }
     evals = records(made.run.directory, "eval")
-    assert [r["step"] for r in evals] == list(range(0, 65, 4))
+    assert [r["step"] for r in evals] == [0, 16, 32, 48, 64]
     assert evals[-1]["val_bpb"] < 0.85 * evals[0]["val_bpb"]
     logged = records(made.run.directory, "train")
     assert logged[0]["loss"] == pytest.approx(math.log(512), abs=0.2) and logged[-1]["loss"] < logged[0]["loss"] - 0.5
@@ -154,9 +154,10 @@ def test_fp8_is_refused_where_the_device_has_none(tiny_home):
         trainer("--run.fp8=true")
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights_and_metrics(finished, tiny_home, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_an_interrupted_run_resumes_to_the_same_weights_and_metrics(finished, tiny_home, monkeypatch, number):
     half = trainer()
-    at_step(half, 4, lambda: signal.raise_signal(signal.SIGINT), monkeypatch)
+    at_step(half, 4, lambda: signal.raise_signal(number), monkeypatch)
     half.fit(half.run)
     assert half.interrupted and checkpoint_steps(half.run.directory) == [4, 5] and half.step == 5
     resumed = train("--resume")
@@ -255,7 +256,9 @@ def test_the_largest_device_batch_of_a_cpu_is_not_searched(tiny_home):
 
 
 def test_bfloat16_activations_train_float32_weights(tiny_home):
-    made = train("--run.dtype=bfloat16", "--model.attention=gka", "--train.baseline_tokens=8192")
+    made = train(
+        "--run.dtype=bfloat16", "--model.attention=gka", "--train.baseline_tokens=8192", "--train.eval_every=0"
+    )
     assert made.model.compute_dtype == torch.bfloat16
     assert {p.dtype for p in made.model.parameters()} == {torch.float32}
     evals = [r["val_bpb"] for r in records(made.run.directory, "eval")]
