@@ -129,7 +129,6 @@ class Saver:
         """Wait until nothing is being written."""
         if self.thread is not None:
             self.thread.join()
-            self.thread = None
 
     def finish(self) -> None:
         """Wait, and raise OSError if the last checkpoint could not be written."""

@@ -2,8 +2,8 @@
 
 config = load_config("configs/laptop.toml", ["--model.attention", "gka"])
 
-The file lays the defaults, and `--section.field value` (or `--section.field=value`) overrides them. tyro parses the
-overrides and prints the help. `from_dict` checks names and types, and the dataclasses check their values.
+tyro parses the overrides (`--section.field value` or `--section.field=value`) and prints the help. `from_dict` checks
+names and types, and the dataclasses check their values.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import functools
 import io
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -25,19 +25,13 @@ T = TypeVar("T")
 
 
 def load_config(
-    path: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    cls: type[C] = Config,
-    change: Callable[[dict[str, Any]], None] | None = None,
+    source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = (), cls: type[C] = Config
 ) -> C:
-    """Return the config of a TOML file (None: all defaults) with `overrides` laid over it.
+    """Return the config of a TOML file, or of its tables (None: all defaults), with `overrides` laid over it.
 
-    `change`, if given, edits the file's tables in place before the overrides are laid over them.
     Raises FileNotFoundError for a missing file, and ConfigError that names each invalid field.
     """
-    tree = {} if path is None else read_toml(path)
-    if change is not None:
-        change(tree)
+    tree = read_toml(source) if isinstance(source, str | Path) else source or {}
     defaults = from_dict(cls, tree, check=False)
     values = dataclasses.asdict(parse_overrides(defaults, overrides) if overrides else defaults)
     if "tokenizer" in values and values["model"]["vocab_size"] is None:
@@ -74,7 +68,7 @@ def to_toml(config: Any) -> str:
 def from_dict(cls: type[C], tree: dict[str, Any], check: bool = True) -> C:
     """Return the dataclass `cls` built from nested dicts, as TOML and JSON have them.
 
-    With `check=False`, values are neither checked nor derived, so that fields that are None stay None.
+    With `check=False`, values are neither checked nor derived: fields that are None stay None.
     Raises ConfigError that lists every unknown, ill-typed or invalid field.
     """
     problems: list[str] = []
@@ -85,10 +79,7 @@ def from_dict(cls: type[C], tree: dict[str, Any], check: bool = True) -> C:
 
 
 def parse_overrides(defaults: C, overrides: Sequence[str], **options: Any) -> C:
-    """Return `defaults` with `--section.field value` overrides laid over it. `options` are those of tyro.cli.
-
-    `defaults` is unchecked, so that derived fields follow the overrides. Raises ConfigError like `parse_args`.
-    """
+    """Return `defaults`, which are unchecked, with overrides laid over them. `options` are those of tyro.cli."""
     import tyro  # takes a quarter of a second, and most configs come without overrides
 
     flags = (tyro.conf.FlagConversionOff,)  # --field true, not --field and --no-field
@@ -144,7 +135,7 @@ def _first_line(box: str) -> str:
 
 @functools.cache
 def _without_post_init(cls: type) -> type:
-    """Return a subclass of the dataclass `cls` whose instances hold their fields as given."""
+    """Return a subclass of a dataclass whose instances, also those that tyro makes, hold their fields as given."""
     names = {"__post_init__": lambda self: None, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), names)
 

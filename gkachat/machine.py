@@ -28,9 +28,8 @@ def peak_flops(device_name: str) -> float | None:
 def pick_device(name: str) -> torch.device:
     """Return the device that `name` (a torch device, or auto) stands for, checked and selected.
 
-    Under torchrun, a CUDA device without an index is the one of this process's local rank. It is selected before
-    anything is allocated, so that no process takes memory on another's GPU. Raises ValueError for a device that
-    cannot be used.
+    Under torchrun, cuda is the GPU of this process's local rank. It is selected before anything is allocated, so that
+    no process takes memory on another's GPU. Raises ValueError for a device that cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

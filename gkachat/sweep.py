@@ -172,7 +172,9 @@ def _plan(name: str, base: Path, axes: dict[str, Any], fixed: dict[str, Any], ov
     name = "_".join([name, *(SHORT.get(axis, _leaf(axis)) + _word(value) for axis, value in axes.items())])
     fields = {axis: value for axis, value in axes.items() if axis != "flops"}
     try:
-        config = load_config(base, overrides, change=lambda tree: _set(tree, fixed, fields))
+        tree = read_toml(base)
+        _set(tree, fixed, fields)
+        config = load_config(tree, overrides)
         if "run.seed" not in axes:  # resuming does not compare seeds, so the name tells them apart
             name += f"_s{config.run.seed}"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))

@@ -6,12 +6,11 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_train configs/d20.toml 
 
 import sys
 
-from scripts.cli import RUN_FLAGS, check_flags, parse_config, run
+from scripts.cli import RUN_FLAGS, parse_config, run
 
 
 def main() -> None:
     config, flags = parse_config(sys.argv[1:], __doc__, RUN_FLAGS)
-    check_flags(flags)
     # Importing torch takes seconds, which --help need not wait for.
     from gkachat.config import home
     from gkachat.data.shards import Split

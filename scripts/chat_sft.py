@@ -10,26 +10,28 @@ Options that are not given are those of RUN; the result is the run RUN_chat.
 
 import dataclasses
 import sys
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from gkachat.config import ConfigError, GPTConfig, TuningConfig
-from gkachat.config_file import load_config
-from scripts.cli import RUN_FLAGS, check_flags, run, split_args
+from gkachat.config_file import load_config, read_toml
+from scripts.cli import RUN_FLAGS, run, split_args
 
 KEPT = ("total_batch_size", "device_batch_size", "recompute_blocks", "eval_tokens", "clip_norm", "max_skipped")
 
 
-def tuning_defaults(tree: dict[str, Any], base: str) -> None:
-    """Turn the config of run `base`, as a tree, into the defaults of fine-tuning it.
+def tuning_defaults(base_dir: Path) -> dict[str, Any]:
+    """Return the config of a run, as tables, with the defaults of fine-tuning it.
 
     Batch and learning rates stay. The rates fall to zero, there is no weight decay, and the length of training follows
     from the conversations.
     """
+    tree, base = read_toml(base_dir / "config.toml"), base_dir.name
     tree["train"] = {name: value for name, value in tree["train"].items() if name in KEPT}
     tree["train"] |= {"warmup_steps": 10, "warmdown_fraction": 1.0, "final_lr_fraction": 0.0}
     tree["optim"] |= {"weight_decay": 0.0}
     tree["run"]["name"], tree["chat"] = f"{base}_chat", {"base": base}
+    return tree
 
 
 def model_facts(config: GPTConfig) -> dict[str, str]:
@@ -47,7 +49,6 @@ def main() -> None:
     base, args, flags = split_args(sys.argv[1:], "RUN", __doc__, RUN_FLAGS, TuningConfig)
     if base is None:
         raise ValueError("given no run, expected the name or directory of the one to tune")
-    check_flags(flags)
     # Importing torch takes seconds, which --help need not wait for.
     from gkachat.checkpoint import MODEL, check_format, find_run, load_tokenizer, load_weights, open_checkpoint
     from gkachat.data.conversations import load_conversations, tokenize_conversations
@@ -65,7 +66,7 @@ def main() -> None:
     base_dir = find_run(base)
     check_format(base_dir)
     try:
-        config = load_config(base_dir / "config.toml", args, TuningConfig, partial(tuning_defaults, base=base_dir.name))
+        config = load_config(tuning_defaults(base_dir), args, TuningConfig)
     except ConfigError as error:
         raise ConfigError([f"options: {error}"]) from None
     directory, meta = open_checkpoint(base_dir, None, MODEL)

@@ -30,7 +30,8 @@ def run(main: Callable[..., int | None], description: str | None = None) -> None
                 "prog": f"python -m scripts.{Path(sys.argv[0]).stem}",
                 "description": _one_example_a_line(description),
             }
-            main = parse_args(_bound_later(main), sys.argv[1:], **options)
+            bind = functools.wraps(main)(functools.partial(functools.partial, main))  # tyro must not call main itself
+            main = parse_args(bind, sys.argv[1:], **options)
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError):
@@ -43,11 +44,6 @@ def run(main: Callable[..., int | None], description: str | None = None) -> None
         sys.exit(130)
 
 
-def _bound_later(main: Callable[..., T]) -> Callable[..., Callable[[], T]]:
-    """Return a function with the signature of `main` that binds its arguments and does not call it yet."""
-    return functools.wraps(main)(lambda *args, **kwargs: functools.partial(main, *args, **kwargs))
-
-
 def _one_example_a_line(description: str) -> str:
     """Indent example commands. tyro joins the lines of a paragraph, except those that do not start with a letter."""
     return re.sub(r"\n+(?=(?:python|torchrun|bash) )", "\n  ", description.strip())
@@ -56,10 +52,7 @@ def _one_example_a_line(description: str) -> str:
 def parse_config(
     args: list[str], description: str, flags: dict[str, str] | None = None, cls: type[C] = Config
 ) -> tuple[C, set[str]]:
-    """Return the config of `[CONFIG.toml] [--flag ...] [--section.field value ...]` and the flags that were given.
-
-    `flags` maps the script's own switches to their help. `--help` prints the help and exits.
-    """
+    """Return the config of `[CONFIG.toml] [--flag ...] [--section.field value ...]` and the flags, as `split_args`."""
     path, overrides, given = split_args(args, "[CONFIG.toml]", description, flags or {}, cls)
     try:
         return load_config(path, overrides, cls), given
@@ -72,28 +65,20 @@ def split_args(
 ) -> tuple[str | None, list[str], set[str]]:
     """Return the first argument (None if it is an option), the config overrides, and the flags that were given.
 
-    `first` is what the help calls the first argument. `--help` prints the help and exits.
+    `first` is what the help calls the first argument. `flags` maps the script's own switches to their help. `--help`
+    prints usage, description, flags and every field with its value in the TOML file, and exits.
     """
     given = {flag for flag in flags if f"--{flag}" in args}
     args = [arg for arg in args if arg not in {f"--{flag}" for flag in given}]
     path = args.pop(0) if args and not args[0].startswith("-") else None
     if {"-h", "--help"} & set(args):
-        print_help(first, path if first == "[CONFIG.toml]" else None, description, flags, cls)
-    return path, args, given
-
-
-def check_flags(given: set[str]) -> None:
-    """Raise ValueError if both --resume and --overwrite were given."""
-    if len(given) > 1:
+        usage = ["python -m", f"scripts.{Path(sys.argv[0]).stem}", first, *(f"[--{flag}]" for flag in flags)]
+        text = _one_example_a_line(description) + "".join(f"\n--{flag:11}{text}" for flag, text in flags.items())
+        tree = read_toml(path) if path and first == "[CONFIG.toml]" else {}
+        parse_overrides(from_dict(cls, tree, check=False), ["--help"], prog=" ".join(usage), description=text)
+    if given >= {"resume", "overwrite"}:
         raise ValueError("given --resume and --overwrite, expected one of them")
-
-
-def print_help(first: str, path: str | None, description: str, flags: dict[str, str], cls: type = Config) -> None:
-    """Print usage, description, flags and every field with its value in the TOML file at `path`, and exit."""
-    usage = ["python -m", f"scripts.{Path(sys.argv[0]).stem}", first, *(f"[--{flag}]" for flag in flags)]
-    options = "".join(f"\n--{flag:11}{text}" for flag, text in flags.items())
-    defaults = from_dict(cls, read_toml(path) if path else {}, check=False)
-    parse_overrides(defaults, ["--help"], prog=" ".join(usage), description=_one_example_a_line(description) + options)
+    return path, args, given
 
 
 def with_progress(items: Iterable[T], what: str, characters: Callable[[T], int], total: int | None) -> Iterator[T]:

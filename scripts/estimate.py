@@ -53,7 +53,7 @@ def estimate(config: Config) -> dict:
     for step in range(WARMUP + STEPS):
         start = time.perf_counter()
         trainer.train_step()
-        list(trainer.step_results(wait=True))
+        trainer.check_steps(wait=True)
         if step >= WARMUP:
             seconds[1 + step % 2].append(time.perf_counter() - start)
     one, two = (statistics.median(seconds[passes]) for passes in (1, 2))

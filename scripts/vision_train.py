@@ -7,12 +7,11 @@ torchrun --standalone --nproc_per_node=8 -m scripts.vision_train configs/vision_
 import sys
 
 from gkachat.vision_config import VisionConfig
-from scripts.cli import RUN_FLAGS, check_flags, parse_config, run
+from scripts.cli import RUN_FLAGS, parse_config, run
 
 
 def main() -> None:
     config, flags = parse_config(sys.argv[1:], __doc__, RUN_FLAGS, VisionConfig)
-    check_flags(flags)
     # Importing torch takes seconds, which --help need not wait for.
     from gkachat.data.images import load_images
     from gkachat.machine import pick_device

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,29 +56,31 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
+def append(path):
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+WEIGHTS, META = "checkpoints/step_000008/model.safetensors", "checkpoints/step_000008/meta.json"
+ANOTHER = r"does not match the hash.*delete .* to use an earlier one"
+
+
 @pytest.mark.parametrize(
-    "damage",
-    [flip_a_bit, lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-100])],
-    ids=["bit flipped", "missing", "truncated"],
+    ("name", "damage", "message"),
+    [
+        (WEIGHTS, flip_a_bit, ANOTHER),
+        (WEIGHTS, Path.unlink, ANOTHER),
+        (WEIGHTS, append, ANOTHER),
+        (META, lambda path: path.write_text("{"), r"meta\.json cannot be read"),
+        ("tokenizer.json", append, "not the tokenizer this checkpoint was trained with"),
+    ],
+    ids=["weights flipped", "weights missing", "weights longer", "meta", "tokenizer"],
 )
-def test_weights_that_do_not_match_their_hash_are_refused(run_dir, last, damage):
-    damage(last / "model.safetensors")
-    with pytest.raises(ValueError, match=r"does not match the hash.*delete .* to use an earlier one"):
+def test_a_damaged_file_is_named(run_dir, name, damage, message):
+    damage(run_dir / name)
+    with pytest.raises(ValueError, match=message):
         load_model(run_dir)
-    assert load_model(run_dir, step=4)[2]["step"] == 4
-
-
-def test_a_damaged_meta_file_is_named(run_dir, last):
-    (last / "meta.json").write_text("{")
-    with pytest.raises(ValueError, match=r"meta\.json cannot be read"):
-        load_model(run_dir)
-
-
-def test_another_tokenizer_in_the_run_is_refused(run_dir):
-    with open(run_dir / "tokenizer.json", "a") as file:
-        file.write("\n")
-    with pytest.raises(ValueError, match="not the tokenizer this checkpoint was trained with"):
-        load_model(run_dir)
+    if name == WEIGHTS:
+        assert load_model(run_dir, step=4)[2]["step"] == 4
 
 
 def test_leftovers_of_a_crash_are_not_taken_for_checkpoints(run_dir):

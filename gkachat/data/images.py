@@ -1,8 +1,5 @@
 """Images and the batches of a step: scikit-learn's digits, or any image classification dataset that `datasets` reads.
 
-    images = load_images(config)
-    (batch, targets), n_targets = Batches(images, config, rows=64).get(step)
-
 A batch and its augmentation are a function of the seed and the step, so that a resumed run sees the same images.
 Photographs are augmented by torchvision as in DeiT (arXiv 2012.12877, table 9; without its repeated augmentation).
 """

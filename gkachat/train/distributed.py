@@ -1,8 +1,4 @@
-"""Training on several devices: the processes that torchrun starts, one for each device, all with the same weights.
-
-world = init_process_group(device.type, timeout=600.0)
-total = all_reduce_sum(tensor, world)
-"""
+"""Collectives among the processes that torchrun starts, one for each device, all with the same weights."""
 
 import datetime
 import os
@@ -20,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all of them. The default is a single process."""
+    """Rank of this process and number of processes. The default is a single process."""
 
     rank: int = 0
     size: int = 1
@@ -83,7 +79,7 @@ def broadcast_from_rank0(number: int, world: World, device: torch.device) -> int
 class Watchdog:
     """Ends the process after `timeout` seconds without a heartbeat.
 
-    A collective that waits for a process that is gone or stuck may never return by itself, least of all on a GPU.
+    A collective that waits for a process that is gone or stuck may never return by itself.
     """
 
     def __init__(self, timeout: float, world: World):

@@ -1,10 +1,4 @@
-"""The language task: batches from tokenized shards or conversations, evaluated in bits per byte.
-
-    task = LanguageTask(config, tokenizer, train, val, bpb_sums=bpb_sums, device=device, world=world)
-    (inputs, targets), n_targets = task.batch(step)
-
-How bits per byte are measured is passed in, since gkachat.eval builds on this package.
-"""
+"""The language task: batches from tokenized shards or conversations, evaluated in bits per byte."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -24,11 +18,11 @@ from gkachat.tokenizer import Tokenizer
 from gkachat.train.distributed import World
 
 BpbSums = Callable[[nn.Module, Iterable[Batch], np.ndarray], tuple[float, int]]
-"""(model, batches, token_bytes) -> nats and bytes: gkachat.eval.bpb.bpb_sums."""
+"""(model, batches, token_bytes) -> nats and bytes: gkachat.eval.bpb.bpb_sums, passed in as eval builds on train."""
 
 
 class LanguageTask:
-    """Trains on the train split of a corpus, and measures bits per byte on a part of val and of train."""
+    """Trains on one split of a corpus, and measures bits per byte on parts of both."""
 
     metrics = ("val_bpb", "train_bpb")
 

@@ -94,7 +94,7 @@ class Muon(torch.optim.Optimizer):
 
     Matrices of one shape form a parameter group. They become views of one stack, of which each rank steps a part. The
     iteration runs in bfloat16 on cuda and in float32 elsewhere. The state of a parameter, `momentum` and `variance`,
-    exists on the rank that steps it.
+    exists on the rank that steps it. Save it with `named_state` and load it with `load_named_state`.
     """
 
     found_inf: Tensor | None = None
@@ -157,16 +157,6 @@ class Muon(torch.optim.Optimizer):
             decay *= steps * stack.weights >= 0
         stack.weights.sub_(steps.add_(decay).mul_(group["lr"] * ok))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned on this rank, in a world of the same size."""
-        super().load_state_dict(state_dict)
-        loaded = dict(self.state)
-        for stack in self.stacks:  # back to the views of the stacks, which `step` works on
-            self.state.update(zip(stack.own, stack.states(), strict=True))
-        for p, state in loaded.items():
-            for name, tensor in state.items():
-                self.state[p][name].copy_(tensor)
-
     def load_parameter_state(self, p: nn.Parameter, name: str, tensor: Tensor) -> None:
         """Load one state tensor, if this rank keeps it."""
         if p in self.state:
@@ -174,10 +164,10 @@ class Muon(torch.optim.Optimizer):
 
 
 class _Stack:
-    """The matrices of one shape, and the state of this rank's share of them."""
+    """All matrices of one shape, and the state of this rank's share of them."""
 
     def __init__(self, params: list[nn.Parameter], world: World, variance_norm: bool):
-        share = -(-len(params) // world.size)
+        share = -(-len(params) // world.size)  # rounded up: the last rank may have fewer
         self.all = params[0].new_zeros(share * world.size, *params[0].shape).detach()
         for p, view in zip(params, self.all, strict=False):
             view.copy_(p.detach())

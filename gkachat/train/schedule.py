@@ -1,8 +1,6 @@
 """The training schedule: token budget, batch, learning rates, weight decay and momentum (nanochat's, mid 2026).
 
-    config = resolve(config, world_size)                # fills in what follows from the depth
-    set_hyperparameters(optimizers, step, config)       # before each optimizer step
-
+`resolve` fills in what follows from the depth. `set_hyperparameters` is called before each optimizer step.
 The reference point of all scaling is the softmax model of depth 12, whatever the attention. Equal token budgets then
 give equal batches, learning rates and weight decay, and a comparison differs in the attention alone.
 """
@@ -58,9 +56,6 @@ def resolve(config: Config, world_size: int = 1) -> Config:
         )
     batch = rows * model.sequence_len
 
-    def default(value: float | None, derived: float) -> float:
-        return derived if value is None else value
-
     batch_scale = math.sqrt(batch / REFERENCE_BATCH)
     decay = REFERENCE_WEIGHT_DECAY * batch_scale * reference_tokens / total_tokens
     return dataclasses.replace(
@@ -71,9 +66,9 @@ def resolve(config: Config, world_size: int = 1) -> Config:
         ),
         optim=dataclasses.replace(
             optim,
-            lr_scale=default(optim.lr_scale, batch_scale),
-            adam_scale=default(optim.adam_scale, (model.n_embd / REFERENCE_CHANNELS) ** -0.5),
-            weight_decay=default(optim.weight_decay, decay),
+            lr_scale=batch_scale if optim.lr_scale is None else optim.lr_scale,
+            adam_scale=(model.n_embd / REFERENCE_CHANNELS) ** -0.5 if optim.adam_scale is None else optim.adam_scale,
+            weight_decay=decay if optim.weight_decay is None else optim.weight_decay,
         ),
     )
 

@@ -1,13 +1,8 @@
-"""The training loop: batches -> model -> optimizers -> run directory. `Trainer.fit` is the loop, `train_step` one step.
+"""The training loop: `Trainer.fit` is the loop, `train_step` one step. scripts/base_train.py shows how to call it.
 
-    trainer = Trainer(config, model, optimizers, task, device, world)
-    trainer.fit(run)
-
-scripts/base_train.py shows where each of these comes from.
-
-A run can end at any moment. On Ctrl-C, SIGTERM or SIGUSR1 it finishes its step, saves and stops. A resumed run
-continues from the newest sound checkpoint as if nothing had happened: batches are a function of the step, the
-optimizers' state is in the checkpoint, and nothing else has a state.
+On Ctrl-C, SIGTERM or SIGUSR1 a run finishes its step, saves and stops. A resumed run continues from the newest sound
+checkpoint as if nothing had happened: batches are a function of the step, the optimizers' state is in the checkpoint,
+and nothing else has a state.
 """
 
 import dataclasses
@@ -21,13 +16,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from gkachat import checkpoint
 from gkachat.machine import device_name, peak_flops, peak_memory
@@ -67,19 +60,6 @@ class Task(Protocol):
         """Return a line about the data, for the start of the log."""
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """The outcome of a step, equal on every rank."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    skipped: bool
-    """Loss or gradient were not finite, and neither weights nor optimizer state have changed."""
-    stop_requested: bool
-    """Some rank has received a signal to stop."""
-
-
 class Trainer:
     """Trains a model on a task."""
 
@@ -93,8 +73,7 @@ class Trainer:
         world: World,
         ema_decay: float = 0.0,
     ):
-        """Get ready to step.
-
+        """
         Args:
             config: a resolved Config or VisionConfig.
             optimizers: made from the model by optim.make_optimizers.
@@ -116,7 +95,7 @@ class Trainer:
 
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
         self.stop_requested, self.interrupted = 0.0, False  # time of the first signal; whether all ranks stop
-        self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()  # steps without a StepResult yet
+        self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()  # steps that are not checked yet
         self.timers, self.watchdog = Timers(), Watchdog(config.run.timeout, world)
 
     def fit(self, run: Run) -> None:
@@ -133,16 +112,15 @@ class Trainer:
                     start = time.perf_counter()
                     self.train_step()
                     to_log = self.step == self.n_steps or self.step % self.config.run.log_every == 0
-                    for result in self.step_results(wait=to_log):
-                        self.on_step_result(result)
+                    self.check_steps(wait=to_log)
                     self.seconds += time.perf_counter() - start
                     if to_log:
                         self.log_step()
-                    if self.is_due(train.eval_every):
-                        self.save_checkpoint()  # an evaluation that fails loses nothing
-                        self.evaluate()
-                    elif self.is_due(self.config.run.checkpoint_every):
+                    to_evaluate = self.is_due(train.eval_every)
+                    if to_evaluate or self.is_due(self.config.run.checkpoint_every):
                         self.save_checkpoint()
+                    if to_evaluate:
+                        self.evaluate()
             except (FloatingPointError, OSError, ValueError):  # the numbers or the data are bad, the weights are not
                 self.save_checkpoint()
                 self.saver.wait()
@@ -158,7 +136,7 @@ class Trainer:
     def train_step(self) -> None:
         """Take one step: batch, forward, backward, guard against non-finite numbers, optimizers.
 
-        Nothing here makes the host wait for a GPU. `step_results` tells later how the step went.
+        Nothing here makes the host wait for a GPU. `check_steps` tells later how the step went.
         """
         config, device, world = self.config, self.device, self.world
         with self.timers("data"):
@@ -192,7 +170,8 @@ class Trainer:
                 optimizer.step()
             self.model.zero_grad(set_to_none=True)
             if self.ema_decay:
-                self.update_average()
+                averaged, trained = ([p.data for p in model.parameters()] for model in (self.eval_model, self.model))
+                torch._foreach_lerp_(averaged, trained, 1 - self.ema_decay)
 
         numbers, event = torch.stack((loss, stop, grad_norm, ok)), None
         if device.type == "cuda":
@@ -202,47 +181,34 @@ class Trainer:
         self.pending.append((self.step, numbers, event))
         self.step += 1
 
-    @torch.no_grad()
-    def update_average(self) -> None:
-        """Move the averaged weights by 1 - ema_decay towards the trained ones."""
-        move = get_ema_multi_avg_fn(self.ema_decay)
-        move(list(self.eval_model.parameters()), list(self.model.parameters()), None)
+    def check_steps(self, wait: bool = False) -> None:
+        """Count skipped steps, and stop when some rank was asked to. The last step is checked only with `wait`.
 
-    def step_results(self, wait: bool = False) -> Iterator[StepResult]:
-        """Yield the results of steps that are done; with `wait`, of all steps.
-
-        A GPU still works on the last step, so that without `wait` its result comes with the next step.
+        A GPU may still work on the last step. What is found is equal on all ranks, so that they stop at the same step.
+        Raises FloatingPointError after `train.max_skipped` skipped steps in a row.
         """
         running = 0 if wait or self.device.type != "cuda" else 1
         while len(self.pending) > running:
             step, numbers, event = self.pending.popleft()
             if event is not None:
                 event.synchronize()
-            loss, stop, grad_norm, ok = numbers.tolist()
-            yield StepResult(step, loss, grad_norm, skipped=ok == 0, stop_requested=stop > 0)
-
-    def on_step_result(self, result: StepResult) -> None:
-        """Count skipped steps, and stop when some rank was asked to.
-
-        Raises FloatingPointError after `train.max_skipped` skipped steps in a row.
-        """
-        self.last_result = result
-        self.interrupted |= result.stop_requested  # equal on all ranks, so that they stop at the same step
-        if not result.skipped:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        self.report(f"step {result.step:6d} | loss {result.loss}, gradient norm {result.grad_norm}: step skipped")
-        if self.skipped_in_a_row >= self.config.train.max_skipped:
-            raise FloatingPointError(
-                f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row, up to step {result.step} "
-                f"(loss {result.loss}); the weights before them are saved; lower the learning rate, or set "
-                "train.clip_norm"
-            )
+            self.loss, stop, self.grad_norm, ok = numbers.tolist()
+            self.interrupted |= stop > 0
+            if ok:
+                self.skipped_in_a_row = 0
+                continue
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            self.report(f"step {step:6d} | loss {self.loss}, gradient norm {self.grad_norm}: step skipped")
+            if self.skipped_in_a_row >= self.config.train.max_skipped:
+                raise FloatingPointError(
+                    f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row, up to step {step} "
+                    f"(loss {self.loss}); the weights before them are saved; lower the learning rate, or set "
+                    "train.clip_norm"
+                )
 
     def is_due(self, every: int) -> bool:
-        """Whether something is done at this step that is done at the start, at the end, and every `every` steps."""
+        """Return whether this step is the first, the last or one that `every` divides. 0 divides none."""
         return self.step in (0, self.n_steps) or (every > 0 and self.step % every == 0)
 
     def evaluate(self) -> None:
@@ -340,7 +306,7 @@ class Trainer:
                 "phases": dict(self.timers.seconds),
                 "peak_memory_bytes": peak_memory(self.device),
                 "device": device_name(self.device),
-                "dtype": self.dtype,
+                "dtype": str(self.model.compute_dtype).removeprefix("torch."),
                 "n_steps": self.n_steps,
             }
             self.saver.save(self.step, self.eval_model.state_dict(), state, meta)
@@ -351,11 +317,6 @@ class Trainer:
         """Tokens trained on so far."""
         return self.step * self.config.train.total_batch_size
 
-    @property
-    def dtype(self) -> str:
-        """Name of the dtype of activations."""
-        return str(self.model.compute_dtype).removeprefix("torch.")
-
     def log_step(self) -> None:
         """Write and print loss, gradient norm, learning rate and speed since the last logged step."""
         if not self.world.is_rank0:
@@ -363,13 +324,13 @@ class Trainer:
         step, seconds = self.logged
         rate = (self.step - step) * self.config.train.total_batch_size / (self.seconds - seconds)
         self.logged = self.step, self.seconds
-        result, lr = self.last_result, schedule.lr_multiplier(self.step - 1, self.config)
+        lr = schedule.lr_multiplier(self.step - 1, self.config)
         values = {
-            "loss": result.loss, "grad_norm": result.grad_norm, "skipped": self.skipped, "lr": lr,
+            "loss": self.loss, "grad_norm": self.grad_norm, "skipped": self.skipped, "lr": lr,
             "tokens_per_second": rate, **self.model.statistics(),
         }  # fmt: skip
         shown = [
-            f"step {self.step:6d}/{self.n_steps}", f"loss {result.loss:.4f}", f"norm {result.grad_norm:.3g}",
+            f"step {self.step:6d}/{self.n_steps}", f"loss {self.loss:.4f}", f"norm {self.grad_norm:.3g}",
             f"lr x{lr:.3f}", f"{rate:,.0f} tok/s",
         ]  # fmt: skip
         peak = peak_flops(device_name(self.device))
@@ -386,7 +347,8 @@ class Trainer:
         model, train, stats = self.config.model, self.config.train, self.task.stats
         groups = ", ".join(f"{name} {n:,}" for name, n in stats.params.items() if name != "total")
         flops = stats.flops_per_token * train.total_tokens
-        self.report(f"run {self.run.directory} on {device_name(self.device)} x {self.world.size}, {self.dtype}")
+        device, dtype = device_name(self.device), str(self.model.compute_dtype).removeprefix("torch.")
+        self.report(f"run {self.run.directory} on {device} x {self.world.size}, {dtype}")
         self.report(f"{model.attention}, depth {model.depth}: {stats.params['total']:,} parameters ({groups})")
         self.report(f"{self.n_steps:,} steps of {train.total_batch_size:,} tokens; {flops:.3g} FLOPs")
         self.report(self.task.describe())

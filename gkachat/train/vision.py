@@ -1,9 +1,6 @@
 """The image task: batches of an image dataset, evaluated in loss and accuracy.
 
-    config = resolve(config, len(images.train), world.size)
-    task = ImageTask(config, images, world)
-
-A token is a patch or an image's class token: tokens per step, tokens per second and FLOPs per token keep their meaning.
+Tokens are patches and class tokens, so that tokens per step, tokens per second and FLOPs per token keep their meaning.
 """
 
 import dataclasses

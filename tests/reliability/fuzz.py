@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conftest import TINY, call
+from conftest import TINY, run_script
 
 from gkachat.checkpoint import META, checkpoint_steps, load_model, load_optimizer, step_dir
 from gkachat.config_file import load_config
@@ -157,7 +157,7 @@ def main() -> None:
     home = Path(tempfile.mkdtemp())
     for script in ("tok_train", "data_prep", "base_train"):
         options = ["--model.attention=gka"] if script == "base_train" else []
-        assert call(script, "configs/laptop.toml", *TINY, *options, home=home).returncode == 0
+        assert run_script(script, "configs/laptop.toml", *TINY, *options, home=home).returncode == 0
     found = fuzz(home, args.tries, args.seed)
     facts = {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "tries": args.tries, "seed": args.seed}
     args.out.write_text(json.dumps(facts | {"outcomes": found}, indent=1) + "\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from conftest import ROOT, TINY, call
+from conftest import ROOT, TINY, run_script
 from test_resume import differing_bytes, logged
 
 from gkachat.checkpoint import Saver, checkpoint_steps, start_run, step_dir
@@ -72,7 +72,7 @@ def soak(home: Path, *, kills: int, steps: int, longest: float, seed: int, atten
         + sum(r["step"] == steps for r in logged(killed))
         - 2,
         "records_differ": logged(home / "runs" / "whole") != logged(killed),
-        "verify_run": call("verify_run", "killed", home=home).stdout.strip().splitlines()[-1].split(": ")[-1],
+        "verify_run": run_script("verify_run", "killed", home=home).stdout.strip().splitlines()[-1].split(": ")[-1],
         "seconds_until_it_goes_on": sorted(recovery)[len(recovery) // 2],
         "last_words": moments,
     }
@@ -116,7 +116,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             home = Path(name)
             for script in ("tok_train", "data_prep"):
-                assert call(script, "configs/laptop.toml", *TINY, home=home).returncode == 0
+                assert run_script(script, "configs/laptop.toml", *TINY, home=home).returncode == 0
             saved = saved or [saving(home, depth) for depth in (4, 8)]
             results.append(
                 soak(

@@ -88,17 +88,22 @@ def test_an_evaluation_without_enough_memory_goes_on_with_fewer_rows():
         evaluate_bpb(model, batches, token_bytes)
 
 
-@pytest.mark.parametrize("file", ["model", "optimizer"])
-def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tiny_home, monkeypatch, capsys, file):
+def fill_disk(monkeypatch, is_full):
+    """Make writing fail halfway for the files for which `is_full(path)` holds."""
     from safetensors.torch import save_file
 
-    def full_at_step_4(tensors, path):
-        if "000004" in str(path) and file in path.name:
+    def save(tensors, path):
+        if is_full(path):
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
-    monkeypatch.setattr("safetensors.torch.save_file", full_at_step_4)
+    monkeypatch.setattr("safetensors.torch.save_file", save)
+
+
+@pytest.mark.parametrize("file", ["model", "optimizer"])
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tiny_home, monkeypatch, capsys, file):
+    fill_disk(monkeypatch, lambda path: "000004" in str(path) and file in path.name)
     made = trainer("", "--run.checkpoint_every=2", "--run.keep_last=9")
     made.fit(made.run)
     assert checkpoint_steps(made.run.directory) == [2, 6, 8]
@@ -107,15 +112,7 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tiny_home, monkeyp
 
 
 def test_a_disk_that_stays_full_is_an_error_that_leaves_the_earlier_checkpoints(tiny_home, monkeypatch):
-    from safetensors.torch import save_file
-
-    def full_after_step_3(tensors, path):
-        if "000003" not in str(path):
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        save_file(tensors, path)
-
-    monkeypatch.setattr("safetensors.torch.save_file", full_after_step_3)
+    fill_disk(monkeypatch, lambda path: "000003" not in str(path))
     made = trainer("", "--run.checkpoint_every=3")
     with pytest.raises(OSError, match=r"cannot write checkpoint .*No space left.*untouched"):
         made.fit(made.run)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from functools import partial
 
 import pytest
 import torch
@@ -26,10 +25,9 @@ def base(tiny_home):
 
 
 def test_tuning_keeps_the_batch_and_lets_the_learning_rate_fall_to_zero(base):
-    change = partial(tuning_defaults, base="b")
-    config = schedule.resolve(load_config(base / "config.toml", ["--train.total_tokens=4096"], TuningConfig, change))
+    config = schedule.resolve(load_config(tuning_defaults(base), ["--train.total_tokens=4096"], TuningConfig))
     before = load_config(base / "config.toml")
-    assert config.run.name == "b_chat" and config.chat.base == "b"
+    assert config.run.name == "base_chat" and config.chat.base == "base"
     assert config.train.total_batch_size == before.train.total_batch_size
     assert config.optim == dataclasses.replace(before.optim, weight_decay=0.0)
     assert schedule.lr_multiplier(schedule.n_steps(config) - 1, config) == 0

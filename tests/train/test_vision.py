@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import call, make_trainer
+from conftest import make_trainer, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,17 +36,10 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--model.classes=12", "model.classes: given 12, expected 10"),
-        ("--model.image_size=16", "model.image_size: given 16, expected 8"),
-        ("--model.colours=3", "model.colours: given 3, expected 1"),
-    ],
-)
-def test_data_that_do_not_fit_the_model_are_refused(option, message):
-    with pytest.raises(ValueError, match=message):
-        load_images(config(option))
+@pytest.mark.parametrize(("field", "wrong", "right"), [("classes", 12, 10), ("image_size", 16, 8), ("colours", 3, 1)])
+def test_data_that_do_not_fit_the_model_are_refused(field, wrong, right):
+    with pytest.raises(ValueError, match=f"model.{field}: given {wrong}, expected {right}"):
+        load_images(config(f"--model.{field}={wrong}"))
 
 
 def test_digits_are_split_in_the_same_way_whatever_the_seed():
@@ -157,7 +150,7 @@ def test_the_scripts_train_refuse_report_and_verify(home, monkeypatch, capsys):
     params = model_stats(made.config.model).params["total"]
     assert table.with_suffix(".md").read_text().splitlines()[4].startswith(f"| gka | {params:,} | 1.000 |")
     assert verify_run.main("digits_gka") == 0 and "no problems" in capsys.readouterr().out
-    result = call("chat_cli", "-p", "x", home=home)
+    result = run_script("chat_cli", "-p", "x", home=home)
     assert result.returncode == 1 and "no run with a checkpoint" in result.stderr  # an image model does not chat
 
 
