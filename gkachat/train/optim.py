@@ -94,7 +94,7 @@ class Muon(torch.optim.Optimizer):
 
     Matrices of one shape form a parameter group. They become views of one stack, of which each rank steps a part. The
     iteration runs in bfloat16 on cuda and in float32 elsewhere. The state of a parameter, `momentum` and `variance`,
-    exists on the rank that steps it. Save it with `named_state` and load it with `load_named_state`.
+    exists on the rank that steps it.
     """
 
     found_inf: Tensor | None = None
@@ -156,6 +156,16 @@ class Muon(torch.optim.Optimizer):
         if self.cautious:
             decay *= steps * stack.weights >= 0
         stack.weights.sub_(steps.add_(decay).mul_(group["lr"] * ok))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned on this rank, in a world of the same size."""
+        super().load_state_dict(state_dict)
+        loaded = dict(self.state)
+        for stack in self.stacks:  # back to the views of the stacks, which `step` works on
+            self.state.update(zip(stack.own, stack.states(), strict=True))
+        for p, state in loaded.items():
+            for name, tensor in state.items():
+                self.state[p][name].copy_(tensor)
 
     def load_parameter_state(self, p: nn.Parameter, name: str, tensor: Tensor) -> None:
         """Load one state tensor, if this rank keeps it."""

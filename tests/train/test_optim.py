@@ -1,6 +1,7 @@
 """Muon's steps, cautious decay, which optimizer steps what, and optimizer state."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -178,12 +179,17 @@ def test_the_schedule_sets_the_learning_rate_of_every_group():
     assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.85)
 
 
-def test_optimizer_state_survives_a_round_trip():
+@pytest.mark.parametrize("by_name", [True, False], ids=["named_state", "state_dict"])
+def test_optimizer_state_survives_a_round_trip(by_name):
     a, optimizers_a = model_and_optimizers()
     train(a, optimizers_a, 3)
     b, optimizers_b = model_and_optimizers(seed=1)
     b.load_state_dict(a.state_dict())
-    load_named_state(optimizers_b, b, {k: t.clone() for k, t in named_state(optimizers_a, a).items()}.items())
+    if by_name:
+        load_named_state(optimizers_b, b, {k: t.clone() for k, t in named_state(optimizers_a, a).items()}.items())
+    else:
+        for old, new in zip(optimizers_a, optimizers_b, strict=True):
+            new.load_state_dict(deepcopy(old.state_dict()))  # torch does not copy tensors
     for model, optimizers in ((a, optimizers_a), (b, optimizers_b)):
         train(model, optimizers, 2)
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
