@@ -4,14 +4,17 @@
 #
 #   bash speedrun.sh                 without a GPU: laptop size, minutes; with GPUs: depth 20 on all of them, hours
 #   bash speedrun.sh --overwrite     start anew (default: keep finished runs and continue interrupted ones)
-#   bash speedrun.sh --run.seed 43 --train.protocol equal-flops     options of all trainings
-#   bash speedrun.sh --chat.epochs 2                                options of all tunings
+#   bash speedrun.sh --protocol equal-flops     token budgets: paper (default with GPUs), equal-tokens (default without),
+#                                               equal-ratio, equal-flops
+#   bash speedrun.sh --run.seed 43              options of all trainings
+#   bash speedrun.sh --chat.epochs 2            options of all tunings
 #
 # Everything is written under GKACHAT_HOME (default: ~/.cache/gkachat).
 set -eo pipefail  # not -u: macOS has bash 3.2, where it refuses empty arrays
 cd "$(dirname "${BASH_SOURCE[0]}")"
 resume=--resume train_options=() chat_options=() section=train_options
 for word in "$@"; do
+    case $word in --protocol | --protocol=*) word=--train.${word#--} ;; esac
     case $word in
         --overwrite) resume=--overwrite; continue ;;
         --chat.*) section=chat_options ;;

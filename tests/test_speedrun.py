@@ -73,8 +73,8 @@ def test_without_gpus_nothing_is_estimated_or_scored_on_core(commands):
     ("gpus", "options", "protocol"),
     [
         (1, "", "paper"),
-        (1, "--train.protocol equal-flops", "equal-flops"),
-        (1, "--train.protocol=equal-ratio --run.seed 7", "equal-ratio"),
+        (1, "--protocol equal-flops", "equal-flops"),
+        (1, "--protocol=equal-ratio --run.seed 7", "equal-ratio"),
         (1, "--chat.epochs 2 --train.protocol equal-tokens --overwrite", "equal-tokens"),
         (0, "", None),  # that of the config
         (0, "--train.protocol paper", "paper"),
