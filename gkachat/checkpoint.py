@@ -100,7 +100,7 @@ class Saver:
         self.error: OSError | None = None
         self.step = -1  # the last step whose checkpoint was begun
         self.copies: dict[str, Tensor] = {}
-        if rank == 0:  # what a killed process was writing or removing
+        if rank == 0:  # remove what a killed process left behind
             for leftover in (run_dir / CHECKPOINTS).glob(".*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -161,7 +161,7 @@ class Saver:
                 "sha256": digests,
             }
             write_text(temporary / META, json.dumps(content, indent=1) + "\n")
-            if directory.exists():  # damaged, or the run would have resumed from it
+            if directory.exists():  # it was damaged: an intact one would have been resumed from
                 remove(directory)
             os.replace(temporary, directory)
             flush(directory.parent)
@@ -260,7 +260,7 @@ def newest_sound(run_dir: Path, report: Callable[[str], None]) -> int:
 
 
 def open_checkpoint(run_dir: str | Path, step: int | None = None, *names: str) -> tuple[Path, dict[str, Any]]:
-    """Return directory and meta of a checkpoint, by default of the last. The files in `names` are verified first.
+    """Return directory and meta of a checkpoint, by default the last one. The files in `names` are verified first.
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged or of another format.
     """

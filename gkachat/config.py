@@ -275,7 +275,7 @@ class LoopConfig:
     final_lr_fraction: float = 0.05
     """Learning rate at the end, as a fraction of its peak."""
     eval_every: int = 250
-    """Steps between evaluations on val. 0: only at the end."""
+    """Steps between evaluations. 0: only at the start and the end."""
 
     def __post_init__(self) -> None:
         require(self, **self.checks())
@@ -344,13 +344,13 @@ class OptimConfig:
     weight_decay: float | None = None
     """Weight decay of the matrices. None: 0.28 sqrt(batch / 2^19) (token budget at depth 12) / token budget."""
     decay_schedule: bool = True
-    """Let weight decay fall to zero over the run, along a cosine."""
+    """Let weight decay fall to zero linearly over the run."""
     momentum: float | None = None
     """Muon's momentum. None: it rises from 0.85 to 0.97 over 400 steps and falls to 0.90 over the warm-down."""
     muon_nesterov: bool = True
     """Muon: Nesterov momentum."""
     muon_variance_norm: bool = True
-    """Muon: scale the rows of an update to a common variance."""
+    """Muon: scale the rows of an update, or the columns of a wide one, to a common variance."""
     muon_cautious: bool = True
     """Muon: apply weight decay only where it has the sign of the update."""
 

@@ -69,6 +69,8 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class SweepFile:
+    """Content of a sweep file."""
+
     sweep: SweepOptions
 
 
@@ -78,7 +80,7 @@ class Run:
 
     name: str
     axes: dict[str, Any]
-    """Its value of each field of the grid, and of "flops" if there are budgets."""
+    """Value of each field of the grid, and of "flops" if there are budgets."""
     config: Config
     """Resolved."""
 
@@ -93,7 +95,7 @@ class Run:
 
     @property
     def series(self) -> str:
-        """Name of the runs that it is fitted with: its attention and its values of fields that are no sizes."""
+        """Name of the series that the run belongs to: its attention and the values of fields that are not sizes."""
         others = [axis for axis in self.axes if axis not in SIZES | {"model.attention"}]
         return ", ".join([self.config.model.attention, *(f"{_leaf(axis)} {self.axes[axis]}" for axis in others)])
 
@@ -122,6 +124,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
+    """A sweep and its runs."""
+
     name: str
     runs: list[Run]
 

@@ -1,4 +1,4 @@
-"""Time decoding with a cache, softmax beside GKA, and the plain loop that runs the whole context for each token.
+"""Time decoding with every attention, with a cache and with a loop that runs the whole context for each token.
 
 python -m scripts.bench_decode --depth 12 --tokens 1024
 python -m scripts.bench_decode --depth 20 --tokens 128 1024 2048 --batch 1 8 64 --compile --out results/h200_decode

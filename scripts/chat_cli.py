@@ -75,7 +75,7 @@ def main(
 
 
 class Chat:
-    """One or two sessions that are asked the same; how their answers are sampled and printed."""
+    """Sends each message to one or two sessions, and prints their answers."""
 
     def __init__(self, sessions: list[ChatSession], sampling: Sampling, as_json: bool):
         self.sessions, self.sampling, self.as_json = sessions, sampling, as_json
@@ -101,7 +101,7 @@ class Chat:
                     self.ask(line)
             except EOFError:  # the end of the input, or /quit
                 return
-            except KeyboardInterrupt:  # Ctrl-C during an answer ends the answer, and does not get here
+            except KeyboardInterrupt:  # at the prompt; _print_answers handles Ctrl-C during an answer
                 if not at_terminal:
                     raise
                 print("\n/quit or Ctrl-D ends.")
@@ -195,7 +195,7 @@ COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str]] = {
 
 
 def print_side_by_side(names: Sequence[str], answers: Sequence[Iterator[str]]) -> None:
-    """Stream answers in the columns of a table, a token of each in turns. Ctrl-C ends them."""
+    """Stream answers in the columns of a table, one token of each at a time. Ctrl-C ends all of them."""
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text

@@ -3,8 +3,8 @@
 python -m scripts.chat_eval d4_gka_chat
 python -m scripts.chat_eval d4_gka_chat --tasks addition --limit 50
 
-An answer counts when it says "The answer is ...", which only tuning with chat.source generated teaches. Benchmarks such
-as ARC, MMLU and GSM8K: scripts.lm_eval.
+An answer counts when it says "The answer is ...", which only tuning with chat.source generated teaches. scripts.lm_eval
+runs benchmarks such as ARC, MMLU and GSM8K.
 """
 
 from typing import Annotated

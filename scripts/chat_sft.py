@@ -5,7 +5,8 @@ python -m scripts.chat_sft d20_gka --chat.source huggingface
 python -m scripts.chat_sft d4_gka --chat.source files --chat.files talks.jsonl --run.name d4_gka_talks
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft d20_gka --chat.source huggingface
 
-Options that are not given are those of RUN; the result is the run RUN_chat.
+Options that are not given come from RUN, except for the length of training, the schedule and weight decay. The result is
+the run RUN_chat.
 """
 
 import dataclasses
@@ -17,7 +18,14 @@ from gkachat.config import ConfigError, GPTConfig, TuningConfig
 from gkachat.config_file import load_config, read_toml
 from scripts.cli import RUN_FLAGS, run, split_args
 
-KEPT = ("total_batch_size", "device_batch_size", "recompute_blocks", "eval_tokens", "clip_norm", "max_skipped")
+KEPT_TRAIN_OPTIONS = (
+    "total_batch_size",
+    "device_batch_size",
+    "recompute_blocks",
+    "eval_tokens",
+    "clip_norm",
+    "max_skipped",
+)
 
 
 def tuning_defaults(base_dir: Path) -> dict[str, Any]:
@@ -27,7 +35,7 @@ def tuning_defaults(base_dir: Path) -> dict[str, Any]:
     from the conversations.
     """
     tree, base = read_toml(base_dir / "config.toml"), base_dir.name
-    tree["train"] = {name: value for name, value in tree["train"].items() if name in KEPT}
+    tree["train"] = {name: value for name, value in tree["train"].items() if name in KEPT_TRAIN_OPTIONS}
     tree["train"] |= {"warmup_steps": 10, "warmdown_fraction": 1.0, "final_lr_fraction": 0.0}
     tree["optim"] |= {"weight_decay": 0.0}
     tree["run"]["name"], tree["chat"] = f"{base}_chat", {"base": base}

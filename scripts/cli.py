@@ -1,4 +1,4 @@
-"""Shared by the scripts: a config from the command line, its help, and errors as one line."""
+"""Helpers of the scripts: a config from the command line, its help, and errors as one line."""
 
 import functools
 import os

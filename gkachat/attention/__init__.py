@@ -1,4 +1,4 @@
-"""Attention, complete in itself: features, kernels, the key/value cache, and the layers that a model chooses from."""
+"""Attention: the layers that a model chooses from, their features and kernels, and the key/value cache."""
 
 import importlib
 
@@ -34,7 +34,7 @@ def attention_class(name: str) -> type[Attention]:
 
 
 def register(name: str, layer: type[Attention]) -> None:
-    """Let configs name one more attention (docs/attention.md). Raises ValueError for a name that is taken."""
+    """Add an attention under a name that configs can give (docs/attention.md). Raises ValueError for a taken name."""
     if name in ATTENTIONS:
         raise ValueError(f"attention {name!r} exists already; choose another name than {', '.join(ATTENTIONS)}")
     ATTENTIONS[name] = layer

@@ -5,8 +5,8 @@
     y_BTC = layer(x_BTC, idx_BT, rope)                 # training
     y_BTC = layer(x_BTC, idx_BT, rope, cache)          # prefill and decoding
 
-A variant is a subclass with little more than `qkv`, which says how the block input becomes queries, keys and values.
-docs/attention.md shows one, whole.
+A subclass defines little more than `qkv`, which turns the block input into queries, keys and values. docs/attention.md
+has a complete example.
 Axes: B batch, T time (query), S time (key), H heads, D head_dim, C channels.
 """
 
@@ -24,7 +24,7 @@ from gkachat.attention.qkv import QKV
 from gkachat.config import GPTConfig
 
 Groups = dict[str, list[nn.Parameter]]
-"""Parameters by what they are. The optimizer and the parameter counts tell these groups apart."""
+"""Parameters by the name of their group, such as "matrices". Optimizers and parameter counts work by group."""
 
 
 class AttentionWeights(NamedTuple):
@@ -44,7 +44,11 @@ class Attention(nn.Module):
     shares_kv = False
     """Whether keys and values are one tensor (`qkv.cached_k is qkv.v`), so that the cache keeps it once."""
     gaussian = False
-    """Whether scores are a Gaussian kernel's, -|q - k|^2 / (2 sigma^2), with the bandwidth sigma that `qkv` gives."""
+    """Whether scores are -|q - k|^2 / (2 sigma^2) with the sigma that `qkv` gives. Fused kernels exist for these.
+
+    Queries and keys must be one tensor, except where `unit_norm` and `include_self` hold and `backend` is auto. Softmax
+    kernels, which ignore `sigma` and `include_self`, run a layer that neither sets `gaussian` nor overrides `scores`.
+    """
     unit_norm = False
     """Whether all queries and keys have the same norm. Gaussian scores are then q.k / sigma^2, with no bias per key."""
     include_self = True
@@ -72,9 +76,10 @@ class Attention(nn.Module):
     def scores(self, q_BHTD: Tensor, k_BHSD: Tensor, qkv: QKV) -> Tensor:
         """Return the scores (B, H, T, S) in float32, by the definition.
 
-        A subclass that compares in another way overrides this. Plain PyTorch then takes the place of the fused kernels.
+        A subclass with another comparison overrides this method. It then runs on plain PyTorch instead of the fused
+        kernels.
         """
-        if self.unit_norm:  # as the kernels do it; it differs where a key is zero, as before the text begins
+        if self.unit_norm:  # the kernels drop the norms too, which only matters for keys of zeros (before the text)
             qkv = qkv._replace(scale=qkv.sigma.square().reciprocal()[:, None, None], sigma=None)
         return reference.scores(q_BHTD, k_BHSD, qkv)
 
@@ -83,7 +88,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return what the layer adds to the residual stream, (B, T, C).
 
-        With a cache, the new tokens attend to the cached ones too, and are cached themselves.
+        With a cache, the new tokens are written to it, and attend to the cached tokens as well.
         """
         if cache is None:
             y_BTHD = self.kernel.attend(self.qkv(x_BTC, idx_BT, rope))
@@ -127,7 +132,7 @@ class Attention(nn.Module):
 
     @property
     def cache_spec(self) -> LayerCacheSpec:
-        """What the cache keeps of each token. Scores of features with one common norm need no norms."""
+        """Specification of what the cache keeps of each token: norms of keys only where Gaussian scores need them."""
         return LayerCacheSpec(self.window, self.shares_kv, self.gaussian and not self.unit_norm, self.lookback)
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Key/value cache: what decoding keeps of the tokens that it has read.
+"""Key/value cache: the keys and values that decoding keeps of the tokens read so far.
 
     cache = model.make_cache(rows=8, length=2048, block=256)
     logits = model(idx, cache=cache.step(slice(0, 8), idx.size(1)), logits_to_keep=1)
 
-A cache has rows, each a text with a length of its own. Position p lies in slot p % slots: a layer with a window keeps
-that window and one block of new tokens, and no more. A cache can continue a prefix, a cache of one row that all rows
+Each row of a cache is a text with a length of its own. Position p lies in slot p % slots, so that a layer with a window
+keeps only that window and one block of new tokens. A cache can continue a prefix: a cache of one row that all rows
 share without a copy.
 Axes: B rows of a step, T new tokens, S cache slots, H heads, D head_dim, C channels.
 """
@@ -20,7 +20,7 @@ from gkachat.config import GPTConfig
 
 
 class LayerCacheSpec(NamedTuple):
-    """What one layer keeps of each token; `Attention.cache_spec` gives it."""
+    """Specification of what one layer keeps of each token, from `Attention.cache_spec`."""
 
     window: int | None
     """Visible positions, the token itself included; None: all of the past."""
@@ -69,7 +69,7 @@ class Cache:
             if spec.key_norms:
                 buffers["key_norms"] = torch.zeros(*shape, 1, dtype=torch.float32, device=device)
             if spec.lookback:
-                # A whole text that is read at once may be cut afterwards, at any token.
+                # Where one block holds the whole text, `lengths` may be set back to any token: every input is kept.
                 recent = length if block >= length else min(length, spec.lookback + 1)
                 buffers["x"] = torch.zeros(rows, recent, config.n_embd, dtype=dtype, device=device)
             self.layers.append(buffers)
@@ -104,7 +104,7 @@ class Cache:
 
 
 class CacheStep:
-    """T new tokens of some rows, on their way through the layers.
+    """One step of a cache: T new tokens for each of some rows, which pass through all layers.
 
     Shapes depend on `rows`, T and `longest` alone and never on the numbers in `lengths`, so that a step can be
     recorded as a CUDA graph.
@@ -142,7 +142,7 @@ class CacheStep:
                 n, newest = slots, torch.full((1, 1), cache.lengths[0] - first - 1, device=device)
             else:
                 n, newest = min(slots, self.longest), self.positions[:, -1:] - first
-            # The latest position that fell into a slot.
+            # Latest position that lies in each slot.
             positions = newest - (newest - torch.arange(n, device=device)) % slots + first
             distance = self.positions[:, :, None] - positions[:, None, :]
             seen = (distance >= 0) & (positions >= first)[:, None, :]
@@ -155,7 +155,7 @@ class CacheStep:
 
 
 class LayerCache:
-    """Cache of one layer during a step: `append` writes the new tokens, `slices` gives all that they may attend to."""
+    """Cache of one layer during a step. `append` writes the new tokens; `slices` returns what they may attend to."""
 
     def __init__(self, step: CacheStep, index: int):
         self.step, self.cache, self.index = step, step.cache, index
@@ -163,9 +163,9 @@ class LayerCache:
         self.is_prefill, self.rotates_keys = step.is_prefill, False
 
     def with_lookback(self, x_BTC: Tensor) -> Tensor:
-        """Return the block inputs with the `lookback` earlier ones in front, (B, lookback + T, C), and keep the new.
+        """Store the new block inputs, and return them behind the `lookback` earlier ones, (B, lookback + T, C).
 
-        Before the text there are zeros. Layers without lookback get x_BTC as it is.
+        Inputs before the text are zeros. Without lookback, x_BTC is returned as it is.
         """
         lookback = self.spec.lookback
         if not lookback:
@@ -182,7 +182,7 @@ class LayerCache:
         return torch.cat((past * (before >= 0)[..., None], x_BTC), dim=1)
 
     def append(self, qkv: QKV) -> None:
-        """Write the new tokens' keys and values."""
+        """Write keys and values of the new tokens, and the norms of the keys if the layer needs them."""
         k, self.rotates_keys = qkv.cached_k, qkv.unrotated_k is not None
         new = {"k": k, "v": qkv.v}
         if "key_norms" in self.buffers:
@@ -193,7 +193,10 @@ class LayerCache:
                 buffer[self.step.row_index, :, slots] = new[name]
 
     def slices(self, include_self: bool) -> list[KVSlice]:
-        """Return cached keys and values that the new tokens may attend to: those of the prefix, then the rows' own."""
+        """Return the cached keys and values that the new tokens may attend to: of the prefix, if any, and of the rows.
+
+        `append` must have written the new tokens before.
+        """
         slices, step = [], self.step
         if (prefix := self.cache.prefix) is not None:
             buffers = prefix.layers[self.index]
@@ -208,7 +211,7 @@ class LayerCache:
         return [*slices, own]
 
     def _slice(self, buffers: dict[str, Tensor], rows: slice, n: int, slots: int, of_prefix: bool) -> KVSlice:
-        """Return the first n of a buffer's slots."""
+        """Return the keys and values in the first n slots of the buffers."""
         k, v, norms = (buffers[name][rows, :, :n] if name in buffers else None for name in ("k", "v", "key_norms"))
         _, mask, rope = self.step.view(self.spec.window, slots, of_prefix, self.rotates_keys)
         return KVSlice(k, k if v is None else v, mask, norms, rope)

@@ -17,8 +17,8 @@ Rope = tuple[Tensor, Tensor]
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x in a dtype, and x itself where it has that dtype already.
 
-    A `.to()` that does nothing makes a compiled autograd.Function lose its gradient in torch 2.11, which the GPU
-    benchmarks support.
+    In torch 2.11, which the benchmarks support, a `.to()` that does nothing makes a compiled autograd.Function lose its
+    gradient.
     """
     return x if x.dtype == dtype else x.to(dtype)
 
@@ -31,7 +31,7 @@ def rms_norm(x: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     """RMS norm that saves its output, which the next operation saves anyway, and one number per row.
 
-    torch's own saves its input, in float32 on a CPU, and takes 2 to 3 times as long there.
+    torch's own rms_norm saves its input, in float32 on a CPU, and takes 2 to 3 times as long there.
     """
 
     @staticmethod
@@ -66,9 +66,9 @@ def rope_at(positions: Tensor, head_dim: int) -> Rope:
 
 
 def apply_rope(x_BTHD: Tensor, rope: Rope | None) -> Tensor:
-    """Rotate each head's channels by their position; None leaves them as they are.
+    """Rotate the channels of each token by its position. With None, return x as it is.
 
-    Channel i turns against channel i + D/2, in nanochat's direction: (a, b) -> (a cos + b sin, b cos - a sin).
+    Channels i and i + D/2 form a pair (a, b) -> (a cos + b sin, b cos - a sin), which is nanochat's direction.
     """
     return x_BTHD if rope is None else rotate(x_BTHD, *(table.unsqueeze(-2) for table in rope))
 
@@ -101,23 +101,23 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 
 
 class ShortConv(nn.Module):
-    """Each channel mixes its last four tokens: y_t = sum_n w_n x_(t-n), with 0 before the text. Starts as delays."""
+    """Convolution over the last four tokens, channel by channel: y_t = sum_n w_n x_(t-n), with 0 before the text."""
 
     TAPS = 4
-    KEY_DELAYS = (1, 2, 3)  # how keys start, from head to head
+    KEY_DELAYS = (1, 2, 3)  # initial delays of keys, from head to head
 
     def __init__(self, n_head: int, head_dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(self.TAPS, n_head, head_dim))
 
     def init_weights(self, delays: Sequence[int] = (0,)) -> None:
-        """Start as y_t = x_(t - delay); heads take the delays in turns."""
+        """Set the weights so that y_t = x_(t - delay). Heads take the delays in turns."""
         nn.init.zeros_(self.weight)
         for head in range(self.weight.size(1)):
             nn.init.ones_(self.weight[delays[head % len(delays)], head])
 
     def forward(self, x_BTHD: Tensor, T: int) -> Tensor:
-        """Convolve, and return the last T tokens (B, T, H, D). Tokens before these only serve as their past."""
+        """Return the convolution at the last T tokens, (B, T, H, D). Earlier tokens serve only as the past of these."""
         return _ShortConv.apply(x_BTHD, self.weight.to(x_BTHD.dtype))[:, -T:]
 
 

@@ -30,7 +30,7 @@ def gaussian_kernel_attention(
     """Return the kernel-weighted mean of each head's own channels over the visible tokens.
 
     Args:
-        x: (B, T, H, D), features and payload in one; any floating dtype.
+        x: (B, T, H, D), both what is compared and what is averaged; any floating dtype.
         sigma: (H,), bandwidths above 0, in the units of x.
         window: number of visible positions, the token itself included: 0 <= i - j < window when causal,
             |i - j| < window otherwise. None: no limit.
@@ -66,8 +66,9 @@ def gaussian_kernel_attention(
 class GaussianKernelAttention(Attention):
     """Gaussian Kernel Attention as published: one learned bandwidth per head and the output projection.
 
-    Bandwidths are learned as their logarithm, in float32, so that they stay above 0. They start at sqrt(D/2), where
-    independent features of unit variance weigh exp(-2) against a token's own 1.
+    The layer learns the logarithm of each bandwidth, in float32, so that bandwidths stay above 0. They start at
+    sqrt(D/2). A token then has weight 1 on itself and, where features are independent and of unit variance, exp(-2) on
+    another token.
     """
 
     shares_kv = True
@@ -86,7 +87,7 @@ class GaussianKernelAttention(Attention):
         return self.log_sigma.exp()
 
     def qkv(self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None) -> QKV:
-        """The block input serves as queries, keys and values."""
+        """Return the block input, split into heads, as queries, keys and values."""
         options, x = self.config.gka, self.split_heads(x_BTC)
         if options.normalize:
             x = rms_norm(x)

@@ -2,11 +2,11 @@
 
     q = norm(rope(conv(x)))    k = norm(rope(conv(x)))    v = conv(x)    s_ij = q_i . k_j / sigma^2
 
-Published GKA finds tokens like itself. Here the convolution of the keys starts as a delay, by 1, 2, 3, 1, ... tokens
-from head to head. A token then finds what followed a token like itself, the step of an induction head
+A token of published GKA attends to tokens like itself. Here the convolution of the keys starts as a delay, by 1, 2, 3,
+1, ... tokens from head to head. A token then attends to what followed tokens like itself, as an induction head does
 (arXiv 2209.11895), from the first training step on. The features have one common norm, so the Gaussian kernel's
-distance reduces to the dot product. All of it adds 12 C numbers to a layer. docs/experiments.md has what each part is
-worth.
+distance reduces to the dot product. The convolutions have 12 C parameters per layer. docs/experiments.md measures what
+each addition is worth.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Queries, keys and values, which an attention gives its kernel, and the way they are compared."""
+"""Inputs of the kernels: the queries, keys and values of new tokens, and the cached keys and values."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ class QKV(NamedTuple):
 
     @property
     def cached_k(self) -> Tensor:
-        """The keys as the cache keeps them; the very object `v` where one tensor serves as keys and values."""
+        """The keys as the cache keeps them; the same object as `v` where one tensor serves as keys and values."""
         return self.k if self.unrotated_k is None else self.unrotated_k
 
 
@@ -44,8 +44,8 @@ class KVSlice(NamedTuple):
     key_norms: Tensor | None = None
     """(B or 1, H, S, 1) float32, |k|^2. Half of it is subtracted from q.k, as a Gaussian kernel demands."""
     rope: Rope | None = None
-    """(cos, sin), each (B or 1, 1, S, D/2), that the keys are still to be rotated with."""
+    """(cos, sin), each (B or 1, 1, S, D/2), for keys that were cached unrotated; None for rotated keys."""
 
     def rotated_keys(self) -> Tensor:
-        """Return the keys, rotated by their positions."""
+        """Return the keys after their rotation, (B or 1, H, S, D)."""
         return self.k if self.rope is None else rotate(self.k, *self.rope)

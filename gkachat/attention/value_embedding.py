@@ -19,7 +19,7 @@ class ValueEmbedding(nn.Module):
 
     @staticmethod
     def in_layer(config: GPTConfig, index: int) -> bool:
-        """Return whether a layer has one: every other layer and the last, where the config asks for them."""
+        """Return whether a layer has a value embedding: every other layer and the last, if the config asks for them."""
         return config.uses_value_embeddings and (config.depth - 1 - index) % 2 == 0
 
     def init_weights(self) -> None:

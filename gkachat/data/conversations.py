@@ -28,7 +28,7 @@ from gkachat.data.tasks import generated
 from gkachat.tokenizer import Tokenizer
 
 Messages = Sequence[dict[str, str]]
-"""Each with the keys `role` and `content`."""
+"""Messages in order. Each has the keys `role` and `content`."""
 
 Conversation = tuple[str, Messages]
 """A key that is the same for the same question, and the messages."""

@@ -161,12 +161,12 @@ class Batches:
         )
 
     def get(self, step: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """Return images and targets of a step, and how many numbers the targets of all ranks are."""
+        """Return images and targets of a step, and the number of target elements over all ranks."""
         if self.next_step != step:
             self.loader = iter(self._loader(self.images.train, self._plan(step)))
         images, targets = next(self.loader)
         self.next_step = step + 1
-        # Seeds what is drawn from here on: blends, and which blocks stochastic depth leaves out.
+        # Seeds the blends, and which blocks stochastic depth leaves out.
         torch.manual_seed(int(self._rng(step).integers(2**62)))
         if self.images.mix is not None:
             images, targets = self.images.mix(images, targets)

@@ -96,7 +96,7 @@ class Loader:
         return self._row_ends[-1] if self._row_ends else 0
 
     def _has_rows(self, number: int) -> bool:
-        """Return whether an epoch has that many rows. Reads no more shards than that takes."""
+        """Return whether an epoch has `number` rows. Only as many shards are read as the answer needs."""
         while self._n_rows < number:
             documents = self.split.shard(len(self._row_ends))
             if documents is None:
@@ -143,7 +143,7 @@ class Prefetcher:
 def val_batches(
     split: Split, *, sequence_len: int, batch_rows: int, bos: int, tokens: int | None = None
 ) -> Iterator[Batch]:
-    """Yield the whole split once, in a fixed order; with `tokens`, only as many rows as hold that many tokens."""
+    """Yield the whole split once, in a fixed order. `tokens` limits it to the rows that hold that many tokens."""
 
     def all_rows() -> Iterator[Row]:
         for index, documents in enumerate(split):
@@ -158,7 +158,7 @@ def val_batches(
 
 
 def gather_rows(rows: Sequence[Row], sequence_len: int, bos: int) -> Batch:
-    """Read the tokens of rows from their shards."""
+    """Return inputs and targets of rows, with the tokens read from their shards."""
     tokens = np.zeros((len(rows), sequence_len + 1), dtype=np.int64)
     targets = np.full(tokens.shape, IGNORE, dtype=np.int64)
     for number, (documents, plan, row) in enumerate(rows):

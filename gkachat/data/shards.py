@@ -3,15 +3,16 @@
     for shard, reused in write_shards(corpus, tokenizer, directory, source=..., shard_chars=...): ...
     for documents in Split(directory, "train", tokenizer): ...    # shard by shard
 
-tokens/<dataset>/
+tokens/<name>/
     manifest.json              every shard with its hashes, the tokenizer's hash, and whether all shards are written
     train_00000.bin            uint16 tokens, document after document
     train_00000.idx            uint64 offsets: document i is bin[idx[i] : idx[i + 1]]
     val_00000.bin, ...
 
-A train shard holds the next `shard_chars` characters. The val shard beside it holds the val documents that were met
-meanwhile. A run that continues an interrupted one reads the texts again, meets the same boundaries, and tokenizes only
-the shards that the manifest does not have yet. Training can begin while later shards are still being written.
+A train shard holds the next `shard_chars` characters. The val shard that follows holds the val documents from the same
+part of the corpus. After an interruption, `write_shards` reads the texts again, cuts them at the same places, and
+tokenizes only the shards that the manifest does not have yet. Training can begin while later shards are still being
+written.
 """
 
 import hashlib
@@ -67,7 +68,7 @@ class Manifest:
 
 
 class Documents:
-    """Documents of one shard. The tokens of document i are `tokens[start[i] : start[i] + length[i]]`.
+    """The documents of one shard. The tokens of document i are `tokens[start[i] : start[i] + length[i]]`.
 
     `loss_mask` marks the tokens that are learned from, and `n_targets` counts them in each document. Without a mask
     (None), all tokens are learned from.

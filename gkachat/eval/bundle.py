@@ -41,6 +41,8 @@ FIELDS = {  # by the task's kind: the text fields of a row, and its field with a
 
 @dataclass(frozen=True)
 class Task:
+    """One task of a bundle."""
+
     label: str
     kind: str
     """multiple_choice, schema or language_modeling."""
@@ -50,9 +52,9 @@ class Task:
     baseline: float
     """Accuracy of guessing, 0 to 1."""
     rows: list[dict[str, Any]]
-    """In the order of evaluation, cut to max_per_task."""
+    """Rows in the order of evaluation, at most max_per_task of them."""
     n_rows: int
-    """Before the cut."""
+    """Number of rows in the bundle."""
     sha256: str
     """Hash of everything that the result depends on, except the model."""
 

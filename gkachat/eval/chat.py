@@ -3,7 +3,7 @@
     scores = evaluate_chat(model, tokenizer, ["addition", "counting"], val_fraction=0.05)
     scores["addition"]["accuracy"], scores["addition"]["baseline"]
 
-Neither needs a network. ARC, MMLU, GSM8K, HumanEval and other benchmarks: gkachat.eval.harness.
+Both tasks work without a network. gkachat.eval.harness has ARC, MMLU, GSM8K, HumanEval and other benchmarks.
 """
 
 import hashlib

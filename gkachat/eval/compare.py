@@ -36,7 +36,7 @@ TABLE = [  # name, key in a run's figures, format, the paper's ratio of gka over
 def compare_runs(run_dirs: list[Path]) -> dict[str, Any]:
     """Compare evaluated runs, the baseline first. Returns what comparison.json holds:
 
-        names: of the runs.
+        names: names of the runs.
         table: {row: {"values": one per run, "ratios": each later run over the first or None, "published_ratio"}}.
         scores: differences on the tasks that a run has in common with the first; see `compare_scores`.
         curves: {run: tokens, FLOPs and BPB at every evaluation in training}.

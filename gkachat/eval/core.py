@@ -80,7 +80,7 @@ def group_texts(number: int, example: Example) -> list[Group]:
 
 
 def decide(example: Example, scores: dict[tuple[int, ...], TextScore]) -> tuple[bool, float]:
-    """Return whether the model's answer is right, and by how much (nats or logits) that is decided."""
+    """Return whether the model's answer is right, and the margin in nats or logits that decides it."""
     if example.gold is None:
         only = scores[example.texts[0]]
         return only.greedy, only.margin
@@ -126,7 +126,7 @@ def evaluate_core(
             rows and rules, and how many examples were truncated and how many rescored alone.
         mean_centered: mean over all tasks.
         core: the same number, if all 22 tasks ran on all their rows.
-        name: what to call the mean.
+        name: the name of the mean, "CORE" only if it is the full one.
         missing: those of the 22 tasks that the bundle does not have.
 
     Raises the errors of `read_bundle`.
@@ -154,7 +154,7 @@ def evaluate_core(
 
 
 def _summary(tasks: list[Task], results: dict[str, dict[str, Any]], max_per_task: int | None) -> dict[str, Any]:
-    """Return the mean over tasks, and the name that it deserves."""
+    """Return the mean over tasks, its name, and the tasks that are missing."""
     mean = sum(result["centered"] for result in results.values()) / len(results)
     missing = [label for label in TASKS if label not in results]
     others = len(results) + len(missing) - len(TASKS)

@@ -44,7 +44,7 @@ class HarnessModel(TemplateLM):
     Args:
         chat: read chat templates, and end generated answers at <|assistant_end|>.
         batch_size: texts that are generated at a time.
-        seed: of sampling, for tasks that sample.
+        seed: seed of sampling, for tasks that sample.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, *, chat: bool = False, batch_size: int = 16, seed: int = 42):

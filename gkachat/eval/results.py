@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from gkachat.benchmark import facts, table
+from gkachat.checkpoint import MODEL
 from gkachat.files import atomic_write, read_json, write_text
 
 DIRECTORY = "evals"
@@ -70,7 +71,7 @@ def write_result(
     about = {
         "kind": kind,
         "step": meta["step"],
-        "checkpoint_sha256": meta["sha256"]["model.safetensors"],
+        "checkpoint_sha256": meta["sha256"][MODEL],
         "checkpoint_version": meta.get("version"),
         "command": f"python -m scripts.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}",
     }
@@ -85,7 +86,7 @@ def write_result(
 
 
 def write_report(path: Path, text: str, tree: dict[str, Any], figure: Any = None) -> list[str]:
-    """Write PATH.md, PATH.json and, of a matplotlib figure, PATH.png. Return the names of these files."""
+    """Write PATH.md, PATH.json and, if there is a matplotlib figure, PATH.png. Return the names of these files."""
     write_text(path.with_suffix(".md"), text)
     write_text(path.with_suffix(".json"), json.dumps(tree, indent=1) + "\n")
     names = [f"{path.stem}.md", f"{path.stem}.json"]

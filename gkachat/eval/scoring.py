@@ -1,4 +1,4 @@
-"""Likelihoods of many texts under a model, with what texts share read once. CORE and lm-evaluation-harness use it.
+"""Likelihoods of many texts under a model. Prefixes that texts share are read once. CORE and the harness use it.
 
     group = Group(prefix, [Continuation(0, tokens, start=1), Continuation(1, other_tokens, start=1)])
     for (number, text), score in score_texts(model, [group, ...]):    # text: all of its tokens
@@ -25,7 +25,7 @@ class Continuation(NamedTuple):
     """Tokens of one text after its group's prefix."""
 
     number: int
-    """Number of the text's question, chosen by the caller."""
+    """Number that the caller gives to the text, for example of its question."""
     tokens: tuple[int, ...]
     start: int
     """Tokens from here on are scored; 1 or more."""
@@ -56,7 +56,7 @@ class TextScore:
     greedy: bool
     """Whether every token is the likeliest."""
     margin: float
-    """By how many logits `greedy` is decided."""
+    """Change of a logit that would change `greedy`."""
 
     @classmethod
     def of(cls, losses: Sequence[float], hits: Sequence[float], leads: Sequence[float]) -> "TextScore":
@@ -66,9 +66,9 @@ class TextScore:
 def score_texts(
     model: GPT, groups: list[Group], max_tokens: int | None = None
 ) -> Iterator[tuple[tuple[int, tuple[int, ...]], TextScore]]:
-    """Yield ((number, the whole text's tokens), score) for every text, in batches of `max_tokens` tokens at most.
+    """Yield ((number, the whole text's tokens), score) for every text.
 
-    By default they hold MAX_BATCH_TOKENS.
+    A batch has at most `max_tokens` tokens, by default the MAX_BATCH_TOKENS of the device.
     """
     device = model.wte.weight.device.type
     for batch in batch_groups(groups, max_tokens or MAX_BATCH_TOKENS.get(device, MAX_BATCH_TOKENS["cpu"])):

@@ -1,6 +1,6 @@
-"""Generation from a trained model: the engine, the decode step it repeats, sampling, and quantization."""
+"""Generation from a trained model: the engine, its decode step, sampling, and quantization."""
 
-from gkachat.inference.engine import Engine, Prefix, Request, TokenOutput
+from gkachat.inference.engine import Engine, Request, TokenOutput
 from gkachat.inference.sampling import Sampling
 
-__all__ = ["Engine", "Prefix", "Request", "Sampling", "TokenOutput"]
+__all__ = ["Engine", "Request", "Sampling", "TokenOutput"]

@@ -1,13 +1,13 @@
-"""The step that decoding repeats: read every row's newest token, and draw the next one.
+"""Decode step: read the newest token of every row, and draw the next one.
 
     decoder = Decoder(model, cache, vocab_size)
     decoder.set_row(row, sampling, seen_ids)      # after the row's prompt was read
     token, logprob = decoder.first(row, logits, draw)
     drawn = decoder.step(tokens, draws)           # for the first len(tokens) rows
 
-The step and its draw are one piece of work for the device, and the drawn tokens are all that the host waits for. On a
-GPU the step is recorded as a CUDA graph, once for every SamplingPlan and every ROUND tokens of context, and replayed.
-`compile` has torch.compile fuse it.
+The device runs the model and the draw as one piece of work, and the host waits only for the drawn tokens. On a GPU the
+step is recorded as a CUDA graph, once for every SamplingPlan and every ROUND tokens of context, and replayed. With
+`compile`, torch.compile fuses the step.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +19,10 @@ from gkachat.attention.cache import Cache, CacheStep
 from gkachat.inference.sampling import Sampling, SamplingPlan, make_plan, sample, settings_tensor
 from gkachat.model.gpt import GPT
 
-ROUND = 256  # where shapes must not change, the number of cache slots that a step reads is rounded up to this
+ROUND = 256  # where shapes must not change, a step reads a multiple of this number of cache slots
 
 Drawn = tuple[int, float]
-"""A token and its log-probability, which is 0 where no row asked for one."""
+"""A token and its log-probability; 0 where no row asked for log-probabilities."""
 
 
 class Decoder:
@@ -75,7 +75,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], draws: Sequence[float]) -> list[Drawn]:
-        """Read the newest token of each of the first rows, and draw the next by a number in [0, 1) for each."""
+        """Read the newest token of each of the first rows, and draw the next. `draws` are numbers in [0, 1)."""
         n, cache = len(tokens), self.cache
         plan, lengths = make_plan(self.samplings[:n]), cache.lengths[:n]
         inputs = list(zip(tokens, lengths, draws, strict=True))

@@ -1,4 +1,4 @@
-"""Engine: generate text for many requests at a time, row by row of one batch, with a key/value cache.
+"""Engine: generates text for many requests at a time. Each takes one row of a batch and of its key/value cache.
 
 engine = Engine(model, tokenizer)
 for token in engine.generate(tokenizer.encode("def add("), max_tokens=64, temperature=0.8, seed=1): ...
@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Prefix:
-    """BOS and tokens that were read once, for any number of requests that begin with them."""
+    """BOS and tokens that the model has read once, for any number of requests that begin with them."""
 
     tokens: Sequence[int]
     cache: Cache
@@ -41,7 +41,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """The next token of a request, or its end."""
+    """Output of one decode step for one request: its next token, its end, or both."""
 
     request: int
     """Index of the request."""
@@ -52,11 +52,11 @@ class TokenOutput:
     logprob: float | None = None
     """Log-probability of the token, where the request asked for it."""
     finished: str = ""
-    """Why the request ended, in its last output: bos, stop, max_tokens or sequence_len. Empty before."""
+    """Reason in the last output of a request: bos, stop, max_tokens or sequence_len. Empty in earlier outputs."""
 
 
 class Engine:
-    """Generates with a model in eval mode. `compile` fuses the decode step, which takes a minute once."""
+    """Generates text with a model in eval mode. `compile` fuses the decode step; compilation takes about a minute."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, compile: bool = False):
         self.model, self.tokenizer, self.compile = model, tokenizer, compile
@@ -124,7 +124,7 @@ class _Text:
         self.token, self.n_tokens, self.held_back = None, 0, ""
 
     def output(self, token: int, logprob: float, is_full: bool) -> TokenOutput:
-        """Take in the next token. With `is_full`, the context has no room for another one."""
+        """Add the next token to the text, and return the output. `is_full`: the context has no room for another."""
         finished, data = "", b""
         if token in self.stop_tokens:
             finished = "bos" if token == self.tokenizer.bos else "stop"
@@ -192,9 +192,11 @@ class _Batch:
     def step(self) -> list[TokenOutput]:
         """Draw a token for each row, and remove the rows that have ended."""
         drawn = self.decoder.step([text.token for text in self.texts], [text.random.random() for text in self.texts])
-        outputs = [self.texts[row].output(*of_row, self._is_full(row)) for row, of_row in enumerate(drawn)]
+        outputs = [
+            self.texts[row].output(token, logprob, self._is_full(row)) for row, (token, logprob) in enumerate(drawn)
+        ]
         for row in reversed(range(len(outputs))):
-            if outputs[row].finished:  # the last row takes its place
+            if outputs[row].finished:  # the last row moves into the free one
                 last = self.texts.pop()
                 if row < len(self.texts):
                     self.decoder.move(len(self.texts), row)

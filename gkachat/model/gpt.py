@@ -1,11 +1,11 @@
-"""The GPT: embedding, blocks of attention and MLP, head, in reading order.
+"""The GPT, in reading order: MLP, block, and the model with its embedding and head.
 
     model = GPT(GPTConfig(depth=4, attention="gka", vocab_size=4096, sequence_len=256))
     loss = model(idx, targets)
 
-A pre-norm transformer with parameter-free RMSNorm (also after the embedding), a relu^2 MLP, no biases, and an untied
-head with soft-capped logits. Two learned scalars per layer weigh the residual stream and the embedding that is mixed
-in again. The attention is chosen when the model is built. Weights stay in float32, activations are in `compute_dtype`.
+The model is a pre-norm transformer with parameter-free RMSNorm (also after the embedding), a relu^2 MLP, no biases, and
+an untied head with soft-capped logits. In front of each block, the residual stream and the embedding are added again,
+each times a learned scalar. The config names the attention. Weights stay in float32; activations have `compute_dtype`.
 Axes: B batch, T time, C channels, V vocabulary.
 """
 
@@ -58,26 +58,26 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Base of models made of these blocks, GPT and ViT. Subclasses set `self.blocks`."""
+    """Base class of GPT and ViT, which consist of these blocks. Subclasses set `self.blocks`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.recompute_blocks = False  # activation checkpointing: recompute each block in the backward
 
     def prepare(self, compute_dtype: torch.dtype) -> None:
-        """Choose everything that depends on dtype and device: the attention kernels."""
+        """Choose the attention kernels, which depend on dtype and device."""
         self.compute_dtype, device = compute_dtype, next(self.parameters()).device
         for block in self.blocks:
             block.attn.choose_kernels(device, compute_dtype)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Transformer":
-        """Prepare anew after .to() and its like, so that kernels and tables follow the weights."""
+        """Call `prepare` after .to(), .cuda() and the like, so that kernels and tables follow the weights."""
         super()._apply(fn, recurse)
         self.prepare(self.compute_dtype)
         return self
 
     def kernels(self) -> dict[str, list[int]]:
-        """Return each attention kernel in use, with the reason for it, and the layers that use it."""
+        """Return {"kernel (reason)": indices of the layers that use it}."""
         layers: dict[str, list[int]] = {}
         for index, block in enumerate(self.blocks):
             layers.setdefault(f"{block.attn.kernel.name} ({block.attn.kernel.reason})", []).append(index)
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
 
 
 class GPT(Transformer):
-    """Autoregressive transformer. Builds on any device, also `torch.device("meta")`; weights follow torch's seed."""
+    """Autoregressive transformer. It can be built on any device, also "meta"; torch's seed determines the weights."""
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -150,8 +150,8 @@ class GPT(Transformer):
 
         Args:
             idx: (B, T) token ids.
-            cache: step of a cache that holds the tokens before idx (`make_cache(...).step(...)`). idx is added to it.
-            logits_to_keep: number of tokens, the last ones, whose logits are computed; None: all.
+            cache: step of a cache that holds the tokens before idx (`make_cache(...).step(...)`). The step adds idx.
+            logits_to_keep: compute the logits of this many last tokens; None: of all.
 
         Raises:
             ValueError: idx is longer than sequence_len.

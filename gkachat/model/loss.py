@@ -1,4 +1,4 @@
-"""Head and loss in one: logits of a few rows at a time, never of all of them.
+"""Output head and loss in one operation, which forms the logits of only a few rows at a time.
 
 A batch of 32 x 2,048 tokens over a vocabulary of 32,768 has 8.6 GB of float32 logits, and as much again for their
 gradient. Here the gradient of each part is computed while its logits exist, in the forward; the backward only scales.
@@ -16,7 +16,7 @@ LOGITS_PER_PART = 2**26
 
 
 def soft_cap(logits: Tensor) -> Tensor:
-    """Return 15 tanh(logits) in float32, of logits that are divided by 15 already. May overwrite its input."""
+    """Return 15 tanh(logits) in float32. The caller has divided the logits by 15. The input may be overwritten."""
     return logits.float().tanh_() * LOGIT_CAP
 
 

@@ -117,7 +117,7 @@ def compare_stats(config: GPTConfig) -> dict[str, Any]:
 
     `ratio` has the ratios of gka, `ratios` those of each attention, with total FLOPs under each protocol.
     """
-    # Each has its own default of value embeddings, as published gka may have none.
+    # Each attention has its own default of value embeddings: gka as published has none.
     shapes = {
         name: config if name == config.attention else dataclasses.replace(config, attention=name, value_embeddings=None)
         for name in ATTENTIONS

@@ -74,7 +74,7 @@ class ViT(Transformer):
         x_BTC = torch.cat((self.class_token.to(x_BTC.dtype).expand(B, 1, -1), x_BTC), dim=1)
         x_BTC = x_BTC + self.positions.to(x_BTC.dtype)
         for index, block in enumerate(self.blocks):
-            # Stochastic depth (arXiv 1603.09382), linear in depth. Images that keep the block scale it up: equal mean.
+            # Stochastic depth (arXiv 1603.09382), linear in depth. Kept blocks grow by 1 / (1 - p): equal mean.
             dropped = config.drop_path * index / max(1, config.depth - 1) if self.training else 0.0
             after_BTC = self._run_block(block, x_BTC, None, None)
             if dropped:

@@ -94,7 +94,7 @@ class LanguageTask:
     def describe(self) -> str:
         """Return the protocol and how much of the corpus an epoch uses."""
         loader, waste = self.loader, self.loader.packing_waste()
-        epoch = "of the first shard"  # reading all shards of a large corpus takes long, and some may not exist yet
+        epoch = "in the first shard"  # reading all shards of a large corpus takes long, and some may not exist yet
         if loader.knows_epoch:
             dropped = 100 * waste["tokens_dropped"]
             epoch = f"an epoch has {loader.steps_per_epoch:,} steps, {dropped:.2f} % of its tokens are left out"

@@ -38,7 +38,7 @@ POLAR_EXPRESS = (
 )
 VARIANCE_BETA = 0.95
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
-MIN_SHARDED_SIZE = 2**14  # numbers; every rank steps smaller parameters whole
+MIN_SHARDED_SIZE = 2**14  # elements; every rank steps smaller parameters whole
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,7 +151,7 @@ class Muon(torch.optim.Optimizer):
         if self.variance_norm:
             steps = equalize_variance(steps, stack.variance, (1 - VARIANCE_BETA) * ok)
         rows, columns = steps.shape[-2:]
-        steps *= max(1.0, rows / columns) ** 0.5  # keeps the size of a tall matrix's change of its output
+        steps *= max(1.0, rows / columns) ** 0.5  # a tall matrix then changes its output as much as a square one
         decay = group["weight_decay"] * stack.weights
         if self.cautious:
             decay *= steps * stack.weights >= 0

@@ -1,4 +1,4 @@
-"""What a training script sets up before the loop: the run directory, and the model on its device."""
+"""Setup of a training run: its directory, and the model on its device."""
 
 import dataclasses
 import os

@@ -2,7 +2,7 @@
 
 On Ctrl-C, SIGTERM or SIGUSR1 a run finishes its step, saves and stops. A resumed run continues from the newest sound
 checkpoint as if nothing had happened: batches are a function of the step, the optimizers' state is in the checkpoint,
-and nothing else has a state.
+and no other object carries state between steps.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ class Trainer:
         Args:
             config: a resolved Config or VisionConfig.
             optimizers: made from the model by optim.make_optimizers.
-            ema_decay: above 0, evaluate and save an exponential moving average of the weights instead of the last.
+            ema_decay: above 0, evaluate and save an exponential moving average of the weights instead of the latest weights.
         """
         self.config, self.model, self.optimizers, self.task = config, model, optimizers, task
         self.device, self.world, self.ema_decay = device, world, ema_decay
@@ -90,7 +90,8 @@ class Trainer:
         self.forward: nn.Module = model
         if world.size > 1:  # averages gradients over ranks while the backward still runs
             self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if device.type == "cuda" if config.run.compile is None else config.run.compile:
+        compile = device.type == "cuda" if config.run.compile is None else config.run.compile
+        if compile:
             self.forward = torch.compile(self.forward, dynamic=False)
 
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
@@ -121,7 +122,7 @@ class Trainer:
                         self.save_checkpoint()
                     if to_evaluate:
                         self.evaluate()
-            except (FloatingPointError, OSError, ValueError):  # the numbers or the data are bad, the weights are not
+            except (FloatingPointError, OSError, ValueError):  # bad numbers or data; the weights are good, so save them
                 self.save_checkpoint()
                 self.saver.wait()
                 raise
@@ -247,7 +248,7 @@ class Trainer:
             self.report(f"step {self.step:6d} | {' | '.join(shown)}")
 
     def start_or_resume(self) -> bool:
-        """Load the newest sound checkpoint, or make a new run directory. Return whether this step is evaluated yet."""
+        """Load the newest sound checkpoint, or make a new run directory. Return whether its step is evaluated."""
         run, config, tokenizer, rank0 = self.run, self.config, self.task.tokenizer, self.world.is_rank0
         step = -1
         if rank0:

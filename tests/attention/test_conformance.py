@@ -1,4 +1,4 @@
-"""What every attention must hold. An attention is tested here as soon as it has a name in the registry."""
+"""Conformance suite: every attention must pass it, and is tested as soon as the registry has its name."""
 
 import dataclasses
 import math

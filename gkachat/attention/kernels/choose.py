@@ -28,7 +28,7 @@ GAUSSIAN_BACKENDS = ("sdpa", "triton", "reference")
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """What a layer asks of its kernel."""
+    """Properties of a layer that decide which kernel runs it."""
 
     head_dim: int
     sequence_len: int
@@ -37,11 +37,11 @@ class KernelSpec:
     causal: bool = True
     include_self: bool = True
     gaussian: bool = False
-    """Whether scores are a Gaussian kernel's and not a scaled dot product."""
+    """Whether scores are those of a Gaussian kernel instead of scaled dot products."""
     unit_norm: bool = False
     """Whether all queries and keys have the same norm."""
     backend: str = "auto"
-    """For Gaussian scores: sdpa, triton, reference, or auto for the fastest that can run."""
+    """Kernel of Gaussian scores: sdpa, triton, reference, or auto, the fastest that can run."""
 
     @property
     def mask(self) -> dict[str, int | bool | None]:
@@ -74,7 +74,7 @@ def choose_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype) ->
 
 def choose_decode_kernel(head_dim: int, device: torch.device, dtype: torch.dtype) -> Kernel:
     """Return the fastest kernel for new tokens that attend to a cache; `attend(qkv, slices)` gives (B, T, H, D)."""
-    obstacles = _true(
+    obstacles = _obstacles(
         (device.type != "cuda", f"the device is {device.type}"),
         (not _has_package("triton"), "triton is not installed"),
         (dtype not in (*HALF, torch.float32), f"the dtype is {dtype}"),
@@ -126,7 +126,7 @@ def _flash(package: str, window: int | None, causal: bool) -> Callable[..., Tens
 
 
 def _gaussian_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> Kernel:
-    obstacles = _true(
+    obstacles = _obstacles(
         (not _has_package("triton"), "triton is not installed"),
         (
             # Nothing runs on the meta device: models are counted there.
@@ -142,7 +142,8 @@ def _gaussian_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype)
             name, reason = "triton", "one read of x serves keys and values"
         else:
             slow = spec.window is not None and device.type != "cpu"
-            name, reason = "sdpa", f"softmax attention with a bias per key; no triton kernel: {'; '.join(obstacles)}"
+            why = "; ".join(obstacles) or f"the device is {device.type}"
+            name, reason = "sdpa", f"softmax attention with a bias per key; no triton kernel: {why}"
             reason += "; it computes all T x T scores of a short window" if slow else ""
     if name not in GAUSSIAN_BACKENDS:
         raise ValueError(f"backend: given {name!r}, expected one of auto, {', '.join(GAUSSIAN_BACKENDS)}")
@@ -154,7 +155,8 @@ def _gaussian_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype)
     return Kernel(name, reason, partial(module.attend, **spec.mask))
 
 
-def _true(*checks: tuple[bool, str]) -> list[str]:
+def _obstacles(*checks: tuple[bool, str]) -> list[str]:
+    """Return the text of each check that is true."""
     return [text for holds, text in checks if holds]
 
 

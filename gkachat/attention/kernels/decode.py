@@ -12,7 +12,7 @@ from gkachat.attention.qkv import QKV, KVSlice
 
 
 def attend(qkv: QKV, slices: Sequence[KVSlice]) -> Tensor:
-    """Softmax attention of the new queries to all slices together, (B, T, H, D).
+    """Return softmax attention of the new queries to the keys of all slices, (B, T, H, D).
 
     Scores are scale (q.k - |k|^2 / 2), the second term only where a slice has key norms, and `scale` is 1 / sigma^2
     where qkv has a bandwidth. A token that sees no key gets 0.
@@ -30,9 +30,9 @@ def attend(qkv: QKV, slices: Sequence[KVSlice]) -> Tensor:
             products = q @ k.mT
         bias = part.mask if part.key_norms is None else part.mask - (0.5 * scale * part.key_norms).mT
         scores.append(products.float() * scale + bias)
-    together = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
-    highest = together.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weights = (together - highest).exp()
+    all_scores = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
+    row_max = all_scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    weights = (all_scores - row_max).exp()
     weights = (weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).to(q.dtype)
     y = 0
     for part, w in zip(slices, weights.split([score.size(-1) for score in scores], dim=-1), strict=True):

@@ -8,7 +8,7 @@ from gkachat.attention.qkv import QKV
 
 
 def attend(qkv: QKV, *, window: int | None, causal: bool, flash_attn_func: Callable[..., Tensor]) -> Tensor:
-    """Softmax attention, (B, T, H, D).
+    """Return softmax attention, (B, T, H, D).
 
     `flash_attn_func` is the package's function of that name, bound when the kernel is chosen: an import inside traced
     code would break the graph.

@@ -23,7 +23,7 @@ class FlexAttention:
         return create_block_mask(sees, None, None, T, T, device=self.device)
 
     def attend(self, qkv: QKV) -> Tensor:
-        """Softmax attention over the window, (B, T, H, D)."""
+        """Return softmax attention over the window, (B, T, H, D)."""
         T = qkv.q.size(1)
         if T not in self.masks:
             self.masks[T] = self._mask(T)

@@ -1,11 +1,11 @@
 """Gaussian Kernel Attention through softmax attention kernels.
 
-A query's own norm cancels in the softmax, which leaves ordinary attention with one bias per key (arXiv 2605.02144):
+The norm of a query cancels in the softmax. Ordinary attention with one bias per key remains (arXiv 2605.02144):
 
     y_i = sum_j softmax_j(f_i . f_j / sigma^2 - |f_j|^2 / (2 sigma^2)) x_j
 
-Appending the bias to the keys as one more channel, and a 1 to the queries, hands it to any softmax kernel. Features of
-one common norm need no bias at all.
+Any softmax kernel can compute this: the keys get the bias as one more channel, and the queries a 1. Features of one
+common norm need no bias.
 Axes: B batch, T time, H heads, D head_dim.
 """
 
@@ -22,21 +22,21 @@ from gkachat.attention.qkv import QKV
 
 
 def attend_unit_norm(qkv: QKV, *, softmax_attend: Callable[[QKV], Tensor]) -> Tensor:
-    """Gaussian attention of queries and keys that all have the same norm, (B, T, H, D).
+    """Return Gaussian attention of queries and keys that all have the same norm, (B, T, H, D).
 
-    The keys' biases are equal and cancel. The softmax kernel's backward lacks the derivative of the norms. That part
-    points along the feature, where the backward of the RMSNorm before it removes it.
+    The biases of the keys are equal and cancel. The backward of the softmax kernel lacks the derivative of the norms.
+    That part of the gradient is parallel to the feature, and the backward of the preceding RMSNorm removes it.
     """
     inverse = qkv.sigma.square().reciprocal()[:, None]
     return softmax_attend(QKV((qkv.q * inverse).to(qkv.q.dtype), qkv.k, qkv.v))
 
 
 def attend(qkv: QKV, *, window: int | None, causal: bool, include_self: bool) -> Tensor:
-    """Gaussian attention whose queries and keys are one tensor of features, (B, T, H, D)."""
+    """Return Gaussian attention where queries and keys are one tensor, (B, T, H, D). It reads qkv.k and not qkv.q."""
     x, D = qkv.v, qkv.k.size(-1)
     q, bias = _ScaledWithBias.apply(qkv.k, qkv.sigma)
     high = bias.to(x.dtype)
-    # In half precision one column would round the bias by 4e-3; a second one holds what the first has lost.
+    # In half precision, one column would round the bias by 4e-3. A second column holds the rounding error.
     columns = [high] if x.dtype == bias.dtype else [high, (bias - high.to(bias.dtype)).to(x.dtype)]
     # Kernels want head sizes in multiples of 8, and want v as wide as q and k.
     zeros = x.new_zeros(*x.shape[:-1], -(D + len(columns)) % 8)
@@ -71,7 +71,7 @@ class _ScaledWithBias(torch.autograd.Function):
 def _softmax_attention(
     q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *, window: int | None, causal: bool, include_self: bool
 ) -> Tensor:
-    """Softmax attention with scale 1 under any mask of the operator. A row without a key gives 0."""
+    """Return softmax attention with scale 1 under any mask of the operator. A row without a key gives 0."""
     T = q_BTHD.size(1)
     q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTHD, v_BTHD))
     window = T if window is None else min(window, T)

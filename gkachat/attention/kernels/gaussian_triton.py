@@ -396,7 +396,7 @@ def _tuned(kernel, candidates: tuple[tuple[int, int, int, int], ...]):
 
 
 def contiguous_channels(t: Tensor) -> Tensor:
-    """Return the tensor itself where each head's channels are contiguous, as the kernels read them, and else a copy."""
+    """Return x if the channels of each head are contiguous, as the kernels read them, and otherwise a copy."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
@@ -477,7 +477,7 @@ gka.register_autograd(_backward, setup_context=_save)
 
 
 def attend(qkv: QKV, *, window: int | None, causal: bool, include_self: bool) -> Tensor:
-    """Gaussian attention whose queries and keys are one tensor of features, (B, T, H, D).
+    """Return Gaussian attention where queries and keys are one tensor, (B, T, H, D). It reads qkv.k and not qkv.q.
 
     Rotated features are a tensor of their own, since rotating them in the kernel takes too much shared memory.
     """

@@ -1,6 +1,6 @@
-"""Attention by its definition, in plain PyTorch: what every kernel is tested against, and what inspection shows.
+"""Attention by its definition, in plain PyTorch. Every kernel is tested against it, and inspection uses it.
 
-Computes in float32 at least (float64 stays float64) and forms all T x S scores.
+It computes in float32 at least (float64 stays float64) and forms all T x S scores.
 Axes: B batch, T time (query), S time (key), H heads, D head_dim.
 """
 
@@ -37,7 +37,7 @@ def queries_and_keys(qkv: QKV) -> tuple[Tensor, Tensor]:
 
 
 def squared_distances(q_BHTD: Tensor, k_BHSD: Tensor) -> Tensor:
-    """Return |q_i - k_j|^2, (B, H, T, S), from differences. Norms and products would cancel."""
+    """Return |q_i - k_j|^2, (B, H, T, S). The faster |q|^2 + |k|^2 - 2 q.k would lose its digits to cancellation."""
     return torch.cdist(q_BHTD, k_BHSD, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
@@ -56,7 +56,7 @@ def weights(scores_BHTS: Tensor, mask: Tensor) -> Tensor:
 
 
 def attend(qkv: QKV, *, window: int | None, causal: bool, include_self: bool, scores: Scores = scores) -> Tensor:
-    """Attention within T tokens, (B, T, H, D) in the dtype of the values."""
+    """Return the attention of T tokens to each other, (B, T, H, D) in the dtype of the values."""
     q_BHTD, k_BHSD = queries_and_keys(qkv)
     mask = visible(qkv.q.size(1), window, causal, include_self, qkv.q.device)
     weights_BHTS = weights(scores(q_BHTD, k_BHSD, qkv), mask)
@@ -64,7 +64,7 @@ def attend(qkv: QKV, *, window: int | None, causal: bool, include_self: bool, sc
 
 
 def attend_cached(qkv: QKV, slices: list[KVSlice], *, scores: Scores = scores) -> Tensor:
-    """Attention of T new tokens to cached ones, (B, T, H, D) in the dtype of the values."""
+    """Return the attention of T new tokens to cached ones, (B, T, H, D) in the dtype of the values."""
     B = qkv.q.size(0)
     q_BHTD = _widen(qkv.q).transpose(1, 2)
     k = torch.cat([_widen(part.rotated_keys()).expand(B, -1, -1, -1) for part in slices], dim=2)

@@ -17,7 +17,7 @@ SDPA_PRIORITY = [
 
 
 def attend(qkv: QKV, *, window: int | None, causal: bool) -> Tensor:
-    """Softmax attention, (B, T, H, D). A window becomes a mask, and all T x T scores are computed."""
+    """Return softmax attention, (B, T, H, D). A window becomes a mask, and all T x T scores are computed."""
     T = qkv.q.size(1)
     q, k, v = (t.transpose(1, 2) for t in qkv[:3])
     mask = None if window is None or window >= T else visible(T, window, causal, device=q.device)

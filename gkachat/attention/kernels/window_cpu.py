@@ -1,7 +1,7 @@
-"""Causal softmax attention with a sliding window on a CPU, at a cost of T times the window.
+"""Causal softmax attention with a sliding window on a CPU. Its cost grows with T times the window.
 
-A kernel that is given a mask computes all T x T scores and throws most of them away. Here blocks of queries attend to
-the few keys that they can see.
+A kernel with a mask computes all T x T scores and discards most of them. Here each block of queries attends only to the
+keys that it can see.
 Axes: B batch, H heads, T time, D head_dim.
 """
 
@@ -17,13 +17,13 @@ BLOCK = 64
 
 
 def attend(qkv: QKV, *, window: int) -> Tensor:
-    """Softmax attention over the window, (B, T, H, D)."""
+    """Return softmax attention over the window, (B, T, H, D)."""
     q, k, v = (t.transpose(1, 2) for t in qkv[:3])
     return window_attention(q, k, v, min(window, q.size(2)), True, qkv.scale)[0].transpose(1, 2)
 
 
 def _blocks(T: int, window: int, include_self: bool, like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield (queries, keys that these see, additive mask) block after block, without the queries that see no key."""
+    """Yield (queries, the keys that they see, additive mask) for each block. Queries that see no key are left out."""
     n_keyless = 0 if include_self else T if window == 1 else 1
     distance = torch.arange(BLOCK)[:, None] + window - torch.arange(window + BLOCK)[None, :]
     hidden = (distance < (0 if include_self else 1)) | (distance >= window)
@@ -39,9 +39,9 @@ def _blocks(T: int, window: int, include_self: bool, like: Tensor) -> Iterator[t
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int, include_self: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Causal window attention of (B, H, T, D) tensors: y, and each row's log-sum-exp (B, H, T).
+    """Return causal window attention of (B, H, T, D) tensors, and the log-sum-exp of each row's scores (B, H, T).
 
-    Rows without a key give 0.
+    Both are 0 for a row without a key.
     """
     B, H, T, _ = q.shape
     y = torch.zeros_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
@@ -57,7 +57,7 @@ def window_attention(
 def window_attention_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, window: int, include_self: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
     for rows, keys, mask in _blocks(q.size(2), window, include_self, q):
         dq[:, :, rows], dk_part, dv_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
