@@ -5,8 +5,8 @@ python -m scripts.chat_sft d20_gka --chat.source huggingface
 python -m scripts.chat_sft d4_gka --chat.source files --chat.files talks.jsonl --run.name d4_gka_talks
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft d20_gka --chat.source huggingface
 
-Options that are not given come from RUN, except for the length of training, the schedule and weight decay. The result is
-the run RUN_chat.
+Options that are not given come from RUN, except for the length of training, the schedule and weight decay. The result
+is the run RUN_chat.
 """
 
 import dataclasses

@@ -77,7 +77,7 @@ class Trainer:
         Args:
             config: a resolved Config or VisionConfig.
             optimizers: made from the model by optim.make_optimizers.
-            ema_decay: above 0, evaluate and save an exponential moving average of the weights instead of the latest weights.
+            ema_decay: above 0, evaluate and save a moving average of the weights instead of the latest ones.
         """
         self.config, self.model, self.optimizers, self.task = config, model, optimizers, task
         self.device, self.world, self.ema_decay = device, world, ema_decay
