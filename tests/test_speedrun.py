@@ -65,7 +65,8 @@ def test_on_gpus_runs_are_counted_estimated_trained_scored_and_compared_in_this_
 def test_without_gpus_nothing_is_estimated_or_scored_on_core(commands):
     lines = commands(0)
     assert not any("estimate" in line or "core" in line or "torch.distributed" in line for line in lines)
-    assert len(trainings(lines)) == len(ATTENTIONS) and all("--resume" in line for line in trainings(lines))
+    assert len(trainings(lines)) == len(ATTENTIONS)
+    assert all("--resume" in line for line in lines if "base_train" in line or "chat_sft" in line)
     assert all("configs/laptop.toml" in line for line in trainings(lines))
 
 
