@@ -121,10 +121,28 @@ class CacheStep:
         self.positions = lengths[:, None] + torch.arange(T, device=cache.device)  # (B, T)
         self.row_index = torch.arange(len(cache.lengths), device=cache.device)[rows, None]  # (B, 1)
         self._views: dict[tuple, tuple[Tensor, Tensor, Rope | None]] = {}
+        self._slots: dict[int, Tensor] = {}
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int) -> "LayerCache":
         """Return the part of this step that one layer reads and writes."""
         return LayerCache(self, index)
+
+    def slots(self, n: int) -> Tensor:
+        """Return the slots (B, T) of the new tokens in a buffer with n slots, computed once for all layers."""
+        if n not in self._slots:
+            self._slots[n] = (self.positions - self.cache.first) % n
+        return self._slots[n]
+
+    def before(self, lookback: int) -> tuple[Tensor, Tensor]:
+        """Return the positions (B, lookback) before the new tokens, and whether the text has them (B, lookback, 1).
+
+        Computed once for all layers.
+        """
+        if lookback not in self._before:
+            positions = self.positions[:, :1] + torch.arange(-lookback, 0, device=self.cache.device)
+            self._before[lookback] = positions, (positions >= 0)[..., None]
+        return self._before[lookback]
 
     def view(
         self, window: int | None, slots: int, of_prefix: bool, rotated: bool
@@ -170,16 +188,15 @@ class LayerCache:
         lookback = self.spec.lookback
         if not lookback:
             return x_BTC
-        cache, buffer, positions = self.cache, self.buffers["x"], self.step.positions
+        cache, buffer = self.cache, self.buffers["x"]
         slots = buffer.size(1)
-        before = positions[:, :1] + torch.arange(-lookback, 0, device=cache.device)  # (B, lookback)
+        before, in_text = self.step.before(lookback)
         past = buffer[self.step.row_index, (before - cache.first) % slots]
         if (prefix := cache.prefix) is not None:
             shared = prefix.layers[self.index]["x"][0]
             past = torch.where((before >= cache.first)[..., None], past, shared[(before - prefix.first) % len(shared)])
-        new = positions[:, -slots:]
-        buffer[self.step.row_index, (new - cache.first) % slots] = x_BTC[:, -slots:]
-        return torch.cat((past * (before >= 0)[..., None], x_BTC), dim=1)
+        buffer[self.step.row_index, self.step.slots(slots)[:, -slots:]] = x_BTC[:, -slots:]
+        return torch.cat((past * in_text, x_BTC), dim=1)
 
     def append(self, qkv: QKV) -> None:
         """Write keys and values of the new tokens, and the norms of the keys if the layer needs them."""
@@ -187,10 +204,10 @@ class LayerCache:
         new = {"k": k, "v": qkv.v}
         if "key_norms" in self.buffers:
             new["key_norms"] = k.float().square().sum(dim=-1, keepdim=True)  # a rotation keeps the norm
-        for name, buffer in self.buffers.items():
-            if name in new:
-                slots = (self.step.positions - self.cache.first) % buffer.size(2)
-                buffer[self.step.row_index, :, slots] = new[name]
+        slots = self.step.slots(self.buffers["k"].size(2))
+        for name, tensor in new.items():
+            if name in self.buffers:
+                self.buffers[name][self.step.row_index, :, slots] = tensor
 
     def slices(self, include_self: bool) -> list[KVSlice]:
         """Return the cached keys and values that the new tokens may attend to: of the prefix, if any, and of the rows.

@@ -1,6 +1,6 @@
 """Models: the GPT, its loss, its size in parameters and FLOPs, and a vision transformer of the same blocks."""
 
-from gkachat.config import GPTConfig
+from gkachat.config import GKAConfig, GPTConfig
 from gkachat.model.gpt import GPT
 
-__all__ = ["GPT", "GPTConfig"]
+__all__ = ["GPT", "GKAConfig", "GPTConfig"]
