@@ -39,7 +39,7 @@ from gkachat.tokenizer import Tokenizer
 from gkachat.vision_config import VisionConfig, ViTConfig
 
 MODEL, META, CHECKPOINTS = "model.safetensors", "meta.json", "checkpoints"
-FORMAT = 2  # of configs and checkpoints; to be raised when older runs can no longer be read
+FORMAT = 3  # of configs and checkpoints; to be raised when older runs can no longer be read
 META_FIELDS = {"format": int, "step": int, "config": dict, "sha256": dict, "tokenizer_sha256": str, "world_size": int}
 
 Model = TypeVar("Model", bound=Transformer)

@@ -190,13 +190,18 @@ class GPTConfig:
     sequence_len: int = 2048
     """Tokens per training row."""
     window_pattern: str = "SSSL"
-    """One letter per layer, repeated. S: a quarter of the sequence, rounded up to 128. L: all. The last layer is L."""
+    """One letter per layer, repeated. S: the token and, before it, a quarter of the sequence, rounded up to 128. L: all.
+    The last layer is L."""
     n_embd: int | None = None
-    """Width in channels. None: 64 * depth."""
+    """Width in channels. None: 64 * depth, rounded up to whole heads of 128 (of head_dim, if that is set)."""
     head_dim: int | None = None
     """Channels per head. None: 128, or 64 if n_embd is not a multiple of 128."""
     value_embeddings: bool | None = None
     """Add a learned vector per token to the values, in every other layer and the last. None: true for softmax only."""
+    smear: bool = True
+    """Add a gated share of the previous token's embedding to each token's. The share starts at 0."""
+    backout: bool = True
+    """Subtract a learned share of the residual stream after the middle layer at the end. The share starts at 0.2."""
     short_conv: bool = False
     """softmax: each channel of queries, keys and values mixes the last 4 tokens, as in gka_plus."""
     gka: GKAConfig = field(default_factory=GKAConfig)
@@ -205,7 +210,8 @@ class GPTConfig:
         if self.vocab_size is None:
             object.__setattr__(self, "vocab_size", 32_768)
         if self.n_embd is None:
-            object.__setattr__(self, "n_embd", 64 * self.depth)
+            head_dim = max(1, self.head_dim or HEAD_DIM)
+            object.__setattr__(self, "n_embd", -(-64 * self.depth // head_dim) * head_dim)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", HEAD_DIM if self.n_embd % HEAD_DIM == 0 else 64)
         # An invalid head_dim or depth has a problem of its own, and is not reported once more as one of n_embd.
@@ -246,7 +252,7 @@ class GPTConfig:
     def window(self, layer: int) -> int | None:
         """Return the number of positions that a token of this layer sees, itself included. None: all of the past."""
         letter = self.window_pattern[layer % len(self.window_pattern)]
-        short = math.ceil(self.sequence_len / 4 / 128) * 128
+        short = math.ceil(self.sequence_len / 4 / 128) * 128 + 1  # nanochat's kernels count positions before the token
         return None if letter == "L" or layer == self.depth - 1 or short >= self.sequence_len else short
 
 
@@ -317,7 +323,7 @@ class TrainConfig(LoopConfig):
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Learning rates and weight decay. Rates are for a batch of 2^19 tokens and, with AdamW, 768 channels."""
+    """Learning rates and weight decay, at a batch of 2^19 tokens; those of embeddings and head also at 768 channels."""
 
     matrix_lr: float = 0.02
     """Muon learning rate of the attention and MLP matrices. All other rates are AdamW's."""
@@ -331,6 +337,8 @@ class OptimConfig:
     """Per-layer weights of the embedding that is mixed into the residual stream."""
     residual_lr: float = 0.005
     """Per-layer scales of the residual stream."""
+    smear_lr: float = 0.2
+    """Gate and scale of the smear, and scale of the backout. `lr_scale` leaves it alone."""
     sigma_lr: float = 0.01
     """Log bandwidths (log sigma) of gka and gka_plus."""
     conv_lr: float = 0.02
@@ -338,13 +346,13 @@ class OptimConfig:
     position_lr: float = 0.01
     """Position embeddings and class token of image models."""
     lr_scale: float | None = None
-    """Factor on all learning rates. None: sqrt(batch / 2^19)."""
-    adam_scale: float | None = None
-    """Factor on AdamW's learning rates. None: (n_embd / 768)^-0.5."""
+    """Factor on the learning rates. None: sqrt(batch / 2^19)."""
+    width_scale: float | None = None
+    """Factor on the rates of embeddings, value embeddings and lm_head. None: (n_embd / 768)^-0.5."""
     weight_decay: float | None = None
     """Weight decay of the matrices. None: 0.28 sqrt(batch / 2^19) (token budget at depth 12) / token budget."""
     decay_schedule: bool = True
-    """Let weight decay fall to zero linearly over the run."""
+    """Let weight decay fall to zero over the run, along half a cosine wave."""
     momentum: float | None = None
     """Muon's momentum. None: it rises from 0.85 to 0.97 over 400 steps and falls to 0.90 over the warm-down."""
     muon_nesterov: bool = True

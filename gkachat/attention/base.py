@@ -133,7 +133,8 @@ class Attention(nn.Module):
     @property
     def cache_spec(self) -> LayerCacheSpec:
         """Specification of what the cache keeps of each token: norms of keys only where Gaussian scores need them."""
-        return LayerCacheSpec(self.window, self.shares_kv, self.gaussian and not self.unit_norm, self.lookback)
+        key_norms = self.gaussian and not self.unit_norm
+        return LayerCacheSpec(self.window, True, self.shares_kv, key_norms, self.lookback)
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:
         """Reshape (B, T, C) to (B, T, H, D)."""

@@ -20,16 +20,18 @@ from gkachat.config import GPTConfig
 
 
 class LayerCacheSpec(NamedTuple):
-    """Specification of what one layer keeps of each token, from `Attention.cache_spec`."""
+    """Specification of what one layer keeps of each token; `Attention.cache_spec` gives that of an attention layer."""
 
-    window: int | None
+    window: int | None = None
     """Visible positions, the token itself included; None: all of the past."""
-    shares_kv: bool
+    has_keys: bool = False
+    """Whether the layer keeps keys and values."""
+    shares_kv: bool = False
     """Whether keys and values are one tensor."""
-    key_norms: bool
+    key_norms: bool = False
     """Whether |k|^2 is kept beside the keys."""
-    lookback: int
-    """Number of earlier block inputs that the layer reads."""
+    lookback: int = 0
+    """Number of earlier inputs that the layer reads."""
 
 
 class Cache:
@@ -63,8 +65,10 @@ class Cache:
         for spec in specs:
             slots = min(length, spec.window + block - 1) if spec.window else length
             shape = (rows, config.n_head, slots)
-            buffers = {"k": torch.zeros(*shape, config.head_dim, dtype=dtype, device=device)}
-            if not spec.shares_kv:
+            buffers = {}
+            if spec.has_keys:
+                buffers["k"] = torch.zeros(*shape, config.head_dim, dtype=dtype, device=device)
+            if spec.has_keys and not spec.shares_kv:
                 buffers["v"] = torch.zeros_like(buffers["k"])
             if spec.key_norms:
                 buffers["key_norms"] = torch.zeros(*shape, 1, dtype=torch.float32, device=device)

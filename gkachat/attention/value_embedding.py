@@ -23,9 +23,9 @@ class ValueEmbedding(nn.Module):
         return config.uses_value_embeddings and (config.depth - 1 - index) % 2 == 0
 
     def init_weights(self) -> None:
-        """Fill table and gate uniformly, with standard deviation 1 / sqrt(C)."""
-        for module in (self.table, self.gate):
-            uniform_(module.weight, self.table.embedding_dim**-0.5)
+        """Fill the table uniformly, with standard deviation 1 / sqrt(C); gates start a little above their middle."""
+        uniform_(self.table.weight, self.table.embedding_dim**-0.5)
+        nn.init.uniform_(self.gate.weight, 0.0, 0.02)
 
     def forward(self, v_BTHD: Tensor, x_BTC: Tensor, idx_BT: Tensor) -> Tensor:
         """Return the values with the gated embeddings of the tokens added, (B, T, H, D)."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+CROP_BUFFER, CROP_REFILL = 1000, 128  # documents that crop_documents chooses from, and how many arrive at a time
+
 
 @dataclass(frozen=True)
 class PackingPlan:
@@ -68,6 +70,39 @@ def pack_documents(lengths: np.ndarray, sequence_len: int, rng: np.random.Genera
         row_start = np.concatenate(([0], np.cumsum(pieces_per_row)))
         pieces = pieces[old_start + np.arange(len(pieces)) - np.repeat(row_start[:-1], pieces_per_row)]
     return PackingPlan(document, offset, length, pieces, row_start)
+
+
+def crop_documents(lengths: np.ndarray, sequence_len: int, rng: None = None) -> PackingPlan:
+    """Plan rows as nanochat does: what does not fit a row is thrown away. Every row is full, none starts mid-document.
+
+    Documents pass in their order through a buffer of about a thousand. A row takes the longest one that fits, again and
+    again, and then the beginning of the shortest. The last documents, which fill no row, are left out.
+    Source: nanochat's dataloader.py at 92d63d4. `rng` is not used, since nanochat does not shuffle.
+    """
+    sizes, arrived = lengths + 1, 0  # with their BOS
+    waiting, document, length, row_start = np.empty(0, dtype=np.int64), [], [], [0]
+    while True:
+        room = sequence_len + 1
+        while room:
+            while len(waiting) < CROP_BUFFER and arrived < len(sizes):
+                waiting = np.append(waiting, np.arange(arrived, min(arrived + CROP_REFILL, len(sizes))))
+                arrived += CROP_REFILL
+            if not len(waiting):
+                last = row_start[-1]
+                pieces = np.arange(last)
+                return PackingPlan(
+                    np.array(document[:last], dtype=np.int64), np.zeros(last, dtype=np.int64),
+                    np.array(length[:last], dtype=np.int64), pieces, np.array(row_start),
+                )  # fmt: skip
+            left = sizes[waiting]
+            fits = left <= room
+            at = int(np.where(fits, left, 0).argmax() if fits.any() else left.argmin())
+            size = min(int(left[at]), room)
+            document.append(int(waiting[at]))
+            length.append(size - 1)
+            waiting = np.delete(waiting, at)
+            room -= size
+        row_start.append(len(document))
 
 
 def count_rows(lengths: np.ndarray, sequence_len: int) -> int:

@@ -13,6 +13,8 @@ class GkachatConfig(PretrainedConfig):
             short convolutions of the block input).
         window: tokens visible to layers of type "sliding_attention", the query's own included.
         layer_types: "full_attention" or "sliding_attention" for each layer.
+        smear: add a share of the previous token's embedding to each token's.
+        backout: subtract a share of the residual stream after the middle layer at the end.
         value_embedding_layers: softmax and gka_plus: layers that add a learned vector per token to the values.
         gka_rope: gka: rotate features by position before they are compared.
         gka_include_self: gka: let a token attend to itself.
@@ -35,6 +37,8 @@ class GkachatConfig(PretrainedConfig):
         max_position_embeddings: int = 2048,
         window: int | None = None,
         layer_types: list[str] | None = None,
+        smear: bool = True,
+        backout: bool = True,
         value_embedding_layers: list[int] | None = None,
         gka_rope: bool = False,
         gka_include_self: bool = True,
@@ -49,6 +53,7 @@ class GkachatConfig(PretrainedConfig):
         self.max_position_embeddings, self.window = max_position_embeddings, window
         kwargs["sliding_window"] = window and window + (TAPS - 1 if attention == "gka_plus" else 0)
         self.layer_types = list(layer_types or ["full_attention"] * num_hidden_layers)
+        self.smear, self.backout = smear, backout
         self.value_embedding_layers = list(value_embedding_layers or [])
         self.gka_rope, self.gka_include_self, self.gka_normalize = gka_rope, gka_include_self, gka_normalize
         self.use_cache = use_cache

@@ -3,9 +3,10 @@
     AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 
 The model is a pre-norm transformer with parameter-free RMSNorm, a relu^2 MLP, an untied head with soft-capped logits
-and two learned scalars per layer. Attention is softmax attention or Gaussian Kernel Attention (GKA, arXiv 2605.02144).
-GKA has no query, key or value projections: it compares and averages the block input itself (gka) or short
-convolutions of it (gka_plus).
+and two learned scalars per layer. Each embedding gets a share of the previous one (smear), and a share of the residual
+stream after the middle layer is subtracted at the end (backout). Attention is softmax attention or Gaussian Kernel
+Attention (GKA, arXiv 2605.02144). GKA has no query, key or value projections: it compares and averages the block input
+itself (gka) or short convolutions of it (gka_plus).
 Shapes: B batch, T new tokens, S tokens in the cache and new, H heads, D head_dim, C channels.
 MIT License, the gkachat developers.
 """
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -24,6 +26,7 @@ from .configuration_gkachat import TAPS, GkachatConfig
 LOGIT_CAP = 15.0
 QK_SCALE = 1.2  # sharpens the logits of unit queries and keys
 GATE_CHANNELS = 12  # block-input channels that the value gates read
+SMEAR_CHANNELS = 24  # embedding channels that the smear's gate reads
 ROPE_BASE = 100_000.0
 EPS = torch.finfo(torch.float32).eps
 # The output field that holds the cache was renamed between versions of transformers.
@@ -250,12 +253,39 @@ class Block(nn.Module):
         return x_BTC + self.mlp(rms_norm(x_BTC))
 
 
+class Smear(nn.Module):
+    """Adds a share of the previous token's embedding to each token's, gated by sigmoid(W x[:24]).
+
+    The cache keeps the newest embedding in a layer of its own, behind those of the attention layers.
+    """
+
+    def __init__(self, config: GkachatConfig):
+        super().__init__()
+        self.index = config.num_hidden_layers
+        self.gate = linear(min(SMEAR_CHANNELS, config.hidden_size), 1)
+        self.share = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_BTC: Tensor, positions: Positions, cache: DynamicCache | None) -> Tensor:
+        known_BTC, T = x_BTC, x_BTC.size(1)
+        if positions.padding_mask is not None:  # what precedes a text is zeros
+            known_BTC = known_BTC.masked_fill(~positions.padding_mask[:, -T:, None], 0)
+        if cache is not None:
+            if len(cache.layers) == self.index:
+                cache.layers.append(DynamicSlidingWindowLayer(sliding_window=2))
+            known_BTC = cache.update(known_BTC[:, None], known_BTC[:, None, :, :0], self.index)[0][:, 0]
+        previous_BTC = F.pad(known_BTC, (0, 0, 1, 0))[:, -T - 1 : -1]
+        gate_BT1 = self.share.to(x_BTC.dtype) * torch.sigmoid(self.gate(x_BTC[..., : self.gate.in_features]))
+        return x_BTC + gate_BT1 * previous_BTC
+
+
 class GkachatForCausalLM(PreTrainedModel, GenerationMixin):
     """Language model for trained weights. To train from scratch, use gkachat, which initialises weights differently."""
 
     config_class = GkachatConfig
     _input_embed_layer = "wte"
-    _keep_in_fp32_modules_strict = ["log_sigma", "residual_scale", "x0_mix"]  # noqa: RUF012 (transformers wants a list)
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012 (transformers wants a list)
+        "log_sigma", "residual_scale", "x0_mix", "backout", "smear.share",
+    ]  # fmt: skip
 
     def __init__(self, config: GkachatConfig):
         super().__init__(config)
@@ -264,6 +294,8 @@ class GkachatForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = linear(config.hidden_size, config.vocab_size)
         self.residual_scale = nn.Parameter(torch.ones(config.num_hidden_layers))
         self.x0_mix = nn.Parameter(torch.zeros(config.num_hidden_layers))
+        self.smear = Smear(config) if config.smear else None
+        self.backout = nn.Parameter(torch.zeros(1)) if config.backout else None
         self.post_init()
 
     @can_return_tuple
@@ -295,9 +327,17 @@ class GkachatForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and not self.training and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
         positions = Positions(input_ids, attention_mask, position_ids, cache, self.config.head_dim)
-        x_BTC = x0_BTC = rms_norm(self.wte(input_ids))
-        for block, scale, mix in zip(self.blocks, self.residual_scale, self.x0_mix, strict=True):
-            x_BTC = block(scale.to(x_BTC.dtype) * x_BTC + mix.to(x_BTC.dtype) * x0_BTC, input_ids, positions, cache)
+        x_BTC = rms_norm(self.wte(input_ids))
+        if self.smear is not None:
+            x_BTC = self.smear(x_BTC, positions, cache)
+        x0_BTC = x_BTC
+        for index, (scale, mix) in enumerate(zip(self.residual_scale, self.x0_mix, strict=True)):
+            x_BTC = scale.to(x_BTC.dtype) * x_BTC + mix.to(x_BTC.dtype) * x0_BTC
+            x_BTC = self.blocks[index](x_BTC, input_ids, positions, cache)
+            if index == len(self.blocks) // 2:
+                middle_BTC = x_BTC
+        if self.backout is not None:
+            x_BTC = x_BTC - self.backout.to(x_BTC.dtype) * middle_BTC
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(rms_norm(x_BTC[:, keep]) / LOGIT_CAP).float().tanh() * LOGIT_CAP
         loss = None

@@ -83,7 +83,8 @@ class Decoder:
         if self.keeps_shapes:  # unused rows compute too, and are overwritten when a request takes them
             rows = len(self.samplings)
             inputs += [(0, cache.first, 0.0)] * (rows - n)
-            longest = min(-(-longest // ROUND) * ROUND, max(buffers["k"].size(2) for buffers in cache.layers))
+            slots = max(buffers["k"].size(2) for buffers in cache.layers if "k" in buffers)
+            longest = min(-(-longest // ROUND) * ROUND, slots)
         self.inputs[:rows].copy_(torch.tensor(inputs, dtype=torch.float64), non_blocking=True)
         drawn = self._replay(longest, plan) if self.uses_graphs else self._run(rows, longest, plan)
         for row in range(n):

@@ -3,9 +3,11 @@
     model = GPT(GPTConfig(depth=4, attention="gka", vocab_size=4096, sequence_len=256))
     loss = model(idx, targets)
 
-The model is a pre-norm transformer with parameter-free RMSNorm (also after the embedding), a relu^2 MLP, no biases, and
-an untied head with soft-capped logits. In front of each block, the residual stream and the embedding are added again,
-each times a learned scalar. The config names the attention. Weights stay in float32; activations have `compute_dtype`.
+The model is nanochat's (commit 92d63d4): a pre-norm transformer with parameter-free RMSNorm (also after the embedding),
+a relu^2 MLP, no biases, and an untied head with soft-capped logits. Each embedding gets a share of the previous one
+(smear). In front of each block, the residual stream and the embedding are added again, each times a learned scalar. At
+the end, a share of the residual stream after the middle layer is subtracted (backout). The config names the attention.
+Weights stay in float32; activations have `compute_dtype`.
 Axes: B batch, T time, C channels, V vocabulary.
 """
 
@@ -18,11 +20,33 @@ from torch.utils.checkpoint import checkpoint
 
 from gkachat.attention import attention_class
 from gkachat.attention.base import Groups
-from gkachat.attention.cache import Cache, CacheStep, LayerCache
+from gkachat.attention.cache import Cache, CacheStep, LayerCache, LayerCacheSpec
 from gkachat.attention.features import Rope, rms_norm, rope_at, rope_table
 from gkachat.attention.linear import Linear, uniform_
 from gkachat.config import GPTConfig
 from gkachat.model.loss import LOGIT_CAP, head_loss, soft_cap
+
+
+class Smear(nn.Module):
+    """Adds a share of the previous token's embedding to each token's, gated by sigmoid(W x[:24])."""
+
+    GATE_CHANNELS = 24
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate = Linear(min(self.GATE_CHANNELS, config.n_embd), 1)
+        self.share = nn.Parameter(torch.empty(1))
+
+    def init_weights(self) -> None:
+        """Start without any smear: the share is 0."""
+        nn.init.uniform_(self.gate.weight, 0.0, 0.02)
+        nn.init.zeros_(self.share)
+
+    def forward(self, x_BTC: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Return the smeared embeddings. With a cache, the embedding before the new tokens comes from it."""
+        with_past_BTC = F.pad(x_BTC, (0, 0, 1, 0)) if cache is None else cache.with_lookback(x_BTC)
+        gate_BT1 = self.share.to(x_BTC.dtype) * torch.sigmoid(self.gate(x_BTC[..., : self.gate.in_features]))
+        return x_BTC + gate_BT1 * with_past_BTC[:, :-1]
 
 
 class MLP(nn.Module):
@@ -118,6 +142,8 @@ class GPT(Transformer):
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.residual_scale = nn.Parameter(torch.empty(config.depth))
         self.x0_mix = nn.Parameter(torch.empty(config.depth))
+        self.smear = Smear(config) if config.smear else None
+        self.backout = nn.Parameter(torch.empty(1)) if config.backout else None
         self.prepare(compute_dtype)
         self.init_weights()
 
@@ -135,6 +161,10 @@ class GPT(Transformer):
         nn.init.normal_(self.lm_head.weight, std=0.001)
         self.residual_scale.copy_(torch.linspace(1.15, 1.05, self.config.depth))
         self.x0_mix.copy_(torch.linspace(0.20, 0.05, self.config.depth))
+        if self.smear is not None:
+            self.smear.init_weights()
+        if self.backout is not None:
+            nn.init.constant_(self.backout, 0.2)
         for block in self.blocks:
             block.attn.init_weights()
             block.mlp.init_weights()
@@ -163,11 +193,18 @@ class GPT(Transformer):
             raise ValueError(f"idx: given {T} tokens, expected at most sequence_len {self.config.sequence_len}")
         else:
             rope = (self.cos[:T], self.sin[:T])
-        x_BTC = x0_BTC = rms_norm(self.wte(idx).to(self.compute_dtype))
+        x_BTC = rms_norm(self.wte(idx).to(self.compute_dtype))
+        if self.smear is not None:
+            x_BTC = self.smear(x_BTC, None if cache is None else cache.layer(self.config.depth))
+        x0_BTC = x_BTC
         for index, block in enumerate(self.blocks):
             scale, mix = self.residual_scale[index].to(x_BTC.dtype), self.x0_mix[index].to(x_BTC.dtype)
             x_BTC = scale * x_BTC + mix * x0_BTC
             x_BTC = self._run_block(block, x_BTC, idx, rope, None if cache is None else cache.layer(index))
+            if index == self.config.depth // 2:
+                middle_BTC = x_BTC
+        if self.backout is not None:
+            x_BTC = x_BTC - self.backout.to(x_BTC.dtype) * middle_BTC
         if logits_to_keep is not None:
             x_BTC = x_BTC[:, T - logits_to_keep :]
         x_BTC = rms_norm(x_BTC)
@@ -179,6 +216,8 @@ class GPT(Transformer):
     def make_cache(self, rows: int, length: int, **options) -> Cache:
         """Return an empty cache for this model; the options are those of Cache."""
         specs, device = [block.attn.cache_spec for block in self.blocks], self.wte.weight.device
+        if self.smear is not None:
+            specs.append(LayerCacheSpec(lookback=1))
         return Cache(self.config, specs, rows, length, dtype=self.compute_dtype, device=device, **options)
 
     def example_batch(self, rows: int) -> tuple[Tensor, Tensor]:
@@ -187,10 +226,15 @@ class GPT(Transformer):
         return idx, idx
 
     def _outer_groups(self) -> Groups:
-        return {
+        groups = {
             "embedding": [self.wte.weight],
             "lm_head": [self.lm_head.weight],
             "matrices": [],
             "residual_scale": [self.residual_scale],
             "x0_mix": [self.x0_mix],
         }
+        if self.smear is not None:
+            groups["smear"] = [self.smear.gate.weight, self.smear.share]
+        if self.backout is not None:
+            groups["backout"] = [self.backout]
+        return groups

@@ -6,9 +6,11 @@
         optimizer.step()
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) steps along the orthogonal matrix nearest to the
-Nesterov momentum, found with the five-step Polar Express iteration (arXiv 2505.16932). Rows of the step, or columns of
-a wide matrix, are scaled to a common variance (NorMuon, arXiv 2510.05491). Weight decay is cautious: it acts only where
-it has the sign of the step (arXiv 2411.16085).
+Nesterov momentum, found with the five-step Polar Express iteration (arXiv 2505.16932). Before it, rows are scaled to a
+common norm (MuonEq, arXiv 2603.28254); after it, the matrix is scaled to the norm of an orthogonal one (Muon+, arXiv
+2602.21545). Rows of the step, or columns of a wide matrix, are then scaled to a common variance (NorMuon, arXiv
+2510.05491). Weight decay is cautious: it acts only where it has the sign of the step (arXiv 2411.16085). All constants
+are nanochat's (commit 92d63d4), as far as nanochat has them.
 
 Every rank holds all weights and, after the backward, the same gradients. It steps its share of the matrices and its
 rows of the large embeddings, keeps the optimizer state of these alone, and sends the new weights to the other ranks.
@@ -36,25 +38,45 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-VARIANCE_BETA = 0.95
-ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
+VARIANCE_BETA = 0.9
+ADAM_EPS = 1e-10
+# Betas and weight decay of AdamW's parameter groups: nanochat's, gpt.py at 92d63d4.
+ADAMW = {
+    "embedding": ((0.8, 0.995), 0.001),
+    "value_embeddings": ((0.8, 0.995), 0.01),
+    "lm_head": ((0.8, 0.96), 0.01),
+    "x0_mix": ((0.96, 0.95), 0.0),
+    "residual_scale": ((0.8, 0.95), 0.05),
+}
+ADAMW_DEFAULT = (
+    (0.8, 0.95),
+    0.0,
+)  # smear and backout in nanochat; bandwidths, convolutions and positions, which it lacks
+SCALED_BY_WIDTH = ("embedding", "value_embeddings", "lm_head")  # rates that fall with the width, as (C / 768)^-1/2
+UNSCALED = ("smear", "backout")  # rates that do not follow the batch
 MIN_SHARDED_SIZE = 2**14  # elements; every rank steps smaller parameters whole
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the nearest (semi-)orthogonal matrix of each matrix of a stack (n, M, N).
+    """Return the (semi-)orthogonal matrix nearest to each row-normalised matrix of a stack (n, M, N).
 
-    Singular values end near 1. The iteration runs in `dtype`.
+    Rows are scaled to a common norm first, and the result to the norm of an orthogonal matrix, sqrt(min(M, N)): its
+    singular values end near 1. The iteration runs in `dtype`.
     """
+    matrix, rank = (-2, -1), min(matrices.shape[-2:])
     X = matrices.to(dtype)
+    wide_X = X.float()
+    row_norms, norm = wide_X.norm(dim=-1, keepdim=True), wide_X.norm(dim=matrix, keepdim=True)
+    X = X * (norm * X.size(-2) ** -0.5 / row_norms.clamp(min=1e-6)).to(dtype)
     tall = X.size(-2) > X.size(-1)
     if tall:
         X = X.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)  # 2 % room: rounding must not push a value above 1
+    X = X / (X.norm(dim=matrix, keepdim=True) * 1.01 + 1e-6)  # 1 % room: rounding must not push a value above 1
     # The Gram matrix squares singular values; in bfloat16 the small ones would drown in rounding.
     use_gram = X.size(-1) >= 2 * X.size(-2) and dtype != torch.bfloat16
-    X = _polar_express_gram(X) if use_gram else _polar_express(X)
-    return (X.mT if tall else X).to(matrices.dtype)
+    X = (_polar_express_gram(X) if use_gram else _polar_express(X)).to(matrices.dtype)
+    X = X * (rank**0.5 / X.norm(dim=matrix, keepdim=True).clamp(min=1e-6))
+    return X.mT if tall else X
 
 
 def _polar_express(X: Tensor) -> Tensor:
@@ -151,11 +173,12 @@ class Muon(torch.optim.Optimizer):
         if self.variance_norm:
             steps = equalize_variance(steps, stack.variance, (1 - VARIANCE_BETA) * ok)
         rows, columns = steps.shape[-2:]
-        steps *= max(1.0, rows / columns) ** 0.5  # a tall matrix then changes its output as much as a square one
         decay = group["weight_decay"] * stack.weights
         if self.cautious:
             decay *= steps * stack.weights >= 0
-        stack.weights.sub_(steps.add_(decay).mul_(group["lr"] * ok))
+        # A tall matrix, whose rows are longer, then changes its output as much as a square one.
+        lr = group["lr"] * max(1.0, rows / columns) ** 0.5
+        stack.weights.sub_(steps.add_(decay).mul_(lr * ok))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on this rank, in a world of the same size."""
@@ -266,6 +289,8 @@ def make_optimizers(
         "lm_head": config.lm_head_lr,
         "x0_mix": config.x0_lr,
         "residual_scale": config.residual_lr,
+        "smear": config.smear_lr,
+        "backout": config.smear_lr,
         "log_sigma": config.sigma_lr,
         "convolutions": config.conv_lr,
         "positions": config.position_lr,
@@ -273,16 +298,15 @@ def make_optimizers(
     if unknown := groups.keys() - lr.keys():
         known = ", ".join(["matrices", "value_gates", *lr])
         raise ValueError(f"parameter groups: given {', '.join(sorted(unknown))}, expected some of {known}")
-    adamw = ShardedAdamW(
-        [
-            {"params": params, "name": name, "lr": config.lr_scale * config.adam_scale * lr[name]}
-            for name, params in groups.items()
-        ],
-        world,
-        betas=ADAM_BETAS,
-        eps=ADAM_EPS,
-        weight_decay=0.0,
-    )
+    adamw_groups = []
+    for name, params in groups.items():
+        scale = 1.0 if name in UNSCALED else config.lr_scale
+        scale *= config.width_scale if name in SCALED_BY_WIDTH else 1.0
+        betas, decay = ADAMW.get(name, ADAMW_DEFAULT)
+        adamw_groups.append(
+            {"params": params, "name": name, "lr": scale * lr[name], "betas": betas, "weight_decay": decay}
+        )
+    adamw = ShardedAdamW(adamw_groups, world, eps=ADAM_EPS)
     for group in (*muon.param_groups, *adamw.param_groups):
         group["initial_lr"] = group["lr"]
     return [muon, adamw]

@@ -1,4 +1,4 @@
-"""The training schedule: token budget, batch, learning rates, weight decay and momentum (nanochat's, mid 2026).
+"""The training schedule: token budget, batch, learning rates, weight decay and momentum (nanochat's at 92d63d4).
 
 `resolve` fills in what follows from the depth. `set_hyperparameters` is called before each optimizer step.
 The reference point of all scaling is the softmax model of depth 12, whatever the attention. Equal token budgets then
@@ -67,7 +67,7 @@ def resolve(config: Config, world_size: int = 1) -> Config:
         optim=dataclasses.replace(
             optim,
             lr_scale=batch_scale if optim.lr_scale is None else optim.lr_scale,
-            adam_scale=(model.n_embd / REFERENCE_CHANNELS) ** -0.5 if optim.adam_scale is None else optim.adam_scale,
+            width_scale=(model.n_embd / REFERENCE_CHANNELS) ** -0.5 if optim.width_scale is None else optim.width_scale,
             weight_decay=decay if optim.weight_decay is None else optim.weight_decay,
         ),
     )
@@ -100,23 +100,24 @@ def lr_multiplier(step: int, config: Config) -> float:
 
 
 def warmdown(step: int, config: Config) -> float:
-    """Return how far a step is into the warm-down, from 0 (before it) to 1 (the last step)."""
+    """Return how far a step is into the warm-down: 0 up to its first step, 1 after the last step of the run."""
     steps = n_steps(config)
     length = round(config.train.warmdown_fraction * steps)
-    return 0.0 if step < steps - length else (step - (steps - length) + 1) / length
+    return max(0.0, (step - (steps - length)) / length) if length else 0.0
 
 
 def decay_multiplier(step: int, config: Config) -> float:
-    """Return the share of weight decay at a step: it falls linearly to 0 after the last step."""
-    return 1 - step / n_steps(config) if config.optim.decay_schedule else 1.0
+    """Return the share of weight decay at a step: it falls to 0 after the last step, as half a cosine wave."""
+    return (1 + math.cos(math.pi * step / n_steps(config))) / 2 if config.optim.decay_schedule else 1.0
 
 
 def muon_momentum(step: int, config: Config) -> float:
     """Return Muon's momentum at a step: 0.85 rising to 0.97 over 400 steps, then falling to 0.90 over the warm-down.
 
-    `optim.momentum` replaces it with a constant.
+    A run of fewer steps only rises. `optim.momentum` replaces it with a constant.
     """
     if config.optim.momentum is not None:
         return config.optim.momentum
-    risen = MOMENTUM_START + (MOMENTUM_HIGH - MOMENTUM_START) * min(1.0, step / MOMENTUM_STEPS)
-    return risen + (MOMENTUM_END - risen) * warmdown(step, config)
+    if step < MOMENTUM_STEPS:
+        return MOMENTUM_START + (MOMENTUM_HIGH - MOMENTUM_START) * step / MOMENTUM_STEPS
+    return MOMENTUM_HIGH + (MOMENTUM_END - MOMENTUM_HIGH) * warmdown(step, config)

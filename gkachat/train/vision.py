@@ -39,7 +39,7 @@ def resolve(config: VisionConfig, n_images: int, world_size: int = 1) -> VisionC
         optim=dataclasses.replace(
             optim,
             lr_scale=1.0 if optim.lr_scale is None else optim.lr_scale,
-            adam_scale=1.0 if optim.adam_scale is None else optim.adam_scale,
+            width_scale=1.0 if optim.width_scale is None else optim.width_scale,
             weight_decay=WEIGHT_DECAY if optim.weight_decay is None else optim.weight_decay,
         ),
     )

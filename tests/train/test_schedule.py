@@ -20,7 +20,7 @@ def test_the_reference_depth_has_the_reference_recipe():
     config = resolved("--model.depth=12")
     assert config.train.total_tokens == round(12 * model_stats(config.model).scaling_params)
     assert config.train.total_batch_size == 2**19
-    assert (config.optim.lr_scale, config.optim.adam_scale) == (1.0, 1.0)
+    assert (config.optim.lr_scale, config.optim.width_scale) == (1.0, 1.0)
     assert config.optim.weight_decay == pytest.approx(0.28)
 
 
@@ -30,7 +30,7 @@ def test_depth_20_follows_the_scaling_rules():
     assert config.train.total_tokens == 12 * 435_159_040
     assert config.train.total_batch_size == 2 ** round(math.log2(2**19 * growth**0.383)) == 2**20
     assert config.optim.lr_scale == pytest.approx(math.sqrt(2))
-    assert config.optim.adam_scale == pytest.approx((1280 / 768) ** -0.5)
+    assert config.optim.width_scale == pytest.approx((1280 / 768) ** -0.5)
     assert config.optim.weight_decay == pytest.approx(0.28 * math.sqrt(2) / growth)
 
 
@@ -58,7 +58,7 @@ def test_every_derived_value_can_be_set_by_hand():
         "train.total_tokens": 7000,
         "train.total_batch_size": 4096,
         "optim.lr_scale": 0.5,
-        "optim.adam_scale": 0.25,
+        "optim.width_scale": 0.25,
         "optim.weight_decay": 0.0,
     }
     config = resolved(*(f"--{name}={value}" for name, value in by_hand.items()))
@@ -81,7 +81,7 @@ def test_a_batch_is_whole_rows():
 def test_weight_decay_falls_to_nothing_and_momentum_can_be_set():
     config = resolved(*FIXED)
     decays = [decay_multiplier(step, config) for step in range(n_steps(config))]
-    assert decays[0] == 1 and decays[-1] == pytest.approx(1 / n_steps(config))
+    assert decays[0] == 1 and decays[500] == pytest.approx(0.5) and 0 < decays[-1] < 1e-5
     by_hand = resolved(*FIXED, "--optim.decay_schedule=false", "--optim.momentum=0.9")
     assert {decay_multiplier(step, by_hand) for step in range(1000)} == {1.0}
     assert {muon_momentum(step, by_hand) for step in range(1000)} == {0.9}
@@ -92,17 +92,17 @@ def test_learning_rate_rises_stays_and_falls():
     rates = [lr_multiplier(step, config) for step in range(n_steps(config))]
     assert len(rates) == 1000
     assert rates[0] == pytest.approx(1 / 40) and rates[39] == 1.0
-    assert set(rates[39:350]) == {1.0}
-    assert rates[-1] == pytest.approx(0.05)
+    assert set(rates[39:351]) == {1.0}
+    assert lr_multiplier(1000, config) == pytest.approx(0.05)
     assert all(a > b for a, b in itertools.pairwise(rates[350:]))
-    assert rates[350] == pytest.approx(1 - 0.95 / 650)
+    assert rates[351] == pytest.approx(1 - 0.95 / 650)
 
 
 def test_momentum_rises_and_falls():
     config = resolved(*FIXED, "--train.warmdown_fraction=0.5")
     values = [muon_momentum(step, config) for step in range(1000)]
     assert values[0] == pytest.approx(0.85) and values[400] == pytest.approx(0.97)
-    assert values[499] == pytest.approx(0.97) and values[-1] == pytest.approx(0.90)
+    assert values[499] == pytest.approx(0.97) and values[-1] == pytest.approx(0.90, abs=2e-4)
 
 
 def test_a_run_of_one_step_learns():
