@@ -190,8 +190,8 @@ class GPTConfig:
     sequence_len: int = 2048
     """Tokens per training row."""
     window_pattern: str = "SSSL"
-    """One letter per layer, repeated. S: the token and, before it, a quarter of the sequence, rounded up to 128. L: all.
-    The last layer is L."""
+    """One letter per layer, repeated. S: self and a quarter of the sequence before, rounded up to 128. L: all. The last
+    layer is L."""
     n_embd: int | None = None
     """Width in channels. None: 64 * depth, rounded up to whole heads of 128 (of head_dim, if that is set)."""
     head_dim: int | None = None

@@ -31,14 +31,14 @@ transformers = pytest.importorskip("transformers")
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 SHAPES = {
     "softmax": {"attention": "softmax"},
-    "softmax_plain": {"attention": "softmax", "value_embeddings": False},
+    "softmax_plain": {"attention": "softmax", "value_embeddings": False, "smear": False, "backout": False},
     "gka": {"attention": "gka"},
     "gka_rope": {"attention": "gka", "gka": GKAConfig(rope=True)},
     "gka_all": {"attention": "gka", "gka": GKAConfig(rope=True, include_self=False, normalize=True)},
     "gka_plus": {"attention": "gka_plus"},
     "gka_plus_embedded": {"attention": "gka_plus", "value_embeddings": True},
 }
-LENGTH, WINDOW = 200, 128  # the short windows hide some tokens
+LENGTH, WINDOW = 200, 129  # the short windows hide some tokens
 PROPERTY = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 NO_SURROGATES = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -144,7 +144,7 @@ def test_a_gka_cache_is_one_tensor_per_layer_bounded_by_the_window(both):
     ours, theirs = both
     cache = transformers.DynamicCache(config=theirs.config)
     theirs(some_tokens(), cache=cache)
-    tensors = [(layer.keys, layer.values) for layer in cache.layers]
+    tensors = [(layer.keys, layer.values) for layer in cache.layers[:3]]  # the smear's is a fourth
     lookback = 3 if ours.config.attention == "gka_plus" else 0  # tokens that convolutions read before a window
     tokens = [WINDOW - 1 + lookback] * 2 + [LENGTH]
     n_tensors = [2 if ours.config.attention == "softmax" else 1] * 3
@@ -192,7 +192,7 @@ def test_bfloat16_exports_keep_scales_in_float32_and_sharded_files_load(root, to
     ours, theirs = load_model(run)[0], load(root / "half", dtype="auto")
     dtypes = {name: p.dtype for name, p in theirs.named_parameters()}
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
-        "residual_scale", "x0_mix", *(f"blocks.{i}.attn.log_sigma" for i in range(3))
+        "residual_scale", "x0_mix", "backout", "smear.share", *(f"blocks.{i}.attn.log_sigma" for i in range(3))
     }  # fmt: skip
     ours.prepare(torch.bfloat16)
     difference = (theirs(some_tokens()).logits - ours(some_tokens())).abs()

@@ -34,7 +34,7 @@ def test_depth_20_matches_the_arithmetic_of_the_architecture(attention, per_laye
     assert params.get("log_sigma", 0) == (0 if attention == "softmax" else 200)
     assert params["total"] == sum(n for group, n in params.items() if group != "total")
     multiplied = params["matrices"] + params["lm_head"] + params.get("convolutions", 0)
-    seen = 15 * 512 + 5 * 2048
+    seen = 15 * 513 + 5 * 2048
     assert D20[attention]["flops_per_token"] == 6 * multiplied + 12 * C * seen
     assert D20[attention]["cache_bytes_per_token"] == (1 if attention == "gka" else 2) * 20 * C * 2
 
@@ -62,7 +62,7 @@ def test_the_script_prints_the_counts_as_json_and_as_tables(tmp_path):
     printed = run_script("cost", "--depth", 20, "--json", home=tmp_path)
     assert json.loads(printed.stdout) == D20
     table = run_script("cost", "--depth", 20, home=tmp_path).stdout
-    assert "896,533,720" in table and "378,798,320" in table and "0.4225" in table
+    assert "896,533,746" in table and "378,798,346" in table and "0.4225" in table
     bad = run_script("cost", "--depth", 0, home=tmp_path)
     assert (bad.returncode, bad.stderr) == (1, "error: model.depth: given 0, expected 1 or more\n")
 
