@@ -77,7 +77,7 @@ def cauchy(tmp_path_factory):
 
 
 def live_model(attention="softmax", *, dtype=torch.float32, seed=0, **shape):
-    """A small GPT in eval mode. Its output projections are drawn too: they start at zero, which hides attention."""
+    """A small GPT in eval mode. What starts at zero, and so hides other weights, is drawn: output projections, smear."""
     from gkachat.config import GPTConfig
     from gkachat.model.gpt import GPT
 
@@ -85,7 +85,7 @@ def live_model(attention="softmax", *, dtype=torch.float32, seed=0, **shape):
     torch.manual_seed(seed)
     model = GPT(GPTConfig(attention=attention, **shape), dtype).eval()
     for name, p in model.named_parameters():
-        if name.endswith(("c_proj.weight", "lm_head.weight")) or ".conv" in name:
+        if name.endswith(("c_proj.weight", "lm_head.weight", "smear.share")) or ".conv" in name:
             torch.nn.init.normal_(p, std=0.2)
     return model
 

@@ -17,7 +17,7 @@ from gkachat.model.stats import model_stats
 from gkachat.train.optim import make_optimizers
 from gkachat.train.schedule import resolve
 
-T, BLOCK, WINDOW = 200, 32, 128
+T, BLOCK, WINDOW = 200, 32, 129
 CASES = {name: {"attention": name} for name in ATTENTIONS} | {
     "softmax without value embeddings": {"attention": "softmax", "value_embeddings": False},
     "softmax with short convolutions": {"attention": "softmax", "short_conv": True},
@@ -207,6 +207,7 @@ def test_the_cache_keeps_what_is_declared_and_counted(case):
     assert kept == 50 * model_stats(config).cache_bytes_per_token
     norms = 3 * 50 * config.n_head * 4 if attn.gaussian and not attn.unit_norm else 0
     recent = 3 * (attn.lookback + 1) * config.n_embd * 2 if attn.lookback else 0
+    recent += 2 * config.n_embd * 2  # the smear's: one embedding before the new one
     assert cache.n_bytes == kept + norms + recent
 
 
