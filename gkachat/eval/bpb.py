@@ -58,7 +58,7 @@ def bpb_sums(
     model.eval()
     try:
         for batch in batches:
-            pending = [tuple(t.to(device) for t in batch)]
+            pending = [tuple(t.to(device, non_blocking=True) for t in batch)]
             while pending:
                 idx, targets = pending.pop()
                 if len(idx) > 1 and idx.numel() > max_tokens:
@@ -74,7 +74,8 @@ def bpb_sums(
                     pending.append((idx, targets))
                     continue
                 target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
-                nats += losses.view_as(targets)[target_bytes > 0].double().sum()
+                # Not by a mask as index: its length would have to be copied from the GPU.
+                nats += torch.where(target_bytes > 0, losses.view_as(targets), 0).double().sum()
                 n_bytes += target_bytes.sum()
     finally:
         model.train(was_training)

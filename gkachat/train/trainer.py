@@ -160,7 +160,7 @@ class Trainer:
         with self.timers("optimizer"):
             gradients = [p.grad for optimizer in self.optimizers for p in optimizer.model_parameters()]
             grad_norm = torch.nn.utils.get_total_norm(gradients)
-            stop = total_loss.new_tensor(float(self.stop_requested > 0))
+            stop = torch.full_like(total_loss, float(self.stop_requested > 0))  # new_tensor would wait for the GPU
             loss, stop = all_reduce_sum(torch.stack((total_loss / world.size, stop)), world)
             ok = (torch.isfinite(loss) & torch.isfinite(grad_norm)).float()
             if config.train.clip_norm is not None:
@@ -185,13 +185,14 @@ class Trainer:
     def check_steps(self, wait: bool = False) -> None:
         """Count skipped steps, and stop when some rank was asked to. The last step is checked only with `wait`.
 
-        A GPU may still work on the last step. What is found is equal on all ranks, so that they stop at the same step.
+        A GPU may still work on the last step, which is queued as a whole: a wait for the step before it, on a host that
+        is that far ahead, leaves the GPU busy. What is found is equal on all ranks, so that they stop at the same step.
         Raises FloatingPointError after `train.max_skipped` skipped steps in a row.
         """
         running = 0 if wait or self.device.type != "cuda" else 1
         while len(self.pending) > running:
             step, numbers, event = self.pending.popleft()
-            if event is not None:
+            if event is not None and not event.query():
                 event.synchronize()
             self.loss, stop, self.grad_norm, ok = numbers.tolist()
             self.interrupted |= stop > 0
