@@ -1,11 +1,12 @@
 """Bits per byte (BPB): a loss that does not depend on the tokenizer, and the unigram model it has to beat.
 
 evaluate_bpb(model, batches, tokenizer.token_bytes())
-evaluate_corpus(model, tokenizer, tokens_dir)["val_bpb"]        # what scripts.base_eval reports
+evaluate_corpus(model, tokenizer, tokens_dir, world)["val_bpb"]        # what scripts.base_eval reports
 """
 
 import math
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from gkachat.data.loader import val_batches
 from gkachat.data.shards import Split, read_manifest
+from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
+from gkachat.train.distributed import World, all_reduce_sum
 
 MAX_LOGITS = 2**28  # in one forward pass: 1 GiB in float32
 
@@ -58,7 +61,7 @@ def bpb_sums(
     model.eval()
     try:
         for batch in batches:
-            pending = [tuple(t.to(device, non_blocking=True) for t in batch)]
+            pending = [tuple(t.to(device) for t in batch)]
             while pending:
                 idx, targets = pending.pop()
                 if len(idx) > 1 and idx.numel() > max_tokens:
@@ -82,10 +85,15 @@ def bpb_sums(
     return nats.item(), int(n_bytes.item())
 
 
-def evaluate_corpus(model: nn.Module, tokenizer: Tokenizer, tokens_dir: Path) -> dict[str, Any]:
+def evaluate_corpus(
+    model: GPT,
+    tokenizer: Tokenizer,
+    tokens_dir: Path,
+    world: World = World(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
     """Return a model's bits per byte on the corpus in `tokens_dir`, which holds its shards and their manifest.
 
-    The figures are val_bpb over all of val, train_bpb over as many training tokens, unigram_bpb (the unigram model on
+    The ranks share the batches, add up their sums, and return the same figures. The figures are val_bpb over all of val, train_bpb over as many training tokens, unigram_bpb (the unigram model on
     val), val_tokens, and val_sha256, the hashes of val's texts: runs with equal ones can be compared.
     """
     splits = {name: Split(tokens_dir, name, tokenizer) for name in ("train", "val")}
@@ -95,7 +103,9 @@ def evaluate_corpus(model: nn.Module, tokenizer: Tokenizer, tokens_dir: Path) ->
     def bpb(name: str, tokens: int | None) -> float:
         T = model.config.sequence_len
         batches = val_batches(splits[name], sequence_len=T, batch_rows=4, bos=tokenizer.bos, tokens=tokens)
-        return evaluate_bpb(model, batches, token_bytes)
+        sums = bpb_sums(model, islice(batches, world.rank, None, world.size), token_bytes)
+        sums = torch.tensor(sums, dtype=torch.float64, device=model.wte.weight.device)
+        return bits_per_byte(*all_reduce_sum(sums, world).tolist())
 
     return {
         "val_bpb": bpb("val", None),
