@@ -93,8 +93,9 @@ def evaluate_corpus(
 ) -> dict[str, Any]:
     """Return a model's bits per byte on the corpus in `tokens_dir`, which holds its shards and their manifest.
 
-    The ranks share the batches, add up their sums, and return the same figures. The figures are val_bpb over all of val, train_bpb over as many training tokens, unigram_bpb (the unigram model on
-    val), val_tokens, and val_sha256, the hashes of val's texts: runs with equal ones can be compared.
+    The ranks share the batches and return the same figures. These are val_bpb over all of val, train_bpb over as many
+    training tokens, unigram_bpb (the unigram model on val), val_tokens, and val_sha256, the hashes of val's texts: runs
+    with equal ones can be compared.
     """
     splits = {name: Split(tokens_dir, name, tokenizer) for name in ("train", "val")}
     val_tokens = sum(int(documents.length.sum()) for documents in splits["val"])

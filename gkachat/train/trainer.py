@@ -93,6 +93,8 @@ class Trainer:
         compile = device.type == "cuda" if config.run.compile is None else config.run.compile
         if compile:
             self.forward = torch.compile(self.forward, dynamic=False)
+        # What this process has not done yet. Its first time compiles, and lasts long, on a GPU also without `compile`.
+        self.to_compile = {"step", "evaluation"} if compile or device.type == "cuda" else set()
 
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
         self.stop_requested, self.interrupted = 0.0, False  # time of the first signal; whether all ranks stop
@@ -109,11 +111,12 @@ class Trainer:
                 self.evaluate()
             try:
                 while self.step < self.n_steps and not self.interrupted:
-                    self.watchdog.heartbeat(f"step {self.step}")
+                    self.watchdog.heartbeat(f"step {self.step}", compiles="step" in self.to_compile)
                     start = time.perf_counter()
                     self.train_step()
                     to_log = self.step == self.n_steps or self.step % self.config.run.log_every == 0
                     self.check_steps(wait=to_log)
+                    self.to_compile.discard("step")
                     self.seconds += time.perf_counter() - start
                     if to_log:
                         self.log_step()
@@ -220,7 +223,7 @@ class Trainer:
         """
 
         def proceed() -> bool:
-            self.watchdog.heartbeat(f"the evaluation at step {self.step}")
+            self.watchdog.heartbeat(f"the evaluation at step {self.step}", compiles="evaluation" in self.to_compile)
             return not self.stop_requested
 
         names, found, failed = self.task.metrics, {}, False
@@ -236,6 +239,7 @@ class Trainer:
             sums = [found.get(name, (0.0, 0.0)) for name in names]
             sums = torch.tensor([(failed, self.stop_requested > 0), *sums], dtype=torch.float64)
             (failed, stopped), *sums = all_reduce_sum(sums.to(self.device), self.world).tolist()
+        self.to_compile.discard("evaluation")
         if stopped:
             self.interrupted = True
         elif failed:
