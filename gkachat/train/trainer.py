@@ -83,7 +83,7 @@ class Trainer:
         self.device, self.world, self.ema_decay = device, world, ema_decay
         self.n_steps = schedule.n_steps(config)
         self.eval_model = deepcopy(model) if ema_decay else model
-        rows = config.train.total_batch_size // config.model.sequence_len // world.size
+        rows = -(-config.train.total_batch_size // config.model.sequence_len // world.size)
         self.device_batch_size = config.train.device_batch_size
         if self.device_batch_size == "auto":
             self.device_batch_size = largest_device_batch(model, optimizers, rows, device, world)

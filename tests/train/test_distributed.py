@@ -16,13 +16,12 @@ from gkachat.train.schedule import resolve
 OPTIONS = ["configs/laptop.toml", *TINY, "--train.eval_every=0"]
 
 
-def test_a_world_that_cannot_share_the_batch_is_told_which_can():
+def test_a_world_of_any_size_shares_a_batch_that_has_a_row_for_each():
     config = load_config(OPTIONS[0], OPTIONS[1:])
-    message = "8 rows, which 3 processes cannot share evenly: start one of 1, 2, 4, 8 processes, or set it to 288"
+    assert resolve(config, world_size=7).train.total_batch_size == resolve(config).train.total_batch_size == 256
+    message = "8 rows, fewer than the 9 processes: start 8 of them at most, or set it to 288 or more"
     with pytest.raises(ConfigError, match=message):
-        resolve(config, world_size=3)
-    suggested = load_config(OPTIONS[0], [*OPTIONS[1:], "--train.total_batch_size=288"])
-    assert resolve(suggested, world_size=3).train.total_batch_size == 288
+        resolve(config, world_size=9)
 
 
 FAILING = """
