@@ -72,15 +72,15 @@ class Manifest:
 class Documents:
     """The documents of one shard. The tokens of document i are `tokens[start[i] : start[i] + length[i]]`.
 
-    `loss_mask` marks the tokens that are learned from, and `n_targets` counts them in each document. Without a mask
-    (None), all tokens are learned from.
+    `loss_mask` marks the tokens that are learned from, and `n_targets` counts them in each document, none of which may
+    be empty. Without a mask (None), all tokens are learned from.
     """
 
     def __init__(self, offsets: np.ndarray, read: Callable[[], np.ndarray], loss_mask: np.ndarray | None = None):
         """`read` returns the tokens. It is called when they are first used, since planning needs only the offsets."""
         self.start, self.length, self._read, self.loss_mask = offsets[:-1], np.diff(offsets), read, loss_mask
         if loss_mask is not None:
-            self.n_targets = np.diff(np.concatenate(([0], np.cumsum(loss_mask)))[offsets])
+            self.n_targets = np.add.reduceat(loss_mask, self.start, dtype=np.int64)
 
     @cached_property
     def tokens(self) -> np.ndarray:
