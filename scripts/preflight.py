@@ -15,7 +15,7 @@ COLUMNS = {
     "rows a GPU": "{rows:,}",
 }  # fmt: skip
 BYTES_PER_CHAR = 0.5  # of a shard, at most: two bytes a token, four or more characters a token
-OTHER_BYTES = 2 * 2**30  # CORE's bundle, compiled kernels, the cache of Hugging Face (which streams), results
+OTHER_BYTES = 4 * 2**30  # conversations, CORE's bundle, compiled kernels, Hugging Face's cache (it streams), results
 
 
 def disk_need(configs: list[Config]) -> dict[str, float]:

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY, run_script
 
+from gkachat import files, machine
 from gkachat.config import ATTENTIONS
 from gkachat.config_file import load_config
 from scripts import estimate
@@ -183,6 +185,51 @@ def test_ctrl_c_ends_the_tokenization_too(start, tmp_path):
             return
         time.sleep(0.05)
     pytest.fail("the tokenization goes on")
+
+
+def preflight(home, *options):
+    return run_script("preflight", "configs/laptop.toml", *TINY, "--chat.conversations=300", *options, home=home)
+
+
+def test_the_plan_names_every_run_and_writes_nothing(tmp_path):
+    result = preflight(tmp_path, "--train.protocol=paper", "--train.total_batch_size=320")
+    assert result.returncode == 0, result.stderr
+    assert not any(tmp_path.iterdir())
+    assert re.search(r"disk: about \d.*GiB are free at ", result.stdout)
+    for attention in ATTENTIONS:
+        assert re.search(rf"\| d2_{attention} \| [\d,]+ \| 320 \| 10 \|", result.stdout)
+
+
+def test_too_little_disk_is_an_error_and_what_is_there_counts(tmp_path, monkeypatch):
+    free = 4 * 2**30  # what is needed beside shards and checkpoints
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    result = preflight(tmp_path)
+    assert result.returncode == 1 and re.search(r"^error: disk: about 4.* 4\.0 GiB are free at ", result.stderr)
+    (tmp_path / "runs" / "d2_gka_chat").mkdir(parents=True)
+    with open(tmp_path / "runs" / "d2_gka_chat" / "weights", "wb") as file:
+        file.truncate(2**30)
+    result = preflight(tmp_path)
+    assert result.returncode == 0 and "of which 1.0 are there" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.bogus=2"], "--model.bogus"),
+        (["--chat.epochs=0"], "chat.epochs: given 0"),
+        (["--train.total_batch_size=64"], "softmax: train.total_batch_size: given 64 tokens, 2 rows, fewer than the 3"),
+        (["--model.value_embeddings=true"], "gka: model.value_embeddings: given True"),
+        ([], "a C compiler (neither gcc nor clang)"),
+    ],
+)
+def test_what_would_fail_later_is_one_line_first(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(machine, "count_gpus", lambda: 3)
+    if options:
+        monkeypatch.setattr(machine, "check_compiler", lambda: None)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = preflight(tmp_path, *options)
+    assert result.returncode == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
 
 
 def test_an_activated_environment_has_the_memory_settings_of_setup(tmp_path):
