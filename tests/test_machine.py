@@ -45,7 +45,7 @@ DEVICES = {
     "bench_step": ["--device", "cuda"],
     "chat_cli": [RUN, "--device", "cuda"],
     "chat_eval": [RUN, "--device", "cuda"],
-    "chat_sft": [RUN, "--run.device", "cuda", "--chat.conversations", "300"],
+    "chat_sft": [RUN, "--run.device", "cuda", "--tokenizer.vocab_size", "512"],
     "estimate": ["configs/laptop.toml", "--run.device", "cuda"],
     "lm_eval": [RUN, "--tasks", "arc_easy", "--device", "cuda"],
     "vision_train": ["configs/vision_digits.toml", "--run.device", "cuda"],

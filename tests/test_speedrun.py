@@ -152,8 +152,9 @@ DATA = 'if [[ "$*" == *data_prep* ]]; then echo "train_00000 5 tokens"; echo $$ 
 
 def test_tokenization_that_fails_in_the_background_ends_the_speedrun(start, tmp_path):
     """It fails while the first training goes on, which here takes longer."""
-    fails = DATA.format(pid=tmp_path / "pid", then='echo "error: no network" >&2; exit 4')
-    process = start(2, hooks=f'{fails}; if [[ "$*" == *base_train* ]]; then sleep 1; fi')
+    wait = f"until [ -e {tmp_path}/training ]; do sleep 0.05; done"
+    fails = DATA.format(pid=tmp_path / "pid", then=f'{wait}; echo "error: no network" >&2; exit 4')
+    process = start(2, hooks=f'{fails}; if [[ "$*" == *base_train* ]]; then touch {tmp_path}/training; sleep 1; fi')
     error = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 4
     assert {"error: no network", error[-1]} == {*error}
@@ -218,7 +219,7 @@ def test_too_little_disk_is_an_error_and_what_is_there_counts(tmp_path, monkeypa
         (["--model.bogus=2"], "--model.bogus"),
         (["--chat.epochs=0"], "chat.epochs: given 0"),
         (["--train.total_batch_size=64"], "softmax: train.total_batch_size: given 64 tokens, 2 rows, fewer than the 3"),
-        (["--model.value_embeddings=true"], "gka: model.value_embeddings: given True"),
+        (["--model.value_embeddings=true"], "gka: value_embeddings: given True"),
         ([], "a C compiler (neither gcc nor clang)"),
     ],
 )
