@@ -40,7 +40,10 @@ fail() {
 # End the speedrun if the tokenization in the background has failed. With an argument, wait for it to finish first.
 check_data() {
     [ -n "$data_job" ] || return 0
-    if [ -z "${1-}" ] && kill -0 "$data_job" 2>/dev/null; then return 0; fi
+    if kill -0 "$data_job" 2>/dev/null; then
+        [ -n "${1-}" ] || return 0
+        echo "== $data_step, the rest"
+    fi
     local job=$data_job status=0
     wait "$job" || status=$?
     data_job=

@@ -180,8 +180,11 @@ def markdown(comparison: dict[str, Any]) -> str:
     text = table(rows, columns | {"published": "{published:.2f}"})
     text += (
         f"\nRatios are over {first}. Published: gka over softmax at depth 20 (arXiv 2605.02144).\n"
-        "Bits per byte are taken over all of the val split, and over as many training tokens.\n\n"
+        "Bits per byte are taken over all of the val split, and over as many training tokens.\n"
     )
+    if len(set(comparison["table"]["tokens a step"]["values"])) > 1:
+        text += "The runs differ in their batches, which follow from their token budgets unless they are set.\n"
+    text += "\n"
     for name in others:
         scores = [
             score | {"verdict": VERDICTS[score["is_noise"]] + (", paired" if score["paired"] else "")}

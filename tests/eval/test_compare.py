@@ -58,6 +58,14 @@ def test_the_table_holds_the_counted_figures_and_their_ratios(runs):
     assert table["training tokens a second"]["values"][0] > 0
 
 
+def test_batches_that_differ_are_said(runs):
+    comparison = compare_runs(runs)
+    assert comparison["table"]["tokens a step"] == {"values": [256, 256], "ratios": [1.0], "published_ratio": None}
+    assert "differ in their batches" not in markdown(comparison)
+    comparison["table"]["tokens a step"]["values"][1] = 512
+    assert "differ in their batches" in markdown(comparison)
+
+
 def test_curves_and_bandwidths_come_from_the_runs(runs):
     comparison = compare_runs(runs)
     assert [point["tokens"] for point in comparison["curves"]["d2_gka"]] == [0, 1024, 2048]
