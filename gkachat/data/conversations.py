@@ -40,7 +40,7 @@ Conversation = tuple[str, Messages]
 
 @dataclass
 class ChatSplit:
-    """Tokenized conversations as the loader reads them: a single shard, in memory."""
+    """Tokenized conversations as the loader reads them: a single shard."""
 
     documents: Documents
     n_shards: int = 1
