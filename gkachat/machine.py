@@ -113,14 +113,14 @@ def check_compiler() -> None:
     header = Path(sysconfig.get_path("include", _header_scheme())) / "Python.h"
     missing = []
     if not found:
-        missing.append(f"a C compiler ({f'CC={compiler} is not there' if compiler else 'neither gcc nor clang'})")
+        missing.append(f"a C compiler (CC={compiler} is not there)" if compiler else "a C compiler (gcc or clang)")
     if not header.exists():
-        missing.append(f"Python's headers (no {header})")
+        missing.append(f"Python's headers ({header})")
     if missing:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         raise ValueError(
-            f"GPU kernels are compiled with {' and '.join(missing)}: apt-get install build-essential "
-            f"python{version}-dev, or the like; without them: --run.compile false --model.gka.backend sdpa, slower"
+            f"GPU kernels cannot be compiled without {' and '.join(missing)}: "
+            f"apt-get install build-essential python{version}-dev, or the like"
         )
 
 

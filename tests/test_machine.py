@@ -134,14 +134,12 @@ def test_gpu_kernels_without_a_compiler_are_refused_before_training(monkeypatch,
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sysconfig, "get_path", lambda *args: str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"headers \(no .*Python\.h\): apt-get install build-essential python3\.\d+-dev"
-    ):
+    with pytest.raises(ValueError, match=r"headers \(.*Python\.h\): apt-get install build-essential python3\.\d+-dev"):
         build_model(lambda *args: model, config, device)
     (tmp_path / "Python.h").touch()
     assert build_model(lambda *args: model, config, device) is model
     (tmp_path / "gcc").unlink()
-    with pytest.raises(ValueError, match=r"a C compiler \(neither gcc nor clang\): apt-get install"):
+    with pytest.raises(ValueError, match=r"a C compiler \(gcc or clang\): apt-get install"):
         build_model(lambda *args: model, config, device)
     monkeypatch.setenv("CC", "icx")
     with pytest.raises(ValueError, match=r"a C compiler \(CC=icx is not there\)"):
