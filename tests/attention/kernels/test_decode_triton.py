@@ -159,7 +159,7 @@ def test_splits_keep_the_device_busy_and_have_at_least_a_tile_each(multiprocesso
     slices = [drawn_slice(torch.float32, 4, 2, 600, 16, (600, 1, 0, 300), shared_kv=True)]
     check(query(torch.float32, 4, 2, 16), slices, torch.ones(2), multiprocessors=multiprocessors)
     tiles = -(-600 // tile_shape(16)[1])
-    assert grids == [(2, 4, {1: 2, 8: tiles, 132: tiles}[multiprocessors])]
+    assert grids == [(2 * 4, {1: 2, 8: tiles, 132: tiles}[multiprocessors])]
 
 
 def test_several_new_tokens_run_on_the_kernel_in_pytorch():
