@@ -18,7 +18,8 @@ from gkachat.data.loader import val_batches
 from gkachat.data.shards import Split, read_manifest
 from gkachat.tokenizer import Tokenizer
 
-MAX_LOGITS = 2**28  # in one forward pass: 1 GiB in float32
+MAX_LOGITS = {"cpu": 2**28, "cuda": 2**30}  # in one forward pass: 1 and 4 GiB in float32
+ROWS = {"cpu": 4, "cuda": 16}  # in a batch of evaluate_corpus
 
 
 def evaluate_bpb(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor | np.ndarray) -> float:
@@ -53,7 +54,7 @@ def bpb_sums(
     token_bytes = torch.as_tensor(token_bytes, device=device, dtype=torch.int64)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     n_bytes = torch.zeros((), dtype=torch.int64, device=device)
-    max_tokens = MAX_LOGITS // len(token_bytes)
+    max_tokens = MAX_LOGITS.get(device.type, MAX_LOGITS["cpu"]) // len(token_bytes)
     was_training = model.training
     model.eval()
     try:
@@ -64,6 +65,7 @@ def bpb_sums(
                 if len(idx) > 1 and idx.numel() > max_tokens:
                     pending += reversed(list(zip(idx.chunk(2), targets.chunk(2), strict=True)))
                     continue
+                torch._dynamo.maybe_mark_dynamic(idx, 0)  # the last batch has fewer rows: a compiled model serves both
                 try:
                     logits = model(idx).flatten(0, 1)
                     losses = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
@@ -92,8 +94,8 @@ def evaluate_corpus(model: nn.Module, tokenizer: Tokenizer, tokens_dir: Path) ->
     token_bytes = tokenizer.token_bytes()
 
     def bpb(name: str, tokens: int | None) -> float:
-        T = model.config.sequence_len
-        batches = val_batches(splits[name], sequence_len=T, batch_rows=4, bos=tokenizer.bos, tokens=tokens)
+        T, rows = model.config.sequence_len, ROWS.get(model.wte.weight.device.type, ROWS["cpu"])
+        batches = val_batches(splits[name], sequence_len=T, batch_rows=rows, bos=tokenizer.bos, tokens=tokens)
         return evaluate_bpb(model, batches, token_bytes)
 
     return {

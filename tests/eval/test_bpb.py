@@ -38,9 +38,9 @@ def test_bits_per_byte_count_targets_that_have_bytes():
         evaluate_bpb(MODEL, [(special, special)], TOKEN_BYTES)
 
 
-@pytest.mark.parametrize("max_logits", [bpb.MAX_LOGITS, 8])
+@pytest.mark.parametrize("max_logits", [bpb.MAX_LOGITS["cpu"], 8])
 def test_batches_weigh_by_their_bytes_however_they_are_split(max_logits, monkeypatch):
-    monkeypatch.setattr(bpb, "MAX_LOGITS", max_logits)
+    monkeypatch.setattr(bpb, "MAX_LOGITS", {"cpu": max_logits})
     a, b = torch.tensor([[0, 1, 1], [0, 0, 0]]), torch.tensor([[2]])
     together = evaluate_bpb(MODEL, [(a, a), (b, b)], torch.as_tensor(TOKEN_BYTES))
     assert together == pytest.approx((4 * 1 + 2 * 2 + 3) / (4 * 1 + 2 * 2 + 4))
