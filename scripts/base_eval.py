@@ -15,7 +15,7 @@ from gkachat.eval.bpb import evaluate_corpus
 from gkachat.eval.bundle import fetch_bundle
 from gkachat.eval.core import evaluate_core
 from gkachat.eval.results import DIRECTORY, write_result
-from gkachat.inference.quantize import for_inference
+from gkachat.inference.quantize import compiled_on_gpu, for_inference
 from gkachat.machine import commit, pick_device, pick_dtype
 from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def main(
 
 
 def bpb(run_dir: Path, model: GPT, tokenizer: Tokenizer, meta: dict[str, Any], world: World) -> None:
-    result = evaluate_corpus(model, tokenizer, tokens_dir(meta), world)
+    result = evaluate_corpus(compiled_on_gpu(model), tokenizer, tokens_dir(meta), world)
     if not world.is_rank0:
         return
     write_result(run_dir, "bpb", meta, model.wte.weight.device, **result)

@@ -21,7 +21,8 @@ from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
 from gkachat.train.distributed import World, all_reduce_sum
 
-MAX_LOGITS = 2**28  # in one forward pass: 1 GiB in float32
+MAX_LOGITS = {"cpu": 2**28, "cuda": 2**30}  # in one forward pass: 1 and 4 GiB in float32
+ROWS = {"cpu": 4, "cuda": 16}  # in a batch of evaluate_corpus
 
 
 def evaluate_bpb(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor | np.ndarray) -> float:
@@ -56,7 +57,7 @@ def bpb_sums(
     token_bytes = torch.as_tensor(token_bytes, device=device, dtype=torch.int64)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     n_bytes = torch.zeros((), dtype=torch.int64, device=device)
-    max_tokens = MAX_LOGITS // len(token_bytes)
+    max_tokens = MAX_LOGITS.get(device.type, MAX_LOGITS["cpu"]) // len(token_bytes)
     was_training = model.training
     model.eval()
     try:
@@ -67,6 +68,7 @@ def bpb_sums(
                 if len(idx) > 1 and idx.numel() > max_tokens:
                     pending += reversed(list(zip(idx.chunk(2), targets.chunk(2), strict=True)))
                     continue
+                torch._dynamo.maybe_mark_dynamic(idx, 0)  # the last batch has fewer rows: a compiled model serves both
                 try:
                     logits = model(idx).flatten(0, 1)
                     losses = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
@@ -102,8 +104,8 @@ def evaluate_corpus(
     token_bytes = tokenizer.token_bytes()
 
     def bpb(name: str, tokens: int | None) -> float:
-        T = model.config.sequence_len
-        batches = val_batches(splits[name], sequence_len=T, batch_rows=4, bos=tokenizer.bos, tokens=tokens)
+        T, rows = model.config.sequence_len, ROWS.get(model.wte.weight.device.type, ROWS["cpu"])
+        batches = val_batches(splits[name], sequence_len=T, batch_rows=rows, bos=tokenizer.bos, tokens=tokens)
         sums = bpb_sums(model, islice(batches, world.rank, None, world.size), token_bytes)
         sums = torch.tensor(sums, dtype=torch.float64, device=model.wte.weight.device)
         return bits_per_byte(*all_reduce_sum(sums, world).tolist())

@@ -33,6 +33,7 @@ from gkachat.train.metrics import Metrics, Timers, format_duration
 from gkachat.train.optim import load_named_state, named_state
 from gkachat.train.setup import Run, largest_device_batch
 
+MIN_EVAL_ROWS = 16  # on a GPU
 SAME_SIGNAL_SECONDS = 1.0  # a terminal, a launcher and a scheduler may each deliver the same signal
 
 
@@ -91,10 +92,14 @@ class Trainer:
         if world.size > 1:  # averages gradients over ranks while the backward still runs
             self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
         compile = device.type == "cuda" if config.run.compile is None else config.run.compile
+        self.eval_forward, self.eval_rows = self.eval_model, self.device_batch_size
         if compile:
             self.forward = torch.compile(self.forward, dynamic=False)
         # What this process has not done yet. Its first time compiles, and lasts long, on a GPU also without `compile`.
         self.to_compile = {"step", "evaluation"} if compile or device.type == "cuda" else set()
+        if device.type == "cuda":  # without gradients, this many rows fit where a step fits, and keep a GPU busy
+            self.eval_rows = max(MIN_EVAL_ROWS, self.device_batch_size)
+            self.eval_forward = torch.compile(self.eval_model, dynamic=False) if compile else self.eval_model
 
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
         self.stop_requested, self.interrupted = 0.0, False  # time of the first signal; whether all ranks stop
@@ -230,7 +235,7 @@ class Trainer:
         proceed()
         with self.timers("evaluation"):
             try:
-                found = self.task.evaluate(self.eval_model, self.device_batch_size, proceed)
+                found = self.task.evaluate(self.eval_forward, self.eval_rows, proceed)
             except Exception as error:
                 if self.step == 0:
                     raise

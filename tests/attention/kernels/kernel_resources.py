@@ -21,7 +21,7 @@ from gkachat.attention.kernels import decode_triton, gaussian_triton
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 FLOAT32 = {
-    "SIGMA", "LSE", "BIAS", "DOT_LSE", "DELTA", "DSIGMA", "MASK", "NORMS", "COS", "SIN", "SCALE", "MEAN",
+    "SIGMA", "LSE", "BIAS", "DOT_LSE", "DELTA", "DSIGMA", "MASK", "NORMS", "COS", "SIN", "MEAN",
 }  # other pointers have the dtype of x  # fmt: skip
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Integers that need not be multiples of 16.
@@ -46,8 +46,8 @@ def cases() -> list[tuple]:
     for dtype in ("bf16", "fp32"):
         for D in (64, 128, 256):
             half, tile = decode_triton.tile_shape(D)
-            gka = {"D": D, "HALF": half, "BN": tile, "SHARED_KV": True, "SCALE_PER_HEAD": True, "stride_ns": 1}
-            softmax = {**gka, **nothing, "NORMS": None, "SHARED_KV": False, "SCALE_PER_HEAD": False}
+            gka = {"D": D, "HALF": half, "BN": tile, "SHARED_KV": True, "SCALE": 1.0, "stride_ns": 1}
+            softmax = {**gka, **nothing, "NORMS": None, "SIGMA": None, "SHARED_KV": False, "SCALE": D**-0.5}
             for constants in (gka, {**gka, **nothing}, softmax):
                 found.append((decode_triton.split_kernel, dtype, constants, 4, 3))
             constants = {"D": D, "HALF": half, "BN": decode_triton.SPLITS}
@@ -62,14 +62,12 @@ def resources(kernel, dtype: str, constants: dict, warps: int, stages: int) -> d
     for index, name in enumerate(names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name == "SCALE" and not constants["SCALE_PER_HEAD"]:
-            signature[name] = "fp32"
         elif name.isupper() and name not in ANY_INTEGER:
             signature[name] = "*fp32" if name in FLOAT32 else f"*{dtype}"
         else:
             signature[name] = "i32"
         # At run time, pointers and strides are multiples of 16.
-        if name not in ANY_INTEGER and signature[name] not in ("constexpr", "fp32"):
+        if name not in ANY_INTEGER and signature[name] != "constexpr":
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
     compiled = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages})
