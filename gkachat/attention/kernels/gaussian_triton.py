@@ -80,9 +80,9 @@ def _load_tile(descriptor, batch, row, head, ROWS: tl.constexpr, D: tl.constexpr
 
 @triton.jit
 def _rows_at(base, bh, rows, T, H, stride_b, stride_t, stride_h, D: tl.constexpr):
-    """Return pointers to rows of one batch entry and head, and the mask of those before T. Offsets are 64 bits wide."""
-    offset = (bh // H).to(tl.int64) * stride_b + (bh % H).to(tl.int64) * stride_h + rows[:, None].to(tl.int64) * stride_t
-    return base + offset + tl.arange(0, D)[None, :], (rows < T)[:, None]
+    """Return pointers to rows of one batch entry and head, and the mask of those before T. Offsets have 64 bits."""
+    base += (bh // H).to(tl.int64) * stride_b + (bh % H).to(tl.int64) * stride_h
+    return base + rows[:, None].to(tl.int64) * stride_t + tl.arange(0, D)[None, :], (rows < T)[:, None]
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def _contiguous_rows_at(base, bh, rows, T, H, D: tl.constexpr):
 
 @triton.jit
 def _write_bias(F, SIGMA, BIAS, bh, rows, stride_fb, stride_ft, stride_fh, T, T_PAD, H, D: tl.constexpr):
-    """Write and return each row's log2(e) |f|^2 / 2 sigma^2, from the rounded numbers that enter the products; HIDDEN beyond T."""
+    """Write and return log2(e) |f|^2 / 2 sigma^2 of each row, HIDDEN beyond T. |f|^2 is that of the rounded numbers."""
     at, inside = _rows_at(F, bh, rows, T, H, stride_fb, stride_ft, stride_fh, D)
     f = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     sigma = tl.load(SIGMA + bh % H)
@@ -328,9 +328,14 @@ DESCRIPTORS = {forward_kernel: {"FQ": "BM", "FK": "BN", "X": "BN"},
 """The block size of each descriptor that a kernel takes."""
 
 
+def _candidates(table: dict, *key) -> tuple[tuple[int, int, int, int], ...]:
+    """Return the candidates of a kernel; in the interpreter, where times mean nothing, the last of them."""
+    return tuple(table[key][-1:] if INTERPRET.value else table[key])
+
+
 @cache
 def _tuned(kernel, candidates: tuple[tuple[int, int, int, int], ...], dtype: torch.dtype):
-    """Return the kernel that times its candidates on first use. It is made once for each dtype."""
+    """Return the kernel as one that times its candidates on first use. It is made once for each dtype."""
 
     def set_block_shapes(arguments: dict) -> None:
         for name, block in DESCRIPTORS[kernel].items():
@@ -340,11 +345,9 @@ def _tuned(kernel, candidates: tuple[tuple[int, int, int, int], ...], dtype: tor
         triton.Config({"BM": BM, "BN": BN}, num_warps=warps, num_stages=stages, pre_hook=set_block_shapes)
         for BM, BN, warps, stages in candidates
     ]
-    # What earlier candidates added must not stay for the next one, or for the run that counts.
+    # What one candidate adds must not stay for the next one, or for the run that counts.
     added_to = [name for name in ("DF_SUM", "DS_SUM", "DSIGMA") if name in kernel.arg_names]
     key = ["D", "INCLUDE_SELF", "SEPARATE_F", "CAUSAL"]
-    if INTERPRET.value:  # times mean nothing there
-        configs = configs[-1:]
     return triton.autotune(configs, key=key, reset_to_zero=added_to)(kernel)
 
 
@@ -379,10 +382,9 @@ def gka(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     T_pad = triton.cdiv(T, PAD) * PAD
     lse, bias = (x.new_empty(B, H, length, dtype=torch.float32) for length in (T, T_pad))
-    bias_kernel[(B * H * T_pad // ROWS,)](
-        features, sigma, bias, *features.stride()[:3], T, T_pad, H, D=D, BLOCK=ROWS
-    )
-    _tuned(forward_kernel, tuple(FORWARD[x.dtype, D]), x.dtype)[lambda meta: (B * H * triton.cdiv(T, meta["BM"]),)](
+    bias_kernel[(B * H * T_pad // ROWS,)](features, sigma, bias, *features.stride()[:3], T, T_pad, H, D=D, BLOCK=ROWS)
+    kernel = _tuned(forward_kernel, _candidates(FORWARD, x.dtype, D), x.dtype)
+    kernel[lambda meta: (B * H * triton.cdiv(T, meta["BM"]),)](
         _descriptor(features), _descriptor(features), _descriptor(x), bias, sigma, y, lse, T, T_pad, H, window,
         D=D, INCLUDE_SELF=include_self, SEPARATE_F=f is not None, CAUSAL=causal,
     )  # fmt: skip
@@ -399,7 +401,6 @@ def gka_backward(
     x, dy = _aligned(x), _aligned(dy)
     separate_f = f is not None
     features = _aligned(f) if separate_f else x
-    candidates = tuple(BACKWARD[x.dtype, D, separate_f])
     T_pad = triton.cdiv(T, PAD) * PAD
     bias, dot_lse, delta = lse.new_empty(3, B, H, T_pad)
     row_grid = (B * H * T_pad // ROWS,)
@@ -411,15 +412,14 @@ def gka_backward(
     dx = torch.empty_like(y) if separate_f else None
     # A number for each block of keys, and their sum has a fixed order. Zeros, because larger blocks are fewer.
     dsigma = lse.new_zeros(B, H, T_pad // MIN_BLOCK.value)
-    _tuned(backward_kernel, candidates, x.dtype)[lambda meta: (B * H * triton.cdiv(T, meta["BM"]),)](
+    kernel = _tuned(backward_kernel, _candidates(BACKWARD, x.dtype, D, separate_f), x.dtype)
+    kernel[lambda meta: (B * H * triton.cdiv(T, meta["BM"]),)](
         _descriptor(features), _descriptor(features), _descriptor(x), _descriptor(dy), bias, dot_lse, delta, sigma,
         df_sum, ds_sum, dsigma, dx, T, T_pad, H, window,
         D=D, INCLUDE_SELF=include_self, SEPARATE_F=separate_f, CAUSAL=causal,
     )  # fmt: skip
     df = torch.empty_like(y)
-    backward_sum_kernel[row_grid](
-        features, df_sum, ds_sum, df, *features.stride()[:3], T, T_pad, H, D=D, BLOCK=ROWS
-    )
+    backward_sum_kernel[row_grid](features, df_sum, ds_sum, df, *features.stride()[:3], T, T_pad, H, D=D, BLOCK=ROWS)
     dx, df = (dx, df) if separate_f else (df, y.new_empty(0))
     return dx, df, dsigma.sum((0, 2))
 
