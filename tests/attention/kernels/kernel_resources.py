@@ -4,9 +4,9 @@ python tests/attention/kernels/kernel_resources.py        (not under TRITON_INTE
 PYTHONPATH=.:.venv/triton-3.6 python tests/attention/kernels/kernel_resources.py        (with another Triton)
 
 `registers`, `spilled` (bytes) and `serialised` (whether wgmma products wait for each other: message C7515) come from
-ptxas, `shared` (bytes) from Triton. `products`, `waits` and `loads` count the wgmma instructions, the waits for them and
-the TMA loads of the PTX; `loop` counts the machine instructions of the loop over tiles. `narrow` lists 32-bit products of
-two run-time numbers, which offsets must not contain.
+ptxas, `shared` (bytes) from Triton. `products`, `waits` and `loads` count the wgmma instructions, the waits for them
+and the TMA loads of the PTX; `loop` counts the machine instructions of the loop over tiles. `narrow` lists 32-bit
+products of two run-time numbers, which offsets must not contain.
 Results are kept in Triton's cache, so that only the first run takes minutes.
 """
 
