@@ -261,6 +261,8 @@ def backward_kernel(
         acc_dx = tl.zeros([BM, D], tl.float32)
     ds_sum = tl.zeros([BM, 16], tl.float32)
     dsigma_acc = tl.zeros([BM], tl.float32)
+    ones_i = rounded(tl.full([BN, 16], 1.0, tl.float32), DTYPE)
+    ones_j = rounded(tl.full([BM, 16], 1.0, tl.float32), DTYPE)
     d = tl.arange(0, D)[None, :]
     lo, hi = j0 // BN * BN, tl.minimum(T, j0 + BM - 1 + window)
     if not CAUSAL:
@@ -280,17 +282,15 @@ def backward_kernel(
         # The ds of a query sum to 0, so that log p can stand for the score. It is small wherever p is not.
         dsigma_acc += tl.sum(ds * log_p, 1)
         p, ds = rounded(p, DTYPE), rounded(ds, DTYPE)
-        ones = rounded(tl.full([BN, 16], 1.0, tl.float32), DTYPE)
-        ds_sum = tl.dot(ds, ones, ds_sum, input_precision="tf32x3")
+        ds_sum = tl.dot(ds, ones_i, ds_sum, input_precision="tf32x3")
         if SEPARATE_F:
             acc_dx = tl.dot(p, dy_i, acc_dx, input_precision="tf32x3")
         else:
             acc = tl.dot(p, dy_i, acc, input_precision="tf32x3")
         acc = tl.dot(ds, f_i, acc, input_precision="tf32x3")
         ds = tl.trans(ds)
-        ones = rounded(tl.full([BM, 16], 1.0, tl.float32), DTYPE)
         df_i = tl.dot(ds, f_j, input_precision="tf32x3")
-        ds_sum_i = tl.max(tl.dot(ds, ones, input_precision="tf32x3"), 1)  # the columns are equal
+        ds_sum_i = tl.max(tl.dot(ds, ones_j, input_precision="tf32x3"), 1)  # the columns are equal
         tl.atomic_add(DS_SUM + i, ds_sum_i, sem="relaxed")
         tl.atomic_add(DF_SUM + (row0 + i0) * D + tl.arange(0, BN)[:, None] * D + d, df_i, sem="relaxed")
     tl.atomic_add(DS_SUM + j, tl.max(ds_sum, 1), sem="relaxed")
