@@ -1,6 +1,7 @@
 """Compile the Triton kernels for sm_90 without a GPU, and print what each candidate uses, one JSON object per line.
 
 python tests/attention/kernels/kernel_resources.py        (not under TRITON_INTERPRET)
+python tests/attention/kernels/kernel_resources.py --table        (a Markdown table of GKA's kernels)
 PYTHONPATH=.:.venv/triton-3.6 python tests/attention/kernels/kernel_resources.py        (with another Triton)
 
 `registers`, `spilled` (bytes) and `serialised` (whether wgmma products wait for each other: message C7515) come from
@@ -14,6 +15,7 @@ import inspect
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
 from gkachat.attention.kernels import choose, decode_triton, gaussian_triton
+from gkachat.benchmark import table
 
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -140,7 +143,31 @@ def loop_length(sass: str) -> int | None:
     return max(lengths) or None
 
 
+COLUMNS = {
+    "kernel": "{kernel}", "dtype": "{dtype}", "D": "{D}", "F is X": "{f_is_x}", "mask": "{mask}",
+    "rows x columns": "{BM} x {BN}", "warps": "{warps}", "stages": "{stages}", "registers": "{registers}",
+    "spilled": "{spilled}", "C7515": "{serialised}", "shared KiB": "{shared_kib:.0f}", "wgmma": "{products}",
+    "waits": "{waits}", "TMA": "{loads}", "loop": "{loop}",
+}  # fmt: skip
+
+
+def markdown(rows: list[dict]) -> str:
+    """Return a table of the kernels that multiply tiles."""
+    rows = [row for row in rows if "BM" in row]
+    for row in rows:
+        mask = [] if row["CAUSAL"] else ["both sides"]
+        mask += [] if row["INCLUDE_SELF"] else ["without self"]
+        row |= {"mask": ", ".join(mask) or "causal", "f_is_x": "no" if row["SEPARATE_F"] else "yes"}
+        row |= {"kernel": row["kernel"].split("_")[0], "shared_kib": row["shared"] / 1024}
+        row["serialised"] = "yes" if row["serialised"] else "no"
+    return table(rows, COLUMNS)
+
+
 if __name__ == "__main__":
     with ThreadPoolExecutor(2) as pool:
-        for row in pool.map(lambda case: resources(*case), cases()):
-            print(json.dumps(row), flush=True)
+        found = pool.map(lambda case: resources(*case), cases())
+        if "--table" in sys.argv:
+            print(markdown(list(found)))
+        else:
+            for row in found:
+                print(json.dumps(row), flush=True)
