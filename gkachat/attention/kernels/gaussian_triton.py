@@ -249,12 +249,8 @@ def backward_kernel(
     x_j = f_j
     if SEPARATE_F:
         x_j = _load_tile(X, batch, j0, head, BM, D)
-    row0 = bh.to(tl.int64) * T_PAD
-    BIAS += row0
-    DOT_LSE += row0
-    DELTA += row0
-    DS_SUM += row0
-    bias_j = tl.load(BIAS + j)
+    row0 = bh.to(tl.int64) * T_PAD  # added within the loop: pointers kept for it would take registers
+    bias_j = tl.load(BIAS + row0 + j)
     acc = tl.zeros([BM, D], tl.float32)
     acc_dx = acc
     if SEPARATE_F:
@@ -263,7 +259,6 @@ def backward_kernel(
     dsigma_acc = tl.zeros([BM], tl.float32)
     ones_i = rounded(tl.full([BN, 16], 1.0, tl.float32), DTYPE)
     ones_j = rounded(tl.full([BM, 16], 1.0, tl.float32), DTYPE)
-    d = tl.arange(0, D)[None, :]
     lo, hi = j0 // BN * BN, tl.minimum(T, j0 + BM - 1 + window)
     if not CAUSAL:
         lo = tl.maximum(0, j0 - window + 1) // BN * BN
@@ -271,7 +266,7 @@ def backward_kernel(
         i = i0 + tl.arange(0, BN)
         f_i = _load_tile(FQ, batch, i0, head, BN, D)
         dy_i = _load_tile(DY, batch, i0, head, BN, D)
-        dot_lse, delta = tl.load(DOT_LSE + i), tl.load(DELTA + i)
+        dot_lse, delta = tl.load(DOT_LSE + row0 + i), tl.load(DELTA + row0 + i)
         dots = tl.dot(f_j, tl.trans(f_i), input_precision="tf32x3")  # transposed: [j, i]
         dp = tl.dot(x_j, tl.trans(dy_i), input_precision="tf32x3")
         log_p = tl.minimum(scale * dots - dot_lse[None, :] - bias_j[:, None], 0.0)
@@ -291,13 +286,15 @@ def backward_kernel(
         ds = tl.trans(ds)
         df_i = tl.dot(ds, f_j, input_precision="tf32x3")
         ds_sum_i = tl.max(tl.dot(ds, ones_j, input_precision="tf32x3"), 1)  # the columns are equal
-        tl.atomic_add(DS_SUM + i, ds_sum_i, sem="relaxed")
-        tl.atomic_add(DF_SUM + (row0 + i0) * D + tl.arange(0, BN)[:, None] * D + d, df_i, sem="relaxed")
-    tl.atomic_add(DS_SUM + j, tl.max(ds_sum, 1), sem="relaxed")
-    tl.atomic_add(DF_SUM + (row0 + j0) * D + tl.arange(0, BM)[:, None] * D + d, acc, sem="relaxed")
+        tl.atomic_add(DS_SUM + row0 + i, ds_sum_i, sem="relaxed")
+        tl.atomic_add(DF_SUM + (row0 + i0) * D + tl.arange(0, BN)[:, None] * D + tl.arange(0, D)[None, :], df_i, sem="relaxed")
+    tl.atomic_add(DS_SUM + row0 + j, tl.max(ds_sum, 1), sem="relaxed")
+    tl.atomic_add(DF_SUM + (row0 + j0) * D + tl.arange(0, BM)[:, None] * D + tl.arange(0, D)[None, :], acc, sem="relaxed")
     if SEPARATE_F:
         out, inside = _contiguous_rows_at(DX, bh, j, T, H, D)
         tl.store(out, rounded(acc_dx, DTYPE), mask=inside)
+    # Loading sigma again takes fewer registers than keeping it. `volatile` stops Triton from merging the two loads.
+    sigma = tl.load(SIGMA + head, volatile=True)
     tl.store(DSIGMA + bh.to(tl.int64) * (T_PAD // MIN_BLOCK) + block, tl.sum(dsigma_acc, 0) * sigma * (-2.0 * LN2))
 
 
