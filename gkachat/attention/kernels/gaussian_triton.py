@@ -288,8 +288,8 @@ def backward_kernel(
         ds_sum_i = tl.max(tl.dot(ds, ones_j, input_precision="tf32x3"), 1)  # the columns are equal
         tl.atomic_add(DS_SUM + row0 + i, ds_sum_i, sem="relaxed")
         tl.atomic_add(DF_SUM + (row0 + i0) * D + tl.arange(0, BN)[:, None] * D + tl.arange(0, D)[None, :], df_i, sem="relaxed")
-    tl.atomic_add(DS_SUM + row0 + j, tl.max(ds_sum, 1), sem="relaxed")
     tl.atomic_add(DF_SUM + (row0 + j0) * D + tl.arange(0, BM)[:, None] * D + tl.arange(0, D)[None, :], acc, sem="relaxed")
+    tl.atomic_add(DS_SUM + row0 + j0 + tl.arange(0, BM), tl.max(ds_sum, 1), sem="relaxed")
     if SEPARATE_F:
         out, inside = _contiguous_rows_at(DX, bh, j, T, H, D)
         tl.store(out, rounded(acc_dx, DTYPE), mask=inside)
