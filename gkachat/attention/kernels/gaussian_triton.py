@@ -86,6 +86,16 @@ def _rows_at(base, bh, rows, T, H, stride_b, stride_t, stride_h, D: tl.constexpr
 
 
 @triton.jit
+def _load_rows(base, bh, rows, T, H, stride_b, stride_t, stride_h, D: tl.constexpr):
+    """Load rows of one batch entry and head, with zeros beyond T."""
+    at, inside = _rows_at(base, bh, rows, T, H, stride_b, stride_t, stride_h, D)
+    tile = tl.load(at, mask=inside, other=0.0)
+    if INTERPRET:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
 def _contiguous_rows_at(base, bh, rows, T, H, D: tl.constexpr):
     """Return pointers to rows of a contiguous (B, T, H, D), and the mask of those before T."""
     offset = (((bh // H).to(tl.int64) * T + rows[:, None]) * H + bh % H) * D
@@ -95,8 +105,7 @@ def _contiguous_rows_at(base, bh, rows, T, H, D: tl.constexpr):
 @triton.jit
 def _write_bias(F, SIGMA, BIAS, bh, rows, stride_fb, stride_ft, stride_fh, T, T_PAD, H, D: tl.constexpr):
     """Write and return log2(e) |f|^2 / 2 sigma^2 of each row, HIDDEN beyond T. |f|^2 is that of the rounded numbers."""
-    at, inside = _rows_at(F, bh, rows, T, H, stride_fb, stride_ft, stride_fh, D)
-    f = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    f = _load_rows(F, bh, rows, T, H, stride_fb, stride_ft, stride_fh, D).to(tl.float32)
     sigma = tl.load(SIGMA + bh % H)
     bias = tl.where(rows < T, 0.5 * LOG2E / (sigma * sigma) * tl.sum(f * f, 1), HIDDEN)
     tl.store(BIAS + bh.to(tl.int64) * T_PAD + rows, bias)
@@ -123,9 +132,8 @@ def backward_rows_kernel(
     bias, sigma = _write_bias(F, SIGMA, BIAS, bh, rows, stride_fb, stride_ft, stride_fh, T, T_PAD, H, D)
     lse = tl.load(LSE + bh.to(tl.int64) * T + rows, mask=rows < T, other=0.0)
     y_at, inside = _contiguous_rows_at(Y, bh, rows, T, H, D)
-    dy_at, _ = _rows_at(DY, bh, rows, T, H, stride_dyb, stride_dyt, stride_dyh, D)
     y = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(dy_at, mask=inside, other=0.0).to(tl.float32)
+    dy = _load_rows(DY, bh, rows, T, H, stride_dyb, stride_dyt, stride_dyh, D).to(tl.float32)
     out = bh.to(tl.int64) * T_PAD + rows
     tl.store(DOT_LSE + out, tl.minimum(bias + lse, HIDDEN))
     tl.store(DELTA + out, tl.sum(y * dy, 1) / (sigma * sigma))
@@ -138,11 +146,10 @@ def backward_sum_kernel(
     """Write df = sum(ds f) - f sum(ds), where both sums are complete."""
     bh, block = _block(T_PAD, BLOCK)
     rows = block * BLOCK + tl.arange(0, BLOCK)
-    f_at, inside = _rows_at(F, bh, rows, T, H, stride_fb, stride_ft, stride_fh, D)
-    f = tl.load(f_at, mask=inside, other=0.0).to(tl.float32)
+    f = _load_rows(F, bh, rows, T, H, stride_fb, stride_ft, stride_fh, D).to(tl.float32)
     at = bh.to(tl.int64) * T_PAD + rows
     df = tl.load(DF_SUM + at[:, None] * D + tl.arange(0, D)[None, :]) - f * tl.load(DS_SUM + at)[:, None]
-    out, _ = _contiguous_rows_at(DF, bh, rows, T, H, D)
+    out, inside = _contiguous_rows_at(DF, bh, rows, T, H, D)
     tl.store(out, rounded(df, DF.dtype.element_ty), mask=inside)
 
 
@@ -227,13 +234,15 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    FQ, FK, X, DY, BIAS, DOT_LSE, DELTA, SIGMA, DF_SUM, DS_SUM, DSIGMA, DX, T, T_PAD, H, window,
+    FQ, F, X, DY, BIAS, DOT_LSE, DELTA, SIGMA, DF_SUM, DS_SUM, DSIGMA, DX,
+    stride_fb, stride_ft, stride_fh, stride_xb, stride_xt, stride_xh, T, T_PAD, H, window,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, INCLUDE_SELF: tl.constexpr, SEPARATE_F: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Add to DF_SUM and DS_SUM what a block of keys and the queries that see it contribute, and write to DSIGMA.
 
-    FQ and DY are descriptors by blocks of queries, FK and X by blocks of keys. DF_SUM is (B, H, T_PAD, D), DS_SUM is
+    FQ and DY are descriptors by blocks of queries. The block of keys is loaded through pointers: Triton then multiplies
+    it from shared memory, and through a descriptor it would keep it in registers. DF_SUM is (B, H, T_PAD, D), DS_SUM is
     (B, H, T_PAD), and both start at zero. DSIGMA has a number for each block. Where F is X, the value part is in
     DF_SUM too, and DX is None; otherwise it is written to DX.
     """
@@ -245,10 +254,10 @@ def backward_kernel(
     sigma = tl.load(SIGMA + head)
     inv_sigma2 = 1.0 / (sigma * sigma)
     scale = inv_sigma2 * LOG2E
-    f_j = _load_tile(FK, batch, j0, head, BM, D)
+    f_j = _load_rows(F, bh, j, T, H, stride_fb, stride_ft, stride_fh, D)
     x_j = f_j
     if SEPARATE_F:
-        x_j = _load_tile(X, batch, j0, head, BM, D)
+        x_j = _load_rows(X, bh, j, T, H, stride_xb, stride_xt, stride_xh, D)
     row0 = bh.to(tl.int64) * T_PAD  # added within the loop: pointers kept for it would take registers
     bias_j = tl.load(BIAS + row0 + j)
     acc = tl.zeros([BM, D], tl.float32)
@@ -287,8 +296,10 @@ def backward_kernel(
         df_i = tl.dot(ds, f_j, input_precision="tf32x3")
         ds_sum_i = tl.max(tl.dot(ds, ones_j, input_precision="tf32x3"), 1)  # the columns are equal
         tl.atomic_add(DS_SUM + row0 + i, ds_sum_i, sem="relaxed")
-        tl.atomic_add(DF_SUM + (row0 + i0) * D + tl.arange(0, BN)[:, None] * D + tl.arange(0, D)[None, :], df_i, sem="relaxed")
-    tl.atomic_add(DF_SUM + (row0 + j0) * D + tl.arange(0, BM)[:, None] * D + tl.arange(0, D)[None, :], acc, sem="relaxed")
+        at = DF_SUM + (row0 + i0) * D + tl.arange(0, BN)[:, None] * D + tl.arange(0, D)[None, :]
+        tl.atomic_add(at, df_i, sem="relaxed")
+    at = DF_SUM + (row0 + j0) * D + tl.arange(0, BM)[:, None] * D + tl.arange(0, D)[None, :]
+    tl.atomic_add(at, acc, sem="relaxed")
     tl.atomic_add(DS_SUM + row0 + j0 + tl.arange(0, BM), tl.max(ds_sum, 1), sem="relaxed")
     if SEPARATE_F:
         out, inside = _contiguous_rows_at(DX, bh, j, T, H, D)
@@ -321,7 +332,7 @@ BACKWARD = {
     (torch.float32, 128, True): [(16, 16, 8, 1)],
 }
 DESCRIPTORS = {forward_kernel: {"FQ": "BM", "FK": "BN", "X": "BN"},
-               backward_kernel: {"FQ": "BN", "DY": "BN", "FK": "BM", "X": "BM"}}  # fmt: skip
+               backward_kernel: {"FQ": "BN", "DY": "BN"}}  # fmt: skip
 """The block size of each descriptor that a kernel takes."""
 
 
@@ -411,8 +422,8 @@ def gka_backward(
     dsigma = lse.new_zeros(B, H, T_pad // MIN_BLOCK.value)
     kernel = _tuned(backward_kernel, _candidates(BACKWARD, x.dtype, D, separate_f), x.dtype)
     kernel[lambda meta: (B * H * triton.cdiv(T, meta["BM"]),)](
-        _descriptor(features), _descriptor(features), _descriptor(x), _descriptor(dy), bias, dot_lse, delta, sigma,
-        df_sum, ds_sum, dsigma, dx, T, T_pad, H, window,
+        _descriptor(features), features, x, _descriptor(dy), bias, dot_lse, delta, sigma, df_sum, ds_sum, dsigma, dx,
+        *features.stride()[:3], *x.stride()[:3], T, T_pad, H, window,
         D=D, INCLUDE_SELF=include_self, SEPARATE_F=separate_f, CAUSAL=causal,
     )  # fmt: skip
     df = torch.empty_like(y)
