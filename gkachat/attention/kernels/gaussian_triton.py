@@ -315,8 +315,8 @@ ROWS = 64  # block of the kernels that work row by row
 # compile all of them for sm_90 without spills (results/kernels_sm90.md). float32 products are made of three in TF32,
 # which take registers, so that their blocks are small.
 FORWARD = {
-    (torch.bfloat16, 64): [(128, 64, 8, 3), (64, 64, 4, 3)],
-    (torch.bfloat16, 128): [(128, 64, 8, 3), (64, 64, 4, 3)],
+    (torch.bfloat16, 64): [(128, 128, 8, 2), (128, 64, 8, 3)],
+    (torch.bfloat16, 128): [(128, 128, 8, 2), (128, 64, 8, 3)],
     (torch.float32, 64): [(64, 32, 4, 2)],
     (torch.float32, 128): [(16, 32, 4, 1)],
 }
@@ -325,9 +325,9 @@ BACKWARD = {
     (torch.bfloat16, 64, False): [(128, 64, 8, 2)],
     (torch.bfloat16, 64, True): [(64, 64, 8, 2)],
     (torch.bfloat16, 128, False): [(128, 64, 8, 2)],
-    (torch.bfloat16, 128, True): [(64, 64, 8, 2)],
+    (torch.bfloat16, 128, True): [(64, 64, 8, 1)],
     (torch.float32, 64, False): [(32, 16, 4, 1)],
-    (torch.float32, 64, True): [(32, 16, 4, 1)],
+    (torch.float32, 64, True): [(32, 16, 8, 1)],
     (torch.float32, 128, False): [(16, 16, 8, 1)],
     (torch.float32, 128, True): [(16, 16, 8, 1)],
 }

@@ -41,20 +41,18 @@ ANY_INTEGER = {"T", "H", "S", "window", "stride_mb", "stride_nb", "stride_nh", "
 
 
 def cases() -> list[tuple]:
-    """Return each (kernel, dtype, constants, warps, stages)."""
-    found = []
-    for include_self, causal in ((True, True), (False, True), (True, False)):
-        mask = {"INCLUDE_SELF": include_self, "CAUSAL": causal}
-        for (dtype, D), candidates in gaussian_triton.FORWARD.items():
-            for BM, BN, *options in candidates:
-                for separate_f in (False, True):
+    """Return each (kernel, dtype, constants, warps, stages). With rope, only the usual mask."""
+    found, plain = [], {"INCLUDE_SELF": True, "CAUSAL": True}
+    for mask in (plain, {"INCLUDE_SELF": False, "CAUSAL": True}, {"INCLUDE_SELF": True, "CAUSAL": False}):
+        for separate_f in (False, True) if mask is plain else (False,):
+            for (dtype, D), candidates in gaussian_triton.FORWARD.items():
+                for BM, BN, *options in candidates:
                     constants = {"D": D, "BM": BM, "BN": BN, "SEPARATE_F": separate_f, **mask}
                     found.append((gaussian_triton.forward_kernel, DTYPES[dtype], constants, *options))
-        for (dtype, D, separate_f), candidates in gaussian_triton.BACKWARD.items():
-            for BM, BN, *options in candidates:
-                constants = {"D": D, "BM": BM, "BN": BN, "SEPARATE_F": separate_f, **mask}
-                constants |= {} if separate_f else {"DX": None}
-                found.append((gaussian_triton.backward_kernel, DTYPES[dtype], constants, *options))
+                for BM, BN, *options in gaussian_triton.BACKWARD[dtype, D, separate_f]:
+                    constants = {"D": D, "BM": BM, "BN": BN, "SEPARATE_F": separate_f, **mask}
+                    constants |= {} if separate_f else {"DX": None}
+                    found.append((gaussian_triton.backward_kernel, DTYPES[dtype], constants, *options))
     for dtype in DTYPES.values():
         for D in choose.TRITON_HEAD_DIMS:
             for kernel in (
