@@ -40,7 +40,7 @@ def _load_exponents(LOGITS, v, stride):
     which therefore takes the place of the row's maximum in the softmax.
     """
     z = tl.load(LOGITS + v, mask=v < stride, other=0.0).to(tl.float32)
-    return -SPAN / (1.0 + tl.exp2(2.0 * LOG2E / CAP * z))
+    return (1.0 / (1.0 + tl.exp2(z * (2.0 * LOG2E / CAP)))) * -SPAN
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def loss_kernel(LOGITS, TARGETS, LOSSES, stride, V, BLOCK: tl.constexpr, GRADIEN
         for block in range(tl.cdiv(V, BLOCK) - 1, -1, -1):
             v = block * BLOCK + tl.arange(0, BLOCK)
             exponents = _load_exponents(LOGITS, v, stride)
-            r = exponents * (-1.0 / SPAN)
+            r = exponents / -SPAN
             d = (tl.exp2(exponents - log2_sum) - tl.where(v == target, 1.0, 0.0)) * (4.0 * r * (1.0 - r))
             d = tl.where(scored, d, 0.0)
             tl.store(LOGITS + v, rounded(d, LOGITS.dtype.element_ty), mask=v < stride)
