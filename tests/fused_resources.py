@@ -51,6 +51,34 @@ def loss() -> list[dict]:
     return found
 
 
+def features() -> list[dict]:
+    """The kernels of convolved features, in each dtype and head size."""
+    from gkachat.attention import features_triton as module
+
+    found = []
+    for dtype in ("bf16", "fp32"):
+        for D in (64, 128, 256, 80):
+            (rows, half), (conv_rows, width) = module.norm_tile(D), module.conv_tile(D)
+            norm = {"BT": rows, "HALF": half}
+            conv = {"BT": conv_rows, "BD": width, "ROWS": module.CONV_ROWS}
+            for kernel, constants, warps in (
+                (module.forward_kernel, norm, 4),
+                (module.norm_backward_kernel, norm, 4),
+                (module.conv_backward_kernel, conv, module.CONV_WARPS),
+            ):
+                types = {}
+                for name in kernel.arg_names:
+                    if name.startswith("stride") or name == "D":
+                        types[name] = "i32/16"
+                    elif name.isupper() and len(name) > 1 or name in "XQKV":
+                        single = name in ("WQ", "WK", "WV", "COS", "SIN", "DW")
+                        types[name] = f"*{'fp32' if single else dtype}/16"
+                    else:
+                        types[name] = "i32"
+                found.append({"D": D} | resources(kernel, types, constants, warps))
+    return found
+
+
 if __name__ == "__main__":
-    for row in {"loss": loss}[sys.argv[1]]():
+    for row in {"loss": loss, "features": features}[sys.argv[1]]():
         print(json.dumps(row))

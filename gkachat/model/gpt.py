@@ -80,7 +80,8 @@ class Transformer(nn.Module):
         """Return {"kernel (reason)": indices of the layers that use it}."""
         layers: dict[str, list[int]] = {}
         for index, block in enumerate(self.blocks):
-            layers.setdefault(f"{block.attn.kernel.name} ({block.attn.kernel.reason})", []).append(index)
+            for kernel in block.attn.kernel_lines():
+                layers.setdefault(kernel, []).append(index)
         return layers
 
     def kernel_lines(self) -> list[str]:
