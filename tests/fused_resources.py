@@ -18,7 +18,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 def resources(kernel, types: dict[str, str], constants: dict, warps: int, stages: int = 3) -> dict:
-    """Return registers, bytes of spills and of shared memory of a kernel. A type that ends in /16 is a multiple of 16."""
+    """Return registers, bytes of spills and of shared memory. A type that ends in /16 is a multiple of 16."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name].removesuffix("/16") for name in names}
     aligned = [(i,) for i, name in enumerate(names) if name not in constants and types[name].endswith("/16")]
@@ -70,12 +70,12 @@ def features() -> list[dict]:
                 for name in kernel.arg_names:
                     if name.startswith("stride") or name == "D":
                         types[name] = "i32/16"
-                    elif name.isupper() and len(name) > 1 or name in "XQKV":
+                    elif (name.isupper() and len(name) > 1) or name in "XQKV":
                         single = name in ("WQ", "WK", "WV", "COS", "SIN", "DW")
                         types[name] = f"*{'fp32' if single else dtype}/16"
                     else:
                         types[name] = "i32"
-                found.append({"D": D} | resources(kernel, types, constants, warps))
+                found.append(resources(kernel, types, constants, warps) | {"D": D})
     return found
 
 

@@ -70,7 +70,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Write q, k and v of one block of tokens of one head."""
     bh, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
-    batch, head = (bh // H).to(tl.int64), bh % H
+    batch, head = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     rows, columns = block * BT + tl.arange(0, BT), tl.arange(0, HALF)
     X += batch * stride_xb + head * stride_xh
     cos = _load(COS + batch * stride_cb, rows, columns, stride_ct, T, D // 2)
@@ -106,7 +106,7 @@ def norm_backward_kernel(
 ):  # fmt: skip
     """Write the gradients of the convolutions of q and k, for one block of tokens of one head."""
     bh, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
-    batch, head = (bh // H).to(tl.int64), bh % H
+    batch, head = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     rows, columns = block * BT + tl.arange(0, BT), tl.arange(0, HALF)
     X += batch * stride_xb + head * stride_xh
     DQ += batch * stride_qb + head * stride_qh
@@ -151,7 +151,7 @@ def conv_backward_kernel(
 ):  # fmt: skip
     """Write dx of ROWS input tokens of one head, and their part of the weights' gradients."""
     bh, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
-    batch, head = (bh // H).to(tl.int64), bh % H
+    batch, head = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     columns = tl.arange(0, BD)
     X += batch * stride_xb + head * stride_xh
     DV += batch * stride_vb + head * stride_vh

@@ -87,7 +87,8 @@ def head_loss_sum(x: Tensor, weight: Tensor, targets: Tensor, with_gradients: bo
         logits = buffer[: len(x_c), :V]
         torch.mm(x_c, W.mT, out=logits)
         loss_kernel[(len(x_c),)](
-            logits, targets_c, losses[start:], logits.stride(0), V, BLOCK=BLOCK, GRADIENTS=with_gradients, num_warps=WARPS,
+            logits, targets_c, losses[start:], logits.stride(0), V,
+            BLOCK=BLOCK, GRADIENTS=with_gradients, num_warps=WARPS,
         )  # fmt: skip
         if with_gradients:
             torch.mm(logits, W, out=dx[start : start + rows])

@@ -59,7 +59,8 @@ def test_the_operators_are_registered_in_full():
     x, weights, rope = inputs(1, 6, 5, 2, 16, torch.float32)
     args = (x.contiguous(), *weights, *(t.contiguous() for t in rope))
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
-    torch.library.opcheck(features_triton.features, tuple(t.requires_grad_() for t in args[:4]) + args[4:], test_utils=tests)
+    leaves = tuple(t.requires_grad_() for t in args[:4])
+    torch.library.opcheck(features_triton.features, (*leaves, *args[4:]), test_utils=tests)
     gradients = [torch.randn(1, 5, 2, 16) for _ in range(3)]
     args = tuple(t.detach() for t in args)
     torch.library.opcheck(features_triton.features_backward, (*gradients, *args), test_utils=tests[:2])
