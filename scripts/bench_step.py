@@ -74,8 +74,8 @@ def main() -> None:
             window_pattern=options.window_pattern, **variant,
         )  # fmt: skip
         steps[name], models[name] = training_step(config, options.batch, device, dtype, options.compile)
-        for kernel, layers in models[name].kernels().items():
-            print(f"{name}, layers {', '.join(map(str, layers))}: {kernel}")
+        for line in models[name].kernel_lines():
+            print(f"{name}, {line}")
     timings = benchmark(steps, device, options.rounds)
     peak = peak_flops(device_name(device)) or measured_peaks(device, dtype)[0]
     tokens, rows = options.batch * options.tokens, []

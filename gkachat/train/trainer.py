@@ -363,8 +363,8 @@ class Trainer:
         self.report(f"{model.attention}, depth {model.depth}: {stats.params['total']:,} parameters ({groups})")
         self.report(f"{self.n_steps:,} steps of {train.total_batch_size:,} tokens; {flops:.3g} FLOPs")
         self.report(self.task.describe())
-        for kernel, layers in self.model.kernels().items():
-            self.report(f"layers {', '.join(map(str, layers))}: {kernel}")
+        for line in self.model.kernel_lines():
+            self.report(line)
 
     def report_end(self) -> None:
         """Close the log and print how the wall clock was spent."""
