@@ -6,6 +6,7 @@ bfloat16 2^-9 for each rounded operand, and several times that through the layer
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,19 +117,20 @@ def gka(
 
 def softmax(comparisons: Comparisons, sizes: Sizes, device: torch.device) -> None:
     """Compare the kernels that softmax layers choose, FlexAttention, and on a GPU each of torch's SDPA backends."""
-    T, D = sizes.compared_tokens, sizes.head_dim
+    T, D, candidates = sizes.compared_tokens, sizes.head_dim, []
     for dtype in (torch.bfloat16, torch.float32):
         for window in (None, sizes.compared_window):
             kernel = choose_kernel(KernelSpec(D, T, window), device, dtype)
-            candidates = {f"chosen: {kernel.name}": kernel.attend}
+            candidates.append((f"chosen: {kernel.name}", dtype, window, kernel.attend))
             if window is not None and device.type == "cuda":
-                candidates["flex"] = FlexAttention(window, T, device).attend
-            if window is None and dtype == torch.bfloat16 and device.type == "cuda":
-                for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-                    candidates[f"sdpa {backend.name}"] = lambda qkv, backend=backend: _sdpa(qkv, backend)
-            for candidate, attend in candidates.items():
-                name = f"softmax, {candidate}, {dtype}, window {window or 'full'}"
-                comparisons.attempt(name, _softmax, comparisons, name, sizes, device, dtype, window, attend)
+                candidates.append(("flex", dtype, window, FlexAttention(window, T, device).attend))
+    if device.type == "cuda":
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            attend = partial(_sdpa, backend=backend)
+            candidates.append((f"sdpa {backend.name}", torch.bfloat16, None, attend))
+    for candidate, dtype, window, attend in candidates:
+        name = f"softmax, {candidate}, {dtype}, window {window or 'full'}"
+        comparisons.attempt(name, _softmax, comparisons, name, sizes, device, dtype, window, attend)
 
 
 def _sdpa(qkv: QKV, backend: SDPBackend) -> Tensor:
