@@ -81,8 +81,7 @@ def operator(check: Check, case: str, save: Save) -> None:
                 comparisons.attempt(name, decode_kernel, comparisons, name, check.sizes, device, dtype, shared)
     else:
         dtype = torch.float32 if case == "float32" else torch.bfloat16
-        windows = (None, check.sizes.compared_window, 1)
-        for window in windows if case != "no_self" else windows[:2]:  # without self, a window of 1 sees nothing
+        for window in (None, check.sizes.compared_window):
             name = f"gka, {case}, window {window or 'full'}"
             comparisons.attempt(name, gka, comparisons, name, check.sizes, device, dtype, window, case)
 
