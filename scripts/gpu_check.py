@@ -105,6 +105,7 @@ class Running:
 
     def _work(self, function: Callable) -> None:
         os.setsid()  # so that its own processes end with it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         log = os.open(self.check.out / f"{self.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(log, stream)
@@ -118,7 +119,7 @@ class Running:
         status = None
         if self.process.is_alive():
             status = f"ended after {self.seconds:.0f} s"
-        self._kill()
+        self.kill()
         self.process.join()
         record = read_record(self.check.out, self.name)
         if record["status"] == "running":
@@ -127,7 +128,7 @@ class Running:
             write_text(self.check.out / f"{self.name}.json", json.dumps(record, indent=1) + "\n")
         return True
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
         with suppress(ProcessLookupError):  # also what a step has left behind
             os.killpg(self.process.pid, signal.SIGKILL)
         if self.process.is_alive():
@@ -144,7 +145,7 @@ def run_plan(plan: tuple[Stage, ...], functions: dict[str, Callable], check: Any
     """Run all stages within `seconds`, and write the report after each step. Return what the steps wrote."""
     from scripts.gpu_steps.page import count_right, page
 
-    start, records, background = time.monotonic(), {}, []
+    start, records, alive = time.monotonic(), {}, []
     command = "python -m scripts.gpu_check " + shlex.join(sys.argv[1:])
 
     def left() -> float:
@@ -156,8 +157,9 @@ def run_plan(plan: tuple[Stage, ...], functions: dict[str, Callable], check: Any
             if left() < LEAST_SECONDS:
                 records[name] = {"step": name, "status": "not started: no time left"}
             else:
-                started.append(Running(name, functions[name.partition("-")[0]], check, min(limit, left())))
                 records[name] = {"step": name, "status": "running"}
+                started.append(Running(name, functions[name.partition("-")[0]], check, min(limit, left())))
+        alive.extend(started)
         return started
 
     def report() -> None:
@@ -167,27 +169,26 @@ def run_plan(plan: tuple[Stage, ...], functions: dict[str, Callable], check: Any
         write_text(check.out / "summary.json", json.dumps(records, indent=1) + "\n")
         write_text(check.out / "page.md", page(records, command, time.monotonic() - start))
 
-    def wait(running: list[Running]) -> None:
-        while running:
-            for step in [*running, *background]:
-                if step.ended():
-                    (running if step in running else background).remove(step)
-                    report()
-                    record = records[step.name]
-                    told = [f"{seconds - left():5.0f} s", step.name, record["status"], count_right(record)]
-                    print(" | ".join(filter(None, [*told, record.get("error", "")[:200]])), flush=True)
+    def wait(steps: list[Running]) -> None:
+        while any(step in alive for step in steps):
+            for step in [step for step in alive if step.ended()]:
+                alive.remove(step)
+                report()
+                record = records[step.name]
+                told = [f"{seconds - left():5.0f} s", step.name, record["status"], count_right(record)]
+                print(" | ".join(filter(None, [*told, record.get("error", "")[:200]])), flush=True)
             time.sleep(POLL_SECONDS)
 
     try:
         for stage in plan:
             if stage.waits:
-                wait(background)
-            background += begin(stage.background, BACKGROUND_SECONDS)
+                wait([*alive])
+            begin(stage.background, BACKGROUND_SECONDS)
             wait(begin(stage.steps, 2 * stage.seconds))
-        wait(background)
+        wait([*alive])
     finally:
-        for step in background:
-            step._kill()
+        for step in alive:
+            step.kill()
     report()
     return records
 
@@ -217,7 +218,9 @@ def main() -> int:
     # Shared by all steps: what one compiles, later ones find, and so does a second run.
     for variable, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         os.environ.setdefault(variable, str(CACHE.resolve() / folder))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
+    if not options.prepare:  # a dozen steps share the cores
+        os.environ.setdefault("OMP_NUM_THREADS", "2")
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
     from scripts.gpu_steps import FULL, SMALL, Check
 
     sizes = SMALL if options.small else FULL
@@ -235,6 +238,7 @@ def main() -> int:
         beside = f", in the background {', '.join(stage.background)}" if stage.background else ""
         print(f"planned {stage.seconds:3d} s: {', '.join(stage.steps)}{beside}")
     print(f"planned {sum(stage.seconds for stage in PLAN)} s of {options.seconds:.0f} s", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the steps too
     records = run_plan(PLAN, functions, check, options.seconds - (time.monotonic() - start))
     print((options.out / "page.md").read_text())
     right = all(c["right"] for record in records.values() for c in record.get("comparisons", []))

@@ -32,7 +32,6 @@ class Sizes:
     configured_rows: int = 32
     """Rows of softmax's step alone, as configs/d20.toml has them."""
     kernel_rows: int = 32
-    windows: tuple[int | None, ...] = (512, None)
     decode_rows: tuple[int, ...] = (1, 8, 64)
     rounds: int = 10
     compile: bool = True
@@ -42,7 +41,7 @@ class Sizes:
     compared_tokens: int = 1008
     """No multiple of a kernel's blocks, but of 16, as `tokens` is: Triton then compiles the same kernels for both."""
     compared_window: int = 112
-    compared_vocab: int = 8192
+    compared_vocab: int = 32_768
 
     # Models that are carried: trained on a CPU, for curves, tokens and scores
     carried_depth: int = 4
@@ -58,7 +57,7 @@ class Sizes:
 
 FULL = Sizes()
 SMALL = Sizes(
-    depth=2, n_embd=64, tokens=64, vocab_size=256, rows=2, configured_rows=2, kernel_rows=1, windows=(16, None),
+    depth=2, n_embd=64, tokens=160, vocab_size=256, rows=2, configured_rows=2, kernel_rows=1,
     decode_rows=(1, 2), rounds=1, compile=False, head_dim=64, compared_tokens=48, compared_window=17,
     compared_vocab=512, carried_depth=2, carried_embd=64, carried_tokens=64, carried_vocab=512, carried_chars=400_000,
     batch_rows=4, steps=6, prompts=4, new_tokens=4,

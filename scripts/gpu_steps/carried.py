@@ -17,16 +17,8 @@ from pathlib import Path
 import torch
 
 from gkachat.checkpoint import CHECKPOINTS, Saver, checkpoint_steps, load_model
-from gkachat.config import (
-    ATTENTIONS,
-    Config,
-    DataConfig,
-    GPTConfig,
-    OptimConfig,
-    RunConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
+from gkachat.config import ATTENTIONS, Config, DataConfig, GPTConfig, RunConfig, TokenizerConfig, TrainConfig
+from gkachat.config_file import load_config
 from gkachat.data.shards import Split, write_shards
 from gkachat.data.sources import Corpus
 from gkachat.eval.bpb import bpb_sums
@@ -45,6 +37,7 @@ from gkachat.train.setup import Run, build_model
 from gkachat.train.trainer import Trainer
 from scripts.gpu_steps import Sizes
 
+LAPTOP = Path(__file__).parents[2] / "configs" / "laptop.toml"  # its learning rates suit so few tokens
 CHECKPOINT_EVERY = 2  # steps; a killed run loses one of them at most
 
 
@@ -67,7 +60,7 @@ def config(sizes: Sizes, attention: str, device: str, dtype: str, compile: bool)
                 baseline_tokens=sizes.steps * batch, total_batch_size=batch, device_batch_size=sizes.batch_rows,
                 warmup_steps=5, eval_every=0, eval_tokens=8 * batch,
             ),
-            optim=OptimConfig(lr_scale=1.0, adam_scale=1.0, weight_decay=0.1, x0_lr=0.05, sigma_lr=0.02),
+            optim=load_config(LAPTOP).optim,
         )
     )  # fmt: skip
 

@@ -47,10 +47,11 @@ def kernels(check: Check, _: str, save: Save) -> None:
     sizes, rows, blocks = check.sizes, [], []
     peaks = measured_peaks(device, dtype)
     save(flops_per_second=peaks[0], bytes_per_second=peaks[1])
-    D = config(sizes, "gka").head_dim
-    shape = (sizes.kernel_rows, sizes.tokens, sizes.n_embd // D, D)
+    model = config(sizes, "gka")
+    shape = (sizes.kernel_rows, sizes.tokens, model.n_head, model.head_dim)
+    windows = {model.window(layer) for layer in range(model.depth)}
     for level in ("sublayer", "operator"):
-        for window in sizes.windows:
+        for window in sorted(windows, key=lambda window: window or sizes.tokens):
             compiled = sizes.compile and level == "sublayer"
             found = bench_attention.measure(level, shape, window, device, dtype, peaks, compiled, sizes.rounds)
             rows += found
