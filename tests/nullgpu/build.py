@@ -54,7 +54,9 @@ def build(packages: Path, out: Path) -> Path:
     for library, prefixes in LIBRARIES.items():
         if not (packages / library).exists():
             raise FileNotFoundError(f"{packages / library}: not there; install torch's CUDA 13 build from PyPI")
-        wanted |= {f for f in exported_functions(nm(packages / library, "-D", "--defined-only")) if f.startswith(prefixes)}
+        wanted |= {
+            f for f in exported_functions(nm(packages / library, "-D", "--defined-only")) if f.startswith(prefixes)
+        }
     out.mkdir(parents=True, exist_ok=True)
     compile = ["gcc", "-std=gnu11", "-O1", "-Wall", "-Wno-deprecated-declarations", "-fPIC", "-c", *WITHOUT]
     include = [f"-I{packages / folder}" for folder in (*INCLUDE, COMPILER_INCLUDE)]

@@ -1,8 +1,8 @@
 """Counters of the null GPU that this process runs on.
 
-    before = read()
-    train_step()
-    read()["host_waits"] - before["host_waits"]
+before = read()
+train_step()
+read()["host_waits"] - before["host_waits"]
 """
 
 import ctypes
@@ -27,4 +27,3 @@ def read() -> dict[str, int]:
 def devices_touched() -> list[int]:
     """Return the devices on which this process has opened a context."""
     return [device for device in range(64) if read()["devices_touched"] >> device & 1]
-

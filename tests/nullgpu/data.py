@@ -59,7 +59,8 @@ def write_datasets(folder: Path) -> None:
     numbers = range(CONVERSATIONS)
     write_dataset(folder / "karpathy/climbmix-400b-shuffle", corpus_rows())
     talk = [
-        [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"Here it is: {i}."}] for i in numbers
+        [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"Here it is: {i}."}]
+        for i in numbers
     ]
     write_dataset(folder / "HuggingFaceTB/smol-smoltalk", [{"messages": messages} for messages in talk])
     choices = [{"question": f"What is {i}?", "choices": ["A number", "B", "C", "D"], "answer": 0} for i in numbers]

@@ -21,7 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from steps import HERE, Step, null_gpu_environment, read_steps, run_step
+
+from gkachat.machine import commit, processor
 
 ROOT = HERE.parents[1]
 ATTENTIONS = ("softmax", "gka", "gka_plus")
@@ -88,13 +92,13 @@ def make_tree(walk: Walk) -> None:
     shutil.copy(ROOT / "pyproject.toml", walk.tree / ".venv/installed")  # so that scripts/setup.sh installs nothing
     write_program(
         walk.tree / ".venv/bin/python",
-        f'export LD_PRELOAD= NULL_LIBRARY="{walk.library}"',
-        f'if [ "$1" = -m ]; then exec $GPU_WALK_WITH "{sys.executable}" "{HERE}/steps.py" "$NULL_STEPS" "{sys.executable}" "$@"; fi',
+        f'export NULL_LIBRARY="{walk.library}"',
+        f'step="$GPU_WALK_WITH {sys.executable} {HERE}/steps.py $NULL_STEPS"',
+        f'if [ "$1" = -m ]; then exec $step "{sys.executable}" "$@"; fi',
         f'LD_PRELOAD="{walk.library}" PYTHONPATH= exec "{sys.executable}" "$@"',
     )
-    write_program(
-        walk.tree / "bin/nvidia-smi", 'for i in $(seq 1 "$NULL_GPUS"); do echo "GPU $i: a null GPU (UUID: GPU-$i)"; done'
-    )
+    list_gpus = 'for i in $(seq 1 "$NULL_GPUS"); do echo "GPU $i: a null GPU (UUID: GPU-$i)"; done'
+    write_program(walk.tree / "bin/nvidia-smi", list_gpus)
     subprocess.run([sys.executable, HERE / "data.py", walk.tree, walk.home], check=True)
 
 
@@ -196,7 +200,9 @@ def peaks(walk: Walk, full: bool) -> list[Row]:
                 found[depth] = tuple(max(r[key][0] for r in step.reports) for key in ("allocated_gib", "reserved_gib"))
         if len(found) == 2:
             at_20 = [found[4][i] + (found[8][i] - found[4][i]) * (20 - 4) / (8 - 4) for i in range(2)]
-            rows.append(Row("peaks", f"peak {attention} depth 20, extrapolated", 0, 0, [memory(*at_20)], over(at_20[1])))
+            rows.append(
+                Row("peaks", f"peak {attention} depth 20, extrapolated", 0, 0, [memory(*at_20)], over(at_20[1]))
+            )
         elif full and 20 in found:
             rows[-1].faults += over(found[20][1])
     return rows
@@ -256,15 +262,9 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
 def machine() -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton", "torchao"))
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line), "")
-    return f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+    return f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
 
 
 def main() -> None:
@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("library", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", nargs="+", default=None, help="parts to walk")
-    parser.add_argument("--full", action="store_true", help="measure the peaks at depth 20 instead of extrapolating them")
+    parser.add_argument("--full", action="store_true", help="peaks at depth 20, not extrapolated")
     parser.add_argument("--out", type=Path, help="write the table to this file")
     arguments = parser.parse_args()
     walk = Walk(arguments.library.resolve(), arguments.work.resolve())
