@@ -1,7 +1,7 @@
-"""Measure the device memory of training configs/d20.toml with one attention: python tests/nullgpu/peak.py gka [--option ...]
+"""Take two training steps of configs/d20.toml with one attention: python tests/nullgpu/peak.py gka [--option ...]
 
-Takes two steps of one pass each over the configured rows, compiled as in training: the second step holds weights,
-optimizer state, gradients and activations at once. Run on the null GPU, the peak is in the process's report.
+Each step is one pass over the configured rows, compiled as in training. The second step holds weights, optimizer state,
+gradients and activations at once. On the null GPU, the peak is in the process's report.
 """
 
 import sys

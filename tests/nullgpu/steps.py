@@ -2,8 +2,8 @@
 
 python steps.py FOLDER COMMAND ...
 
-is what the stand-in interpreter of a speedrun calls. It records the step in FOLDER and exits with 0 whatever happened, so
-that a fault does not end the speedrun.
+is what the stand-in interpreter of a speedrun calls. It records the step in FOLDER and exits with 0 whatever happened,
+so that a fault does not end the speedrun.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The null GPU: which functions are generated, and, where torch's CUDA wheels are installed, that the library is whole."""
+"""The null GPU: which functions are generated, and that the library is whole where torch's CUDA wheels are installed."""
 
 import importlib.util
 import subprocess

@@ -2,8 +2,8 @@
 
 python walk.py LIBRARY WORK [--only PART ...] [--full] [--out FILE.md]
 
-Every step has its row in the table at the end, its log and its processes' reports in WORK. Parts that are not walked this
-time are taken from WORK if they were walked at the same commit. The exit code is 1 if any step has a fault.
+Every step has its row in the table at the end, its log and its processes' reports in WORK. Parts that are not walked
+this time are taken from WORK if they were walked at the same commit. The exit code is 1 if any step has a fault.
 """
 
 import argparse
@@ -81,9 +81,9 @@ class Walk:
 
 
 def make_tree(walk: Walk) -> None:
-    """Make the folder that speedrun.sh runs in: links to this repository, stand-ins for downloads, interpreter and driver.
+    """Make the folder that speedrun.sh runs in: links to this repository, and stand-ins for downloads and nvidia-smi.
 
-    The interpreter in its .venv records each command of the speedrun as a step.
+    The interpreter in its .venv is a stand-in too, which records each command of the speedrun as a step.
     """
     shutil.rmtree(walk.tree, ignore_errors=True)
     (walk.tree / ".venv/bin").mkdir(parents=True)

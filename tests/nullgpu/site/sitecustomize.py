@@ -1,7 +1,7 @@
 """Loaded by every Python process whose PYTHONPATH names this folder. It reports what a process did to the null GPU.
 
-Where a number from the device decides what the host does next, that number is replaced: on a GPU that computes nothing it
-is whatever the memory held. These are the only replacements:
+Where a number from the device decides what the host does next, that number is replaced: on a GPU that computes nothing
+it is whatever the memory held. These are the only replacements:
 
 - Trainer.train_step: loss and gradient norm are 1, no step is skipped, and the request to stop is what the ranks' hosts
   say. Host waits are counted around the real step, before the replacement.
@@ -92,8 +92,8 @@ def report() -> None:
         for what in ("allocated", "reserved")
     }
     found = {
-        "argv": sys.argv, "rank": int(os.environ["RANK"]) if "RANK" in os.environ else None, "counters": counters.read(),
-        "devices": counters.devices_touched(), "waits_by_step": waits_by_step,
+        "argv": sys.argv, "rank": int(os.environ["RANK"]) if "RANK" in os.environ else None,
+        "counters": counters.read(), "devices": counters.devices_touched(), "waits_by_step": waits_by_step,
         "graph_breaks": breaks, "graphs": graphs, **memory,
     }  # fmt: skip
     path = Path(os.environ["NULL_REPORT"]) / f"{os.getpid()}.json"
