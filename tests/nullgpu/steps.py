@@ -65,13 +65,18 @@ def run_step(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd,
             env={**env, "NULL_REPORT": str(reports)}, start_new_session=True,
         )  # fmt: skip
-        while process.poll() is None:
-            time.sleep(0.1)
-            if stop_at and stop_at in log.read_text(errors="replace"):
-                process.send_signal(signal.SIGTERM)
-                stop_at = None
-            if time.monotonic() - start > SECONDS:
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                if stop_at and stop_at in log.read_text(errors="replace"):
+                    process.send_signal(signal.SIGTERM)
+                    stop_at = None
+                if time.monotonic() - start > SECONDS:
+                    break
+        finally:
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     found = [json.loads(path.read_text()) for path in sorted(reports.iterdir())]
     step = Step(label, process.returncode, time.monotonic() - start, str(log), found)
     (folder / f"{name}.json").write_text(json.dumps(asdict(step) | {"ended": time.time()}))
@@ -96,6 +101,7 @@ def label_of(arguments: list[str]) -> str:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the command too
     folder, *command = sys.argv[1:]
     library = Path(os.environ["NULL_LIBRARY"])
     env = null_gpu_environment(library, int(os.environ["NULL_GPUS"]))

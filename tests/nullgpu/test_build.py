@@ -1,4 +1,4 @@
-"""The null GPU: which functions are generated, and that the library is whole where torch's CUDA wheels are installed."""
+"""The null GPU: which functions are generated, and that the library is whole where there are CUDA wheels."""
 
 import importlib.util
 import subprocess
