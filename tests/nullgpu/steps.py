@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,10 @@ def read_steps(folder: Path) -> list[Step]:
 def label_of(arguments: list[str]) -> str:
     """Return the script and the run of a command: "base_train d20_gka" for -m scripts.base_train --run.name d20_gka."""
     start = next(i for i, word in enumerate(arguments) if word.startswith("scripts."))
-    words, rest = [arguments[start].removeprefix("scripts.")], arguments[start + 1 :]
-    for before, word in zip(["", *rest], rest, strict=False):
-        positional = not word.startswith("-") and (before == "" or not before.startswith("-"))
-        if (positional and not word.endswith(".toml")) or before in ("--run.name", "--eval"):
-            words.append(word)
-    return " ".join(words)
+    script, rest = arguments[start].removeprefix("scripts."), arguments[start + 1 :]
+    runs = [word for word in takewhile(lambda word: not word.startswith("-"), rest) if not word.endswith(".toml")]
+    named = [value for option, value in pairwise(rest) if option in ("--run.name", "--eval")]
+    return " ".join([script, *runs, *named])
 
 
 def main() -> None:
