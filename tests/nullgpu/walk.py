@@ -216,7 +216,8 @@ def total(step: Step, counter: str) -> int:
 
 
 def memory(allocated: float, reserved: float) -> str:
-    return f"peak {allocated:.1f} GiB, {reserved:.1f} reserved"
+    mark = f" (above the mark of {GOOD_PEAK_GIB:.0f})" if reserved > GOOD_PEAK_GIB else ""
+    return f"peak {allocated:.1f} GiB, {reserved:.1f} reserved{mark}"
 
 
 def over(reserved: float) -> list[str]:
@@ -232,9 +233,8 @@ def row_of(part: str, step: Step) -> Row:
     for counter, what in (("bad_launches", "launches refused"), ("capture_waits", "host waits within a capture")):
         if n := total(step, counter):
             faults.append(f"{n} {what}")
-    trained = [report for report in step.reports if len(report["waits_by_step"]) > 1]
-    if trained:
-        waits = max(wait for report in trained for wait in report["waits_by_step"][1:])
+    if by_step := [waits for report in step.reports for waits in report["waits_by_step"]]:
+        waits = max(by_step)
         measured.append(f"{waits} host waits a step")
         if waits:
             faults.append(f"{waits} host waits a step")

@@ -16,23 +16,26 @@ import json
 import os
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # counters.py
 
-waits_by_step: list[int] = []
+waits_by_step: list[int] = []  # of every trainer, without its first step, which compiles
 
 
 def replace_in_trainer(module) -> None:
     import counters
     import torch
 
-    real_step = module.Trainer.train_step
+    real_step, compiled = module.Trainer.train_step, weakref.WeakSet()
 
     def train_step(self) -> None:
         before = counters.read()["host_waits"]
         real_step(self)
-        waits_by_step.append(counters.read()["host_waits"] - before)
+        if self in compiled:
+            waits_by_step.append(counters.read()["host_waits"] - before)
+        compiled.add(self)
         stop = torch.tensor(float(self.stop_requested > 0))
         stop = module.all_reduce_sum(stop.to(self.device), self.world).cpu()
         step, _, event = self.pending[-1]
