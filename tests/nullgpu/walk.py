@@ -34,7 +34,7 @@ STEPS = 6
 MAX_PEAK_GIB = 79.0
 GOOD_PEAK_GIB = 72.0
 SMALL = [
-    "--model.depth=4", "--train.max_skipped=100000", f"--train.eval_tokens={ROWS * T}", "--train.eval_every=3",
+    "--model.depth=2", "--model.n_embd=256", "--train.max_skipped=100000", f"--train.eval_tokens={ROWS * T}", "--train.eval_every=3",
     "--run.log_every=3", "--run.timeout=1500",
 ]  # fmt: skip
 
@@ -181,7 +181,7 @@ def options(walk: Walk) -> list[Row]:
     """Options of training that only a GPU has."""
     batch = [f"--train.total_batch_size={ROWS * T}", f"--train.total_tokens={2 * ROWS * T}"]
     command = ["-m", "scripts.base_train", "configs/d20.toml", "--model.attention=gka", "--overwrite", *SMALL, *batch]
-    fp8 = walk.run("options", "base_train run.fp8", [*command, "--run.name=fp8", "--run.fp8=true", "--model.depth=2"])
+    fp8 = walk.run("options", "base_train run.fp8", [*command, "--run.name=fp8", "--run.fp8=true"])
     auto = [*command, "--run.name=auto", "--train.device_batch_size=auto"]
     return [row_of("options", fp8, 1), row_of("options", walk.run("options", "base_train batch auto", auto))]
 
