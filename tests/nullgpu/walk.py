@@ -34,8 +34,8 @@ STEPS = 6
 MAX_PEAK_GIB = 79.0
 GOOD_PEAK_GIB = 72.0
 SMALL = [
-    "--model.depth=2", "--model.n_embd=256", "--train.max_skipped=100000", f"--train.eval_tokens={ROWS * T}", "--train.eval_every=3",
-    "--run.log_every=3", "--run.timeout=1500",
+    "--model.depth=2", "--model.n_embd=256", "--train.max_skipped=100000", "--train.eval_every=3",
+    f"--train.eval_tokens={ROWS * T}", "--run.log_every=3", "--run.timeout=1500",
 ]  # fmt: skip
 
 
