@@ -1,4 +1,4 @@
-"""Counters of the null GPU that this process runs on.
+"""The null GPU that this process runs on: its counters, and its memory.
 
 before = read()
 train_step()
@@ -27,3 +27,8 @@ def read() -> dict[str, int]:
 def devices_touched() -> list[int]:
     """Return the devices on which this process has opened a context."""
     return [device for device in range(64) if read()["devices_touched"] >> device & 1]
+
+
+def fill_zero(address: int, n_bytes: int) -> None:
+    """Write zeros to memory of the device."""
+    ctypes.CDLL(None).null_fill(ctypes.c_void_p(address), 0, ctypes.c_size_t(n_bytes))

@@ -3,6 +3,8 @@
 Where a number from the device decides what the host does next, that number is replaced: on a GPU that computes nothing
 it is whatever the memory held. These are the only replacements:
 
+- aten::zero_ writes zeros to contiguous tensors, and aten::nonzero, whose size depends on data, finds what the memory
+  holds. A stale number would be a size of terabytes.
 - Trainer.train_step: loss and gradient norm are 1, no step is skipped, and the request to stop is what the ranks' hosts
   say. Host waits are counted around the real step, before the replacement.
 - bpb_sums: runs on the real batches, then returns one nat per byte.
@@ -16,12 +18,32 @@ import json
 import os
 import signal
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # counters.py
 
 waits_by_step: list[int] = []  # of every trainer, without its first step, which compiles
+
+
+def replace_in_torch(torch) -> None:
+    import counters
+
+    def zero_(tensor):
+        if tensor.is_contiguous():
+            counters.fill_zero(tensor.data_ptr(), tensor.nbytes)
+        return tensor
+
+    def nonzero(tensor):
+        return tensor.cpu().nonzero().to(tensor.device)
+
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an operator that has a kernel already
+        library.impl("zero_", zero_, "CUDA")
+        library.impl("nonzero", nonzero, "CUDA")
+    torch._null_gpu_library = library  # lives as long as its operators
 
 
 def replace_in_trainer(module) -> None:
@@ -55,6 +77,7 @@ def replace_in_bpb(module) -> None:
 
 
 REPLACEMENTS = {
+    "torch": replace_in_torch,
     "gkachat.train.trainer": replace_in_trainer,
     "gkachat.eval.bpb": replace_in_bpb,
 }
