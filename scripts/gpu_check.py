@@ -100,6 +100,7 @@ class Running:
 
     def __init__(self, name: str, function: Callable, check: Any, seconds: float):
         self.name, self.check, self.seconds, self.start = name, check, seconds, time.monotonic()
+        (check.out / f"{name}.json").unlink(missing_ok=True)  # of an earlier check
         self.process = multiprocessing.get_context("fork").Process(target=self._work, args=(function,))
         self.process.start()
 

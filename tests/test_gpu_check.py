@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 from scripts import gpu_check
 from scripts.gpu_steps import SMALL, Check
@@ -37,7 +37,7 @@ def bare(*words):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_every_step_ends_well_where_only_torch_is_installed(tmp_path):
+def test_every_step_ends_well_where_only_torch_is_installed(tmp_path, monkeypatch):
     carried, out = tmp_path / "carried", tmp_path / "out"
     prepared = bare("--prepare", "--carried", carried)
     assert prepared.returncode == 0, prepared.stderr
@@ -50,7 +50,10 @@ def test_every_step_ends_well_where_only_torch_is_installed(tmp_path):
     text = (out / "page.md").read_text()
     assert "not measured" not in text and "torch " + torch.__version__ in text
     assert not list(out.glob("run_*"))
-    again = bare("--carried", carried, "--out", out, "--device", "cpu", "--step", "tokens-gka")
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS"):
+        monkeypatch.setenv(variable, os.environ.get(variable, ""))  # the script sets them where they are not set
+    one = ["--step", "tokens-gka", "--small", "--carried", carried, "--out", out, "--device", "cpu"]
+    again = run_script("gpu_check", *one, home=tmp_path)
     assert again.returncode == 0, again.stderr
 
 
@@ -93,7 +96,6 @@ def test_steps_that_raise_hang_or_die_stop_nothing(tmp_path):
     assert records["hangs"]["found"] == 2 and records["works-a"]["found"] == "a"
     assert json.loads((tmp_path / "summary.json").read_text()) == records
     assert "RuntimeError: injected" in (tmp_path / "page.md").read_text()
-    assert "injected" in (tmp_path / "raises.log").read_text()
 
 
 def test_the_time_of_all_steps_is_bounded_and_the_report_is_written(tmp_path, monkeypatch):
