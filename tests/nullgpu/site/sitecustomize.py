@@ -37,8 +37,8 @@ def replace_in_torch(torch) -> None:
 
     def nonzero(tensor):
         whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
-        on_host = whole.cpu().as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())  # no kernel gathers it
-        return on_host.nonzero().to(tensor.device)
+        whole = whole.cpu()  # one copy: no kernel gathers a slice
+        return whole.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()).nonzero().to(tensor.device)
 
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
