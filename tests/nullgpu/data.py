@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 CORPUS_CHARS = 16_000_000
-CONVERSATIONS = 400
+CONVERSATIONS = 400  # of each of three data sets; with the numbers below they fill some steps of 64 rows
 BUNDLE = "GKACHAT_CORE_BUNDLE"  # environment variable: another CORE bundle, a folder or a zip
 CONFIGS = "configs:\n- config_name: {name}\n  data_files:\n  - split: train\n    path: {path}\n"
 TASKS = {  # label: (file, kind, shots, baseline, row)
@@ -54,18 +54,20 @@ def corpus_rows() -> list[dict]:
     return rows
 
 
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
 def write_datasets(folder: Path) -> None:
     """Write the corpus of configs/d20.toml and the three data sets of chat.source huggingface."""
     numbers = range(CONVERSATIONS)
     write_dataset(folder / "karpathy/climbmix-400b-shuffle", corpus_rows())
-    talk = [
-        [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"Here it is: {i}."}]
-        for i in numbers
-    ]
-    write_dataset(folder / "HuggingFaceTB/smol-smoltalk", [{"messages": messages} for messages in talk])
-    choices = [{"question": f"What is {i}?", "choices": ["A number", "B", "C", "D"], "answer": 0} for i in numbers]
+    count = " ".join(map(str, range(1000, 1300)))
+    talk = [{"messages": [message("user", f"Count to {i}."), message("assistant", f"{i}: {count}")]} for i in numbers]
+    write_dataset(folder / "HuggingFaceTB/smol-smoltalk", talk)
+    choices = [{"question": f"{count} {i}?", "choices": ["A number", "B", "C", "D"], "answer": 0} for i in numbers]
     write_dataset(folder / "cais/mmlu", choices, name="auxiliary_train")
-    sums = [{"question": f"{i} + {i}?", "answer": f"{2 * i}\n#### {2 * i}"} for i in numbers]
+    sums = [{"question": f"{i} + {i}?", "answer": f"{count}\n#### {2 * i}"} for i in numbers]
     write_dataset(folder / "openai/gsm8k", sums, name="main")
 
 

@@ -119,7 +119,7 @@ def speedrun(walk: Walk, gpus: int) -> list[Row]:
     folder.mkdir()
     options = [
         "--overwrite", *SMALL, f"--train.total_batch_size={gpus * ROWS * T}", f"--train.total_tokens={tokens}",
-        "--chat.conversations", "400",
+        "--chat.conversations", "1200",
     ]  # fmt: skip
     env = os.environ | {
         "PATH": f"{walk.tree / 'bin'}:{os.environ['PATH']}", "NULL_STEPS": str(folder), "NULL_GPUS": str(gpus),
