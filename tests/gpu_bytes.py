@@ -155,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["head", "softmax", "gka", "gka_plus"])
     parser.add_argument("--plain", action="store_true", help="the reference in the place of our Triton kernels")
+    parser.add_argument("--depth", type=int, default=4, help="blocks; every other one has value embeddings")
     options = parser.parse_args()
     inside = inside_operators()
     config.force_disable_caches = True
@@ -168,7 +169,14 @@ def main() -> None:
         function = loss.head_loss if options.plain else loss_triton.head_loss
         torch.compile(lambda *args: function(*args), fullgraph=True)(x, weight, targets).backward()
     else:
-        shape = {"depth": 4, "n_embd": C, "head_dim": 128, "vocab_size": V, "sequence_len": T, "window_pattern": "L"}
+        shape = {
+            "depth": options.depth,
+            "n_embd": C,
+            "head_dim": 128,
+            "vocab_size": V,
+            "sequence_len": T,
+            "window_pattern": "L",
+        }
         with torch.device("cuda"):
             model = GPT(GPTConfig(attention=options.what, **shape), torch.bfloat16)
         model.head_loss = loss.HeadLoss("none", "the head is not counted", lambda x, w, t: x.float().mean())
@@ -192,7 +200,7 @@ def main() -> None:
     pointwise = total["generated"] + total["our kernels"]
     every = pointwise + total["products of our operators"] + total["library"]
     sums = {"pointwise GB": gigabytes(pointwise), "with products GB": gigabytes(every)}
-    print(json.dumps({"what": options.what, "plain": options.plain} | sums))
+    print(json.dumps(vars(options) | sums))
 
 
 if __name__ == "__main__":

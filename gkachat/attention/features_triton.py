@@ -2,8 +2,8 @@
 
 Forward, x is read once and q, k and v are written. Backward, the first kernel goes through norm and rotation: it
 convolves x again and writes the gradients of the convolutions of q and k. The second goes through the convolutions:
-it reads these and dv, and writes dx and its part of the weights' gradients, whose sum has a fixed order. A token of an
-element in bfloat16 moves 8 bytes forward and 20 backward. Rows that several taps read come from a cache.
+it reads these, dv and x, and writes dx and its part of the weights' gradients, whose sum has a fixed order. A number of
+x in bfloat16 moves 8 bytes forward and 20 backward. Rows that several taps read come from a cache.
 
 Arithmetic is float32. `convolved_features` of features.py is the reference. Imported only where it is used.
 Axes: B batch, S input tokens, T output tokens (the last T of S), H heads, D head_dim, N taps.
