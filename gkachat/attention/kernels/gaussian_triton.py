@@ -318,7 +318,7 @@ FORWARD = {
     (torch.bfloat16, 64): [(128, 128, 8, 2), (128, 64, 8, 3)],
     (torch.bfloat16, 128): [(128, 128, 8, 2), (128, 64, 8, 3)],
     (torch.float32, 64): [(64, 32, 4, 2)],
-    (torch.float32, 128): [(16, 32, 4, 1)],
+    (torch.float32, 128): [(16, 32, 8, 1)],
 }
 # The third key is SEPARATE_F, which rope needs. BN below 64 would take the query part off Hopper's tensor cores.
 BACKWARD = {

@@ -91,10 +91,10 @@ def resources(kernel, dtype: str, constants: dict, warps: int, stages: int) -> d
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
     compiled = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages})
     cache = get_cache_manager(compiled.hash)
-    kept = cache.get_file("resources.json")
+    kept = cache.get_file("figures.json")
     figures = json.loads(Path(kept).read_text()) if kept else inspect_code(compiled)
     if not kept:
-        cache.put(json.dumps(figures), "resources.json", binary=False)
+        cache.put(json.dumps(figures), "figures.json", binary=False)
     return {
         "kernel": kernel.fn.__name__, "dtype": dtype, **constants, "warps": warps, "stages": stages, **figures,
         "shared": compiled.metadata.shared, "triton": triton.__version__,
@@ -120,8 +120,15 @@ def inspect_code(compiled) -> dict:
         "waits": ptx.count("wgmma.wait_group"),
         "loads": ptx.count("cp.async.bulk.tensor"),
         "loop": loop_length(sass),
-        "narrow": re.findall(r"arith\.muli %(?!c\d|cst)\S+, %(?!c\d|cst).*: (?:tensor<.*)?i32.*", compiled.asm["ttir"]),
+        "narrow": narrow_products(compiled.asm["ttir"]),
     }
+
+
+def narrow_products(ttir: str) -> list[tuple[str, str]]:
+    """Return the operands of 32-bit integer products in which neither is a constant."""
+    constants = set(re.findall(r"(%\S+) = arith.constant", ttir))
+    products = re.findall(r"arith\.muli (%\S+), (%\S+) : (?:tensor<[\dx]*)?i32", ttir)
+    return [pair for pair in products if constants.isdisjoint(pair)]
 
 
 def loop_length(sass: str) -> int | None:
