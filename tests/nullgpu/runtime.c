@@ -311,7 +311,8 @@ cudaError_t cudaMemset(void *to, int byte, size_t n) { return cudaMemsetAsync(to
 /* ---- waits ---- */
 
 static __thread bool capturing;
-static __thread cudaStream_t captured; /* the stream of the capture */
+static __thread cudaStream_t captured;   /* the stream of the capture */
+static __thread size_t captured_kernels; /* of the capture, or the one before */
 static __thread enum cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 bool null_is_capturing(void) { return capturing; }
@@ -393,6 +394,7 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEve
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
     capturing = true;
     captured = stream;
+    captured_kernels = 0;
     return cudaSuccess;
 }
 
@@ -423,6 +425,11 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCapture
     return cudaSuccess;
 }
 
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *n) {
+    if (nodes == NULL) *n = captured_kernels;
+    return cudaSuccess;
+}
+
 static cudaError_t instantiate(cudaGraphExec_t *executable) {
     *executable = null_new_handle();
     return cudaSuccess;
@@ -446,7 +453,10 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
 bool null_launch(unsigned x, unsigned y, unsigned z, size_t shared_bytes) {
     null_open_context();
     __atomic_add_fetch(&null_counters.launches, 1, __ATOMIC_RELAXED);
-    if (capturing) __atomic_add_fetch(&null_counters.graph_kernels, 1, __ATOMIC_RELAXED);
+    if (capturing) {
+        captured_kernels++;
+        __atomic_add_fetch(&null_counters.graph_kernels, 1, __ATOMIC_RELAXED);
+    }
     bool nonempty = x > 0 && y > 0 && z > 0;
     bool fits = x <= MAX_GRID_X && y <= MAX_GRID_YZ && z <= MAX_GRID_YZ && shared_bytes <= SHARED_BYTES_OF_BLOCK;
     if (nonempty && fits) return true;
