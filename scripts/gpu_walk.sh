@@ -4,7 +4,7 @@
 #   bash scripts/gpu_walk.sh                            everything, at small size; ends in a table
 #   bash scripts/gpu_walk.sh --only speedrun_1 decode   some parts of it: speedrun_1, chat, speedrun_2, resume, decode,
 #                                                       options, peaks; chat needs speedrun_1
-#   bash scripts/gpu_walk.sh --full                     memory measured at depth 20, not extrapolated from 4 and 8
+#   bash scripts/gpu_walk.sh --full                     memory measured at depth 20, not extrapolated from 2 and 4
 #   bash scripts/gpu_walk.sh --out results/gpu_walk.md  also write the table to a file
 #
 # It proves host-side behaviour, code generation and memory, and neither numbers nor speed: see tests/nullgpu/README.md.

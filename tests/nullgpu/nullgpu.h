@@ -31,9 +31,6 @@ struct counters {
 };
 extern struct counters null_counters;
 
-/* Counts a wait of the host. Returns false where CUDA would fail, within a capture. */
-bool null_host_waits(void);
-
 /* Counts a launch. Returns false for a grid or an amount of shared memory that the device does not have. */
 bool null_launch(unsigned x, unsigned y, unsigned z, size_t shared_bytes);
 

@@ -297,11 +297,6 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, enum cudaMemcp
     return cudaSuccess;
 }
 
-cudaError_t cudaMemcpy(void *to, const void *from, size_t n, enum cudaMemcpyKind kind) {
-    if (!null_host_waits()) return cudaErrorStreamCaptureUnsupported;
-    return cudaMemcpyAsync(to, from, n, kind, NULL);
-}
-
 cudaError_t cudaMemcpyPeerAsync(void *to, int target, const void *from, int source, size_t n, cudaStream_t stream) {
     return cudaMemcpyAsync(to, from, n, cudaMemcpyDeviceToDevice, stream);
 }
@@ -316,23 +311,43 @@ cudaError_t cudaMemset(void *to, int byte, size_t n) { return cudaMemsetAsync(to
 /* ---- waits ---- */
 
 static __thread bool capturing;
+static __thread cudaStream_t captured;   /* the stream of the capture */
+static __thread size_t captured_kernels; /* of the capture, or the one before */
+static __thread enum cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 bool null_is_capturing(void) { return capturing; }
 
-bool null_host_waits(void) {
-    __atomic_add_fetch(&null_counters.host_waits, 1, __ATOMIC_RELAXED);
-    if (capturing) __atomic_add_fetch(&null_counters.capture_waits, 1, __ATOMIC_RELAXED);
-    if (getenv("NULL_TRACE")) raise(SIGUSR2);
-    return !capturing;
+/* Within a capture the host may wait for another stream, if it has relaxed its mode. torch does so for random numbers. */
+static bool may_wait(bool for_all, cudaStream_t stream) {
+    if (!capturing) return true;
+    return !for_all && stream != captured && capture_mode == cudaStreamCaptureModeRelaxed;
 }
 
-static cudaError_t wait(void) { return null_host_waits() ? cudaSuccess : cudaErrorStreamCaptureUnsupported; }
+static cudaError_t wait(bool for_all, cudaStream_t stream) {
+    bool allowed = may_wait(for_all, stream);
+    __atomic_add_fetch(&null_counters.host_waits, 1, __ATOMIC_RELAXED);
+    if (!allowed) __atomic_add_fetch(&null_counters.capture_waits, 1, __ATOMIC_RELAXED);
+    if (getenv("NULL_TRACE")) raise(SIGUSR2);
+    return allowed ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
+}
 
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return wait(); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return wait(false, stream); }
 
-cudaError_t cudaDeviceSynchronize(void) { return wait(); }
+cudaError_t cudaDeviceSynchronize(void) { return wait(true, NULL); }
 
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { return wait(); }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { return wait(true, NULL); }
+
+cudaError_t cudaMemcpy(void *to, const void *from, size_t n, enum cudaMemcpyKind kind) {
+    cudaError_t error = wait(true, NULL);
+    return error == cudaSuccess ? cudaMemcpyAsync(to, from, n, kind, NULL) : error;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) {
+    enum cudaStreamCaptureMode before = capture_mode;
+    capture_mode = *mode;
+    *mode = before;
+    return cudaSuccess;
+}
 
 /* ---- streams, events, capture ---- */
 
@@ -378,6 +393,8 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEve
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
     capturing = true;
+    captured = stream;
+    captured_kernels = 0;
     return cudaSuccess;
 }
 
@@ -408,6 +425,11 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCapture
     return cudaSuccess;
 }
 
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *n) {
+    if (nodes == NULL) *n = captured_kernels;
+    return cudaSuccess;
+}
+
 static cudaError_t instantiate(cudaGraphExec_t *executable) {
     *executable = null_new_handle();
     return cudaSuccess;
@@ -431,7 +453,10 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
 bool null_launch(unsigned x, unsigned y, unsigned z, size_t shared_bytes) {
     null_open_context();
     __atomic_add_fetch(&null_counters.launches, 1, __ATOMIC_RELAXED);
-    if (capturing) __atomic_add_fetch(&null_counters.graph_kernels, 1, __ATOMIC_RELAXED);
+    if (capturing) {
+        captured_kernels++;
+        __atomic_add_fetch(&null_counters.graph_kernels, 1, __ATOMIC_RELAXED);
+    }
     bool nonempty = x > 0 && y > 0 && z > 0;
     bool fits = x <= MAX_GRID_X && y <= MAX_GRID_YZ && z <= MAX_GRID_YZ && shared_bytes <= SHARED_BYTES_OF_BLOCK;
     if (nonempty && fits) return true;
