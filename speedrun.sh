@@ -29,40 +29,75 @@ source scripts/setup.sh
 export GKACHAT_HOME=${GKACHAT_HOME:-$HOME/.cache/gkachat}
 trap 'echo "speedrun: interrupted; run it again to continue" >&2; exit 130' INT
 
+trap '[ -z "$data_job" ] || kill "$data_job" 2>/dev/null' EXIT
+data_job= data_log=$GKACHAT_HOME/data_prep.log data_step="tokenize the corpus"
+
+fail() {
+    echo "speedrun: $1 failed (exit code $2)${3-}" >&2
+    exit "$2"
+}
+
+# End the speedrun if the tokenization in the background has failed. With an argument, wait for it to finish first.
+check_data() {
+    [ -n "$data_job" ] || return 0
+    if kill -0 "$data_job" 2>/dev/null; then
+        [ -n "${1-}" ] || return 0
+        echo "== $data_step, the rest"
+    fi
+    local job=$data_job status=0
+    wait "$job" || status=$?
+    data_job=
+    [ "$status" -eq 0 ] || fail "$data_step" "$status" "; its output is in $data_log"
+}
+
 step() {
     local name=$1 status=0
     shift
+    check_data
     echo "== $name"
     "$@" || status=$?
     if [ "$status" -ne 0 ]; then
-        echo "speedrun: $name failed (exit code $status)" >&2
-        exit "$status"
+        check_data  # its failure may be the reason
+        fail "$name" "$status"
     fi
 }
 
 attentions=($("$PYTHON" -c 'from gkachat.config import ATTENTIONS; print(*ATTENTIONS)'))
-gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true)
+gpus=$("$PYTHON" -c 'from gkachat.machine import count_gpus; from scripts.cli import run; run(lambda: print(count_gpus()))')
 if [ "$gpus" -gt 0 ]; then
     config=configs/d20.toml runs=("${attentions[@]/#/d20_}")
     launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$gpus" -m)
     train_options=(--train.protocol paper "${train_options[@]}")  # an option of the user comes later and wins
     chat_options=(--chat.source huggingface "${chat_options[@]}")
-    step "count" "$PYTHON" -m scripts.cost --config "$config"
-    step "estimate the hours of training" "$PYTHON" -m scripts.estimate "$config" --all "${train_options[@]}"
 else
     config=configs/laptop.toml runs=("${attentions[@]/#/d4_}")
     launch=("$PYTHON" -m)
     chat_options=(--chat.conversations 24000 "${chat_options[@]}")
 fi
 
+step "check options, GPUs and disk" "$PYTHON" -m scripts.preflight "$config" "${train_options[@]}" "${chat_options[@]}"
+if [ "$gpus" -gt 0 ]; then
+    step "count" "$PYTHON" -m scripts.cost --config "$config"
+    step "estimate the hours of training" "$PYTHON" -m scripts.estimate "$config" --all "${train_options[@]}"
+fi
 step "train the tokenizer" "$PYTHON" -m scripts.tok_train "$config"
-step "tokenize the corpus" "$PYTHON" -m scripts.data_prep "$config"
+if [ "$gpus" -gt 0 ]; then
+    # Training reads the first shards while the later ones are made. Without a GPU both would need the same few cores.
+    echo "== $data_step, in the background: $data_log"
+    mkdir -p "$GKACHAT_HOME"
+    nice "$PYTHON" -m scripts.data_prep "$config" > "$data_log" 2> >(tee -a "$data_log" >&2) &
+    data_job=$!
+    until grep -qs '^train_00000 ' "$data_log"; do check_data; [ -n "$data_job" ] || break; sleep 0.2; done
+else
+    step "$data_step" "$PYTHON" -m scripts.data_prep "$config"
+fi
 for i in "${!runs[@]}"; do
     step "train ${runs[i]}" "${launch[@]}" scripts.base_train "$config" "$resume" \
         --model.attention "${attentions[i]}" --run.name "${runs[i]}" "${train_options[@]}"
 done
+check_data wait
 for run in "${runs[@]}"; do
-    step "evaluate $run" "$PYTHON" -m scripts.base_eval "$run"
+    step "evaluate $run" "${launch[@]}" scripts.base_eval "$run"
     if [ "$gpus" -gt 0 ]; then step "score $run on CORE" "${launch[@]}" scripts.base_eval "$run" --eval core; fi
 done
 step "compare" "$PYTHON" -m scripts.compare "${runs[@]}"

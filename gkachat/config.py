@@ -81,7 +81,8 @@ class RunConfig:
     keep_every: int = 0
     """Also keep the checkpoints of steps that this number divides. 0: no others are kept."""
     timeout: float = 600.0
-    """Seconds without progress after which the run ends with an error (a process has died or hangs)."""
+    """Seconds without progress after which the run ends with an error (a process has died or hangs). The first step
+    and the first evaluation, which compile, have at least 1,800."""
     wandb: str = ""
     """Weights & Biases project. Empty: no upload. WANDB_MODE=offline works."""
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -72,3 +73,9 @@ def read_json(path: Path, **types: type) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from None
     return tree
+
+
+def free_disk(path: Path) -> tuple[int, Path]:
+    """Return the free bytes of the disk that `path` is on, or will be, and the nearest directory that exists."""
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    return shutil.disk_usage(existing).free, existing

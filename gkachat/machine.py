@@ -1,9 +1,13 @@
 """The machine at hand: which device and dtype to use, what the device can do, and how results name it."""
 
+import glob
 import os
 import platform
 import resource
+import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -19,6 +23,9 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
 }
 
+# Oldest NVIDIA driver for each major version of CUDA (CUDA release notes, "minor version compatibility").
+OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
+
 
 def peak_flops(device_name: str) -> float | None:
     """Return the peak bfloat16 FLOP/s of a known device, or None."""
@@ -29,10 +36,13 @@ def pick_device(name: str) -> torch.device:
     """Return the device that `name` (a torch device, or auto) stands for, checked and selected.
 
     Under torchrun, cuda is the GPU of this process's local rank. It is selected before anything is allocated, so that
-    no process takes memory on another's GPU. Raises ValueError for a device that cannot be used.
+    no process takes memory on another's GPU. auto is the CPU on a machine whose GPUs torch cannot use, with a warning.
+    Raises ValueError for a device that cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and (problem := unusable_gpus()):
+            print(f"warning: {problem}; going on with the CPU", file=sys.stderr)
     try:
         device = torch.device(name)
         if device.type == "cuda":
@@ -43,6 +53,81 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"run.device: given {name!r}, which cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def count_gpus() -> int:
+    """Return the number of GPUs that torch can use. CUDA_VISIBLE_DEVICES limits it.
+
+    Raises ValueError where there are GPUs that torch cannot use: a driver too old, or a torch without CUDA.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    if problem := unusable_gpus():
+        raise ValueError(f"{problem}, or set CUDA_VISIBLE_DEVICES=-1 to use the CPU")
+    return 0
+
+
+def unusable_gpus() -> str | None:
+    """Return what keeps torch from the NVIDIA GPUs of this machine and what to do, or None where there are none.
+
+    Call it where `torch.cuda.is_available()` is False. GPUs that CUDA_VISIBLE_DEVICES hides all do not count.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return None
+    names, driver = [], "unknown"
+    if glob.glob("/dev/nvidia[0-9]*") or shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+        try:
+            lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+            driver, names = lines[0].split(", ")[0], [line.split(", ")[-1] for line in lines]
+        except (OSError, subprocess.SubprocessError, IndexError):  # no driver, or one that does not work
+            names = [Path(path).name for path in glob.glob("/dev/nvidia[0-9]*")]
+    if not names:
+        return None
+    there = f"torch {torch.__version__} cannot use the {len(names)} GPUs here ({names[0]}, driver {driver})"
+    if torch.version.cuda is None:
+        return f"{there}: it was built without CUDA; install a wheel with CUDA (pytorch.org/get-started)"
+    oldest, major = OLDEST_DRIVER.get(torch.version.cuda.split(".")[0], 0), driver.split(".")[0]
+    if major.isdigit() and int(major) < oldest:
+        return (
+            f"{there}: it was built for CUDA {torch.version.cuda}, which needs driver {oldest} or newer; update the "
+            "driver, or install a wheel of this torch for an older CUDA into .venv (pytorch.org/get-started)"
+        )
+    if visible is not None:
+        return f"{there}: CUDA_VISIBLE_DEVICES={visible} names none of them; correct it"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"{there}: {str(error).splitlines()[0]}"
+    return None
+
+
+def check_compiler() -> None:
+    """Raise ValueError unless Triton can compile its launcher, for which it looks for the same things.
+
+    They are a C compiler and Python's C headers (triton/runtime/build.py).
+    """
+    compiler = os.environ.get("CC")
+    found = shutil.which(compiler) if compiler else shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include", _header_scheme())) / "Python.h"
+    missing = []
+    if not found:
+        missing.append(f"a C compiler (CC={compiler} is not there)" if compiler else "a C compiler (gcc or clang)")
+    if not header.exists():
+        missing.append(f"Python's headers ({header})")
+    if missing:
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise ValueError(
+            f"GPU kernels cannot be compiled without {' and '.join(missing)}: "
+            f"apt-get install build-essential python{version}-dev, or the like"
+        )
+
+
+def _header_scheme() -> str:
+    """Return the install scheme whose headers Triton includes. Debian's own has others."""
+    scheme = sysconfig.get_default_scheme()
+    return "posix_prefix" if scheme == "posix_local" else scheme
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -2,13 +2,12 @@
 
 python -m scripts.base_eval d4_gka
 python -m scripts.base_eval d4_gka --eval core
-torchrun --nproc_per_node=8 -m scripts.base_eval d20_gka --eval core
+torchrun --standalone --nproc_per_node=8 -m scripts.base_eval d20_gka
 """
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from gkachat.checkpoint import find_run, load_model, tokens_dir
@@ -16,7 +15,7 @@ from gkachat.eval.bpb import evaluate_corpus
 from gkachat.eval.bundle import fetch_bundle
 from gkachat.eval.core import evaluate_core
 from gkachat.eval.results import DIRECTORY, write_result
-from gkachat.inference.quantize import for_inference
+from gkachat.inference.quantize import compiled_on_gpu, for_inference
 from gkachat.machine import commit, pick_device, pick_dtype
 from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
@@ -39,7 +38,7 @@ def main(
     """Print a run's figures, and write them to its evals/.
 
     Args:
-        run_name: Name or directory of a run.
+        run_name: Name or directory of a run. Under torchrun, all processes share the work.
         eval: bpb: bits per byte on all of val and as many training tokens. core: CORE; when interrupted, the same
             command continues after the last finished task.
         step: Step of the checkpoint; by default the last one.
@@ -51,21 +50,21 @@ def main(
     """
     run_dir, chosen = find_run(run_name), pick_device(device)
     world = init_process_group(chosen.type, TIMEOUT)
-    if chosen.type == "cuda" and world.size > 1:
-        chosen = torch.device("cuda", world.local_rank)
     try:
         model, tokenizer, meta = load_model(run_dir, chosen, step)
         for_inference(model, pick_dtype(dtype, chosen))
         if eval == "core":
             core(run_dir, model, tokenizer, meta, world, bundle, max_per_task, tokens)
-        elif world.is_rank0:
-            bpb(run_dir, model, tokenizer, meta)
+        else:
+            bpb(run_dir, model, tokenizer, meta, world)
     finally:
         destroy_process_group()
 
 
-def bpb(run_dir: Path, model: GPT, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
-    result = evaluate_corpus(model, tokenizer, tokens_dir(meta))
+def bpb(run_dir: Path, model: GPT, tokenizer: Tokenizer, meta: dict[str, Any], world: World) -> None:
+    result = evaluate_corpus(compiled_on_gpu(model), tokenizer, tokens_dir(meta), world)
+    if not world.is_rank0:
+        return
     write_result(run_dir, "bpb", meta, model.wte.weight.device, **result)
     print(f"{run_dir.name}, step {meta['step']}: bits per byte over {result['val_tokens']:,} val tokens")
     print(f"  val      {result['val_bpb']:.4f}")

@@ -1,9 +1,13 @@
 """Time the attention operator and the attention layer: softmax, GKA, GKA on normalised features, naive GKA.
 
+On a GPU, the operator runs on other kernels too: FlexAttention with the bias per key in its score function, and
+softmax kernels with the bias as channels. Those that cannot run are left out, with the reason.
+
 python -m scripts.bench_attention
 python -m scripts.bench_attention --batch 16 --tokens 2048 --heads 10 --windows 512 full --compile --out results/h200
 """
 
+import importlib
 import itertools
 import math
 from collections.abc import Callable
@@ -11,9 +15,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from gkachat.attention import QKV, attention_class
 from gkachat.attention.features import rms_norm, rope_table
+from gkachat.attention.kernels import flash, gaussian_sdpa
 from gkachat.attention.kernels.choose import Kernel, KernelSpec, choose_kernel
 from gkachat.attention.kernels.reference import visible
 from gkachat.benchmark import benchmark, benchmark_parser, measured_peaks, parse_benchmark, positive, publish, table
@@ -40,9 +47,56 @@ def operators(shape: Shape, window: int | None, device: torch.device, dtype: tor
     for name, options in GKA_VARIANTS.items():
         kernel = choose_kernel(KernelSpec(D, T, window, gaussian=True, unit_norm=options.normalize), device, dtype)
         found[f"{name} ({kernel.name})"] = (partial(gka_operator, kernel, options.normalize), [x, sigma])
+    if device.type == "cuda":
+        for name, attend in other_gka_kernels(T, window, device).items():
+            contestant = (partial(gka_operator, Kernel(name, "", attend), False), [x, sigma])
+            try:
+                passes(*contestant)[1]()
+            except Exception as error:  # packages raise their own kinds for what they do not support
+                print(f"left out: gka ({name}): {str(error).strip().splitlines()[0]}")
+            else:
+                found[f"gka ({name})"] = contestant
     if 8 * B * H * T * T * torch.float32.itemsize <= MAX_NAIVE_BYTES:
         found["gka naive"] = (partial(naive, mask=visible(T, window, device=device)), [x, sigma])
     return found
+
+
+def other_gka_kernels(T: int, window: int | None, device: torch.device) -> dict[str, Callable[[QKV], Tensor]]:
+    """Return kernels that compute GKA besides the one that layers run on, by name."""
+
+    def sees(b, h, i, j):
+        return (i >= j) & (i - j < (window or T))
+
+    mask = create_block_mask(sees, None, None, T, T, device=device)
+    compiled_flex = torch.compile(flex_attention, dynamic=False)
+
+    def flex(qkv: QKV) -> Tensor:
+        q, bias = (t.transpose(1, 2) for t in gaussian_sdpa.scaled_with_bias(qkv))
+        bias = bias.squeeze(-1).contiguous()
+
+        def add_bias(score, b, h, i, j):
+            return score + bias[b, h, j]
+
+        v = qkv.v.transpose(1, 2)
+        return compiled_flex(q, q, v, score_mod=add_bias, block_mask=mask, scale=1.0).transpose(1, 2)
+
+    def through_sdpa(backend: SDPBackend, qkv: QKV) -> Tensor:
+        with sdpa_kernel(backend):
+            return gaussian_sdpa.attend(qkv, window=window, causal=True, include_self=True)
+
+    def through_flash(package: str, qkv: QKV) -> Tensor:
+        function = importlib.import_module(package).flash_attn_func
+        wide = QKV(*gaussian_sdpa.bias_as_channels(qkv), scale=1.0)
+        y = flash.attend(wide, window=window, causal=True, flash_attn_func=function)
+        return y[..., : qkv.v.size(-1)]
+
+    return {
+        "flex, bias in the score": flex,
+        "cudnn, bias as channels": partial(through_sdpa, SDPBackend.CUDNN_ATTENTION),
+        "flash of torch, bias as channels": partial(through_sdpa, SDPBackend.FLASH_ATTENTION),
+        "flash-attention-3, bias as channels": partial(through_flash, "flash_attn_interface"),
+        "flash-attention-2, bias as channels": partial(through_flash, "flash_attn"),
+    }
 
 
 def softmax_operator(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,7 +8,16 @@ from collections.abc import Callable
 
 import torch
 
-from gkachat.benchmark import benchmark, benchmark_parser, measured_peaks, parse_benchmark, positive, publish, table
+from gkachat.benchmark import (
+    Timing,
+    benchmark,
+    benchmark_parser,
+    measured_peaks,
+    parse_benchmark,
+    positive,
+    publish,
+    table,
+)
 from gkachat.config import Config, GKAConfig, GPTConfig
 from gkachat.machine import device_name, peak_flops
 from gkachat.model.gpt import GPT
@@ -49,6 +58,20 @@ def training_step(
     return step, model
 
 
+def step_rows(timings: dict[str, Timing], models: dict[str, GPT], tokens: int, peak: float) -> list[dict]:
+    """Return a row of the table for each model. `tokens` is those of a step; MFU is relative to `peak` FLOP/s."""
+    return [
+        {
+            "name": name, "step_ms": 1e3 * timing.median, "low_ms": 1e3 * timing.low, "high_ms": 1e3 * timing.high,
+            "tokens_per_second": tokens / timing.median,
+            "speed_over_softmax": timings["softmax"].median / timing.median,
+            "mfu": tokens / timing.median * model_stats(models[name].config).flops_per_token / peak,
+            "peak_mib": timing.peak_mib, "backends": models[name].kernels(),
+        }
+        for name, timing in timings.items()
+    ]  # fmt: skip
+
+
 COLUMNS = {
     "": "{name}",
     "step ms (low to high)": "{step_ms:.1f} ({low_ms:.1f} to {high_ms:.1f})",
@@ -74,21 +97,11 @@ def main() -> None:
             window_pattern=options.window_pattern, **variant,
         )  # fmt: skip
         steps[name], models[name] = training_step(config, options.batch, device, dtype, options.compile)
-        for kernel, layers in models[name].kernels().items():
-            print(f"{name}, layers {', '.join(map(str, layers))}: {kernel}")
+        for line in models[name].kernel_lines():
+            print(f"{name}, {line}")
     timings = benchmark(steps, device, options.rounds)
     peak = peak_flops(device_name(device)) or measured_peaks(device, dtype)[0]
-    tokens, rows = options.batch * options.tokens, []
-    for name, timing in timings.items():
-        rows.append(
-            {
-                "name": name, "step_ms": 1e3 * timing.median, "low_ms": 1e3 * timing.low, "high_ms": 1e3 * timing.high,
-                "tokens_per_second": tokens / timing.median,
-                "speed_over_softmax": timings["softmax"].median / timing.median,
-                "mfu": tokens / timing.median * model_stats(models[name].config).flops_per_token / peak,
-                "peak_mib": timing.peak_mib, "backends": models[name].kernels(),
-            }
-        )  # fmt: skip
+    rows = step_rows(timings, models, options.batch * options.tokens, peak)
     print(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s")
     result = {"dtype": str(dtype), "mfu_of_flops_per_second": peak, "rows": rows}
     publish("Training steps, timed", result, table(rows, COLUMNS), device, options.out)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gkachat.config import ConfigError, GPTConfig, TuningConfig
+from gkachat.config import ConfigError, GPTConfig, TuningConfig, home
 from gkachat.config_file import load_config, read_toml
 from scripts.cli import RUN_FLAGS, run, split_args
 
@@ -59,8 +59,8 @@ def main() -> None:
         raise ValueError("given no run, expected the name or directory of the one to tune")
     # Importing torch takes seconds, which --help need not wait for.
     from gkachat.checkpoint import MODEL, check_format, find_run, load_tokenizer, load_weights, open_checkpoint
-    from gkachat.data.conversations import load_conversations, tokenize_conversations
     from gkachat.data.loader import count_rows
+    from gkachat.data.tuning import prepare
     from gkachat.eval.bpb import bpb_sums
     from gkachat.machine import pick_device
     from gkachat.model.gpt import GPT
@@ -79,15 +79,15 @@ def main() -> None:
         raise ConfigError([f"options: {error}"]) from None
     directory, meta = open_checkpoint(base_dir, None, MODEL)
     tokenizer, T = load_tokenizer(base_dir, meta), config.model.sequence_len
-    found = load_conversations(config.chat, config.run.seed, model_facts(config.model))
-    splits, counts = tokenize_conversations(found, tokenizer, T, config.chat.val_fraction)
+    device = pick_device(config.run.device)
+    world = init_process_group(device.type, config.run.timeout)
+    facts = model_facts(config.model)
+    splits, counts = prepare(home() / "conversations", config.chat, config.run.seed, facts, tokenizer, T)
     rows = {name: count_rows(split.documents.length, T) for name, split in splits.items()}
     if config.train.total_tokens is None:
         tokens = max(1, round(config.chat.epochs * rows["train"] * T))
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens))
 
-    device = pick_device(config.run.device)
-    world = init_process_group(device.type, config.run.timeout)
     config = resolve(config, world.size)
     run_dir = open_run(config, world, resume="resume" in flags, overwrite="overwrite" in flags)
     counted = ", ".join(f"{n:,} {what}" for what, n in counts.items())

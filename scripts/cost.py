@@ -1,16 +1,18 @@
-"""Count parameters, training FLOPs and decode-cache bytes of all attentions, on the meta device.
+"""Count parameters, training FLOPs, decode-cache bytes and tokens a step of all attentions, on the meta device.
 
 python -m scripts.cost --depth 20
 python -m scripts.cost --depth 20 --json
 python -m scripts.cost --config configs/d20.toml --plan 12 16 20 24
 """
 
+import dataclasses
 import itertools
 import json
 from typing import Annotated, Any
 
 import tyro
 
+from gkachat.config import ATTENTIONS, Config
 from gkachat.config_file import load_config
 from scripts.cli import run
 
@@ -44,7 +46,8 @@ def main(
         return
     from gkachat.model.stats import compare_stats  # torch takes seconds, which --help need not wait for
 
-    shape = load_config(config, overrides).model
+    loaded = load_config(config, overrides)
+    shape = loaded.model
     counts = compare_stats(shape)
     if as_json:
         print(json.dumps(counts, indent=1))
@@ -54,6 +57,30 @@ def main(
         f"{shape.vocab_size:,}, {shape.sequence_len} tokens per row, windows {shape.window_pattern}\n"
     )
     print(count_tables(counts))
+    print(f"\n{batch_table(loaded)}")
+
+
+def batch_table(config: Config) -> str:
+    """Return a Markdown table of the tokens a step of every attention, under each protocol.
+
+    The batch follows from the token budget, which the protocol sets, unless the config gives it.
+    """
+    from gkachat.benchmark import table
+    from gkachat.model.stats import PROTOCOLS
+    from gkachat.train.schedule import resolve
+
+    def tokens_per_step(attention: str, protocol: str) -> int:
+        # Each attention has its own default of value embeddings: gka as published has none.
+        model = dataclasses.replace(config.model, attention=attention, value_embeddings=None)
+        train = dataclasses.replace(config.train, protocol=protocol)
+        return resolve(dataclasses.replace(config, model=model, train=train)).train.total_batch_size
+
+    return table(
+        [
+            {"tokens a step": protocol, **{name: f"{tokens_per_step(name, protocol):,}" for name in ATTENTIONS}}
+            for protocol in PROTOCOLS
+        ]
+    )
 
 
 def training_plan(config: str | None, overrides: list[str], depths: tuple[int, ...]) -> str:

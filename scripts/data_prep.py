@@ -4,7 +4,6 @@ python -m scripts.data_prep configs/laptop.toml
 """
 
 import dataclasses
-import shutil
 import sys
 import time
 from itertools import islice
@@ -13,6 +12,7 @@ from pathlib import Path
 from gkachat.config import home
 from gkachat.data.shards import MANIFEST, SPLITS, read_manifest, write_shards
 from gkachat.data.sources import Corpus
+from gkachat.files import free_disk
 from gkachat.tokenizer import Tokenizer
 from scripts.cli import parse_config, run, with_progress
 
@@ -24,8 +24,8 @@ def announce_disk(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None
     texts = [text for _, text in islice(corpus, SAMPLE)]
     characters, tokens = sum(map(len, texts)), sum(len(tokenizer.encode_to_numpy(text)) for text in texts)
     bytes_per_char = (2 * tokens + 8 * len(texts)) / characters
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    free = shutil.disk_usage(existing).free / 2**30
+    free, existing = free_disk(directory)
+    free /= 2**30
     total = corpus.config.max_chars
     if total is None:
         print(f"disk: about {bytes_per_char:.2f} bytes per character; {free:,.1f} GiB free at {existing}", flush=True)

@@ -5,4 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 pytest_args=("$@")
 setup_extra=dev
 source scripts/setup.sh
+# A second Triton, for which the kernels are compiled too: that of torch 2.11. Without a network its tests are skipped.
+[ -d .venv/triton-3.6 ] || [ "$(uname -s)" != Linux ] ||
+    "$PYTHON" -m pip install --quiet --no-deps --target .venv/triton-3.6 triton==3.6.0 ||
+    { rm -rf .venv/triton-3.6; echo "tests: cannot install Triton 3.6; its tests are skipped" >&2; }
 exec "$PYTHON" -m pytest ${pytest_args[@]+"${pytest_args[@]}"}

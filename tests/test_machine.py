@@ -1,12 +1,19 @@
 """Devices, dtypes and how results name them."""
 
+import os
 import subprocess
+import sysconfig
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, run_script, untrained_run
 
 from gkachat import machine
-from gkachat.machine import commit, peak_flops, peak_memory, pick_device, pick_dtype
+from gkachat.config import Config, RunConfig
+from gkachat.machine import check_compiler, commit, count_gpus, peak_flops, peak_memory, pick_device, pick_dtype
+from gkachat.tokenizer import Tokenizer
+from gkachat.train.setup import build_model
 
 
 def test_a_device_that_does_not_exist_is_named():
@@ -21,6 +28,129 @@ def test_each_rank_selects_its_own_gpu_before_it_allocates(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda size, device: calls.append(("empty", device)))
     assert pick_device("cuda") == torch.device("cuda", 3)
     assert calls == [("set_device", torch.device("cuda", 3)), ("empty", torch.device("cuda", 3))]
+
+
+class Selected(Exception):
+    """Raised in place of selecting a GPU."""
+
+
+# The arguments with which a script comes to its device.
+RUN = "runs/tiny"
+DEVICES = {
+    "attention_maps": [RUN, "--prompt", "a", "--device", "cuda"],
+    "base_eval": [RUN, "--device", "cuda"],
+    "base_train": ["configs/laptop.toml", "--run.device", "cuda"],
+    "bench_attention": ["--device", "cuda"],
+    "bench_decode": ["--device", "cuda"],
+    "bench_step": ["--device", "cuda"],
+    "chat_cli": [RUN, "--device", "cuda"],
+    "chat_eval": [RUN, "--device", "cuda"],
+    "chat_sft": [RUN, "--run.device", "cuda", "--tokenizer.vocab_size", "512"],
+    "estimate": ["configs/laptop.toml", "--run.device", "cuda"],
+    "lm_eval": [RUN, "--tasks", "arc_easy", "--device", "cuda"],
+    "vision_train": ["configs/vision_digits.toml", "--run.device", "cuda"],
+}
+
+
+@pytest.mark.parametrize("script", DEVICES)
+def test_no_script_touches_a_gpu_before_it_selects_that_of_its_rank(script, corpus_home, tmp_path, monkeypatch):
+    """This torch has no CUDA, so that touching a GPU earlier is another error."""
+
+    def set_device(device):
+        raise Selected(device)
+
+    untrained_run(tmp_path, "tiny", Tokenizer.load(corpus_home / "tokenizer" / "python-source-v512"))
+    (tmp_path / "tokenizer").symlink_to(corpus_home / "tokenizer")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    args = [tmp_path / arg if arg == RUN else arg for arg in DEVICES[script]]
+    with pytest.raises(Selected) as selected:
+        run_script(script, *args, home=tmp_path)
+    assert selected.value.args == (torch.device("cuda", 1),)
+
+
+def test_every_script_with_a_device_is_among_them():
+    named = {path.stem for path in (ROOT / "scripts").glob("*.py") if "device" in path.read_text()}
+    no_gpu = {"compare", "cost", "preflight", "sweep", "vision_report", "verify_run"}
+    assert named - no_gpu - {"gpu_check"} <= DEVICES.keys()  # gpu_check's steps are processes of one GPU
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    """Makes a machine with an nvidia-smi that lists so many GPUs, and a torch for CUDA 13 that cannot use them."""
+
+    def make(number, driver="535.104.05"):
+        path = tmp_path / "nvidia-smi"
+        path.write_text("#!/bin/sh\n" + f"echo '{driver}, NVIDIA H100 80GB HBM3'\n" * number)
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    return make
+
+
+def test_a_driver_too_old_is_an_error_that_says_what_to_do_and_never_a_run_on_the_cpu(gpus, monkeypatch, capsys):
+    gpus(8)
+    message = r"8 GPUs here \(NVIDIA H100 80GB HBM3, driver 535\.104\.05\): it was built for CUDA 13\.0, which needs"
+    with pytest.raises(ValueError, match=message + r" driver 580 or newer; update the driver, or install"):
+        count_gpus()
+    assert pick_device("auto") == torch.device("cpu")
+    assert capsys.readouterr().err.startswith("warning: torch ")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ValueError, match=r"8 GPUs here .* built without CUDA; install a wheel with CUDA"):
+        count_gpus()
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_hidden_gpus_do_not_count_and_are_no_error(gpus, monkeypatch, capsys, hidden):
+    gpus(8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert count_gpus() == 0 and pick_device("auto") == torch.device("cpu")
+    assert capsys.readouterr().err == ""
+
+
+def test_visible_devices_that_name_no_gpu_are_an_error(gpus, monkeypatch):
+    gpus(2, driver="580.65.06")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-none")
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=GPU-none names none of them"):
+        count_gpus()
+
+
+def test_gpus_are_those_that_torch_counts(monkeypatch):
+    assert count_gpus() == torch.cuda.device_count()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert count_gpus() == 3
+
+
+@pytest.mark.parametrize(("compile", "kernel"), [(None, "sdpa"), (True, "sdpa"), (False, "triton"), (False, "flex")])
+def test_gpu_kernels_without_a_compiler_are_refused_before_training(monkeypatch, tmp_path, compile, kernel):
+    device = torch.device("cuda")
+    model = SimpleNamespace(kernels=lambda: {f"{kernel} (the reason)": [0]})
+    config = Config(run=RunConfig(dtype="float32", compile=compile))
+    (tmp_path / "gcc").touch(0o755)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda *args: str(tmp_path))
+    with pytest.raises(ValueError, match=r"headers \(.*Python\.h\): apt-get install build-essential python3\.\d+-dev"):
+        build_model(lambda *args: model, config, device)
+    (tmp_path / "Python.h").touch()
+    assert build_model(lambda *args: model, config, device) is model
+    (tmp_path / "gcc").unlink()
+    with pytest.raises(ValueError, match=r"a C compiler \(gcc or clang\): apt-get install"):
+        build_model(lambda *args: model, config, device)
+    monkeypatch.setenv("CC", "icx")
+    with pytest.raises(ValueError, match=r"a C compiler \(CC=icx is not there\)"):
+        check_compiler()
+
+
+def test_kernels_of_torch_alone_need_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    model = SimpleNamespace(kernels=lambda: {"sdpa (the reason)": [0]})
+    config = Config(run=RunConfig(dtype="float32", compile=False))
+    assert build_model(lambda *args: model, config, torch.device("cuda")) is model
 
 
 def test_a_cpu_computes_in_float32_unless_told_otherwise():

@@ -3,40 +3,75 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY, run_script
 
+from gkachat import files, machine
 from gkachat.config import ATTENTIONS
 from gkachat.config_file import load_config
 from scripts import estimate
 
+# A torch that counts the GPUs which $GPUS and $CUDA_VISIBLE_DEVICES leave, without looking at any.
+TORCH = """
+import os
+__version__ = "2.13.0"
+class device: pass
+class dtype: pass
+class version: cuda = "13.0"
+class cuda:
+    def is_available(): return cuda.device_count() > 0
+    def device_count():
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(int(os.environ["GPUS"])))))
+        return len([name for name in seen.split(",") if name not in ("", "-1")]) if os.environ["GPUS"] != "0" else 0
+"""
+
 
 @pytest.fixture
-def commands(tmp_path):
-    """Return the modules and options that a speedrun with so many GPUs runs, in order. Those like `broken` fail."""
+def start(tmp_path):
+    """Start a speedrun with so many GPUs in a process group of its own. `hooks` are lines of the stand-in python.
 
-    def run(gpus, *options, broken="none", code=0):
-        (tmp_path / "scripts").mkdir(exist_ok=True)
-        (tmp_path / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
+    The command of a step is in $*, and is logged before. torch and nvidia-smi are stand-ins too.
+    """
+
+    def start(gpus, *options, hooks="", **env):
+        for name in ("scripts", ".venv/bin", "torch"):
+            (tmp_path / name).mkdir(exist_ok=True, parents=True)
         for name in ("speedrun.sh", "scripts/setup.sh", "pyproject.toml"):
             shutil.copy(ROOT / name, tmp_path / name)
         shutil.copy(ROOT / "pyproject.toml", tmp_path / ".venv" / "installed")
-        smi = "\n".join(["#!/bin/bash", *(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'" for i in range(gpus))])
+        smi = "\n".join(["#!/bin/bash", *["echo '535.104.05, NVIDIA H100'"] * int(env.pop("smi", gpus))])
         python = f"""#!/bin/bash
             if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi
             echo "$*" >> {tmp_path}/log
-            if [[ "$*" == *{broken}* ]]; then exit 3; fi"""
-        for path, text in (("nvidia-smi", smi), (".venv/bin/python", python)):
+            {hooks}"""
+        for path, text in (("nvidia-smi", smi), (".venv/bin/python", python), ("torch/__init__.py", TORCH)):
             (tmp_path / path).write_text(text)
             (tmp_path / path).chmod(0o755)
-        (tmp_path / "log").unlink(missing_ok=True)
-        path = f"{tmp_path}:{os.environ['PATH']}"
-        env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "GKACHAT_HOME": str(tmp_path / "home")}
-        result = subprocess.run(["bash", tmp_path / "speedrun.sh", *options], env=env, capture_output=True, text=True)
-        assert result.returncode == code, result.stderr
+        (tmp_path / "log").write_text("")
+        paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+        env = {**os.environ, **paths, "GKACHAT_HOME": str(tmp_path / "home"), "GPUS": str(gpus), **env}
+        return subprocess.Popen(
+            ["bash", tmp_path / "speedrun.sh", *options], env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            text=True, start_new_session=True,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture
+def commands(start, tmp_path):
+    """Return the modules and options that a speedrun with so many GPUs runs, in order. Those like `broken` fail."""
+
+    def run(gpus, *options, broken="none", code=0, message="", **env):
+        process = start(gpus, *options, hooks=f'if [[ "$*" == *{broken}* ]]; then exit 3; fi', **env)
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == code and message in error, error
         return [line.removeprefix("-m ") for line in (tmp_path / "log").read_text().splitlines()]
 
     return run
@@ -50,14 +85,14 @@ def test_on_gpus_runs_are_counted_estimated_trained_scored_and_compared_in_this_
     lines, n = commands(2), len(ATTENTIONS)
     torchrun = "torch.distributed.run --standalone --nproc_per_node=2 -m "
     assert [line.removeprefix(torchrun).split()[0].removeprefix("scripts.") for line in lines] == [
-        "cost", "estimate", "tok_train", "data_prep", *["base_train"] * n, *["base_eval"] * 2 * n, "compare",
-        *["chat_sft", "chat_eval"] * n,
+        "preflight", "cost", "estimate", "tok_train", "data_prep", *["base_train"] * n, *["base_eval"] * 2 * n,
+        "compare", *["chat_sft", "chat_eval"] * n,
     ]  # fmt: skip
-    assert lines[1].startswith("scripts.estimate configs/d20.toml --all ")
+    assert lines[2].startswith("scripts.estimate configs/d20.toml --all ")
     for line, attention in zip(trainings(lines), ATTENTIONS, strict=True):
         assert line.startswith(f"{torchrun}scripts.base_train configs/d20.toml ")
         assert f"--model.attention {attention} --run.name d20_{attention} " in line
-        assert f"{torchrun}scripts.base_eval d20_{attention} --eval core" in lines
+        assert {f"{torchrun}scripts.base_eval d20_{attention}{more}" for more in ("", " --eval core")} < {*lines}
         assert f"scripts.chat_eval d20_{attention}_chat --tasks addition counting" in lines
     assert f"scripts.compare {' '.join(f'd20_{attention}' for attention in ATTENTIONS)}" in lines
 
@@ -83,17 +118,119 @@ def test_without_gpus_nothing_is_estimated_or_scored_on_core(commands):
 )
 def test_options_reach_all_trainings_the_estimate_or_all_tunings(commands, gpus, options, protocol):
     lines = commands(gpus, *options.split())
-    told = [*trainings(lines), *(line for line in lines if "scripts.estimate" in line)]
-    assert len(told) == len(ATTENTIONS) + gpus
+    told = [*trainings(lines), *(line for line in lines if "scripts.estimate" in line or "preflight" in line)]
+    assert len(told) == len(ATTENTIONS) + gpus + 1
     for line in told:  # the last one counts
         assert ([None, *re.findall(r"--train\.protocol[ =](\S+)", line)])[-1] == protocol
     assert all(("--overwrite" in line) == ("--overwrite" in options) for line in trainings(lines))
-    assert all(("--chat.epochs 2" in line) == ("--chat.epochs" in options) for line in lines if "chat_sft" in line)
+    tunings = [line for line in lines if "chat_sft" in line or "preflight" in line]
+    assert all(("--chat.epochs 2" in line) == ("--chat.epochs" in options) for line in tunings)
     assert not any("--chat.epochs" in line or "--overwrite" in line for line in lines if "estimate" in line)
 
 
-def test_wrong_options_are_found_before_anything_is_made(commands):
-    assert len(commands(1, "--train.protocol", "fair", broken="estimate*fair", code=3)) == 2
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_wrong_options_are_found_before_anything_is_made(commands, gpus):
+    assert len(commands(gpus, "--train.protocol", "fair", broken="preflight*fair", code=3)) == 1
+
+
+@pytest.mark.parametrize(("visible", "number"), [("1", 1), ("0,2,3", 3), ("GPU-5c8d,GPU-77aa", 2), ("", 0), ("-1", 0)])
+def test_cuda_visible_devices_decides_how_many_gpus_are_used(commands, visible, number):
+    lines = trainings(commands(8, CUDA_VISIBLE_DEVICES=visible))
+    assert all((f"--nproc_per_node={number} " in line) == (number > 0) for line in lines)
+    assert all(("configs/d20.toml" in line) == (number > 0) for line in lines)
+
+
+def test_gpus_that_torch_cannot_use_end_the_speedrun_in_one_line_before_anything(commands):
+    message = (
+        "error: torch 2.13.0 cannot use the 8 GPUs here (NVIDIA H100, driver 535.104.05): it was built for CUDA 13.0"
+    )
+    assert commands(0, smi="8", code=1, message=message) == []
+
+
+DATA = 'if [[ "$*" == *data_prep* ]]; then echo "train_00000 5 tokens"; echo $$ > {pid}; {then}; fi'
+
+
+def test_tokenization_that_fails_in_the_background_ends_the_speedrun(start, tmp_path):
+    """It fails while the first training goes on, which here takes longer."""
+    wait = f"until [ -e {tmp_path}/training ]; do sleep 0.05; done"
+    fails = DATA.format(pid=tmp_path / "pid", then=f'{wait}; echo "error: no network" >&2; exit 4')
+    process = start(2, hooks=f'{fails}; if [[ "$*" == *base_train* ]]; then touch {tmp_path}/training; sleep 1; fi')
+    error = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 4
+    assert {"error: no network", error[-1]} == {*error}
+    assert error[-1].startswith("speedrun: tokenize the corpus failed (exit code 4); its output is in ")
+    assert (tmp_path / "home" / "data_prep.log").read_text() == "train_00000 5 tokens\nerror: no network\n"
+    assert len(trainings((tmp_path / "log").read_text().splitlines())) == 1
+
+
+def test_training_does_not_wait_for_tokenization_but_evaluation_does(start, tmp_path):
+    slow = DATA.format(pid=tmp_path / "pid", then=f"sleep 1; echo done >> {tmp_path}/log")
+    process = start(2, hooks=slow)
+    process.communicate(timeout=60)
+    lines = (tmp_path / "log").read_text().splitlines()
+    kinds = [re.search(r"done|base_\w+", line)[0] for line in lines if "done" in line or "scripts.base_" in line]
+    assert process.returncode == 0
+    assert kinds == ["base_train"] * len(ATTENTIONS) + ["done"] + ["base_eval"] * 2 * len(ATTENTIONS)
+
+
+def test_ctrl_c_ends_the_tokenization_too(start, tmp_path):
+    slow = DATA.format(pid=tmp_path / "pid", then="exec sleep 60")
+    process = start(2, hooks=f'{slow}; if [[ "$*" == *base_train* ]]; then touch {tmp_path}/training; sleep 60; fi')
+    while not (tmp_path / "training").exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    tokenization = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{tokenization}"):
+            return
+        time.sleep(0.05)
+    pytest.fail("the tokenization goes on")
+
+
+def preflight(home, *options):
+    return run_script("preflight", "configs/laptop.toml", *TINY, "--chat.conversations=300", *options, home=home)
+
+
+def test_the_plan_names_every_run_and_writes_nothing(tmp_path):
+    result = preflight(tmp_path, "--train.protocol=paper", "--train.total_batch_size=320")
+    assert result.returncode == 0, result.stderr
+    assert not any(tmp_path.iterdir())
+    assert re.search(r"disk: about \d.*GiB are free at ", result.stdout)
+    for attention in ATTENTIONS:
+        assert re.search(rf"\| d2_{attention} \| [\d,]+ \| 320 \| 10 \|", result.stdout)
+
+
+def test_too_little_disk_is_an_error_and_what_is_there_counts(tmp_path, monkeypatch):
+    free = 4 * 2**30  # what is needed beside shards and checkpoints
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    result = preflight(tmp_path)
+    assert result.returncode == 1 and re.search(r"^error: disk: about 4.* 4\.0 GiB are free at ", result.stderr)
+    (tmp_path / "runs" / "d2_gka_chat").mkdir(parents=True)
+    with open(tmp_path / "runs" / "d2_gka_chat" / "weights", "wb") as file:
+        file.truncate(2**30)
+    result = preflight(tmp_path)
+    assert result.returncode == 0 and "of which 1.0 are there" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.bogus=2"], "--model.bogus"),
+        (["--chat.epochs=0"], "chat.epochs: given 0"),
+        (["--train.total_batch_size=64"], "softmax: train.total_batch_size: given 64 tokens, 2 rows, fewer than the 3"),
+        (["--model.value_embeddings=true"], "gka: value_embeddings: given True"),
+        ([], "a C compiler (gcc or clang)"),
+    ],
+)
+def test_what_would_fail_later_is_one_line_first(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(machine, "count_gpus", lambda: 3)
+    if options:
+        monkeypatch.setattr(machine, "check_compiler", lambda: None)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = preflight(tmp_path, *options)
+    assert result.returncode == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
 
 
 def test_an_activated_environment_has_the_memory_settings_of_setup(tmp_path):

@@ -130,6 +130,10 @@ class Attention(nn.Module):
             self.kernel = choose_kernel(spec, device, dtype)
             self.decode_kernel = choose_decode_kernel(config.head_dim, device, dtype)
 
+    def kernel_lines(self) -> list[str]:
+        """Return "kernel (reason)" of each choice that training prints."""
+        return [f"{self.kernel.name} ({self.kernel.reason})"]
+
     @property
     def cache_spec(self) -> LayerCacheSpec:
         """Specification of what the cache keeps of each token: norms of keys only where Gaussian scores need them."""

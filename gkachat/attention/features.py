@@ -3,7 +3,9 @@
 Axes: B batch, T time, H heads, D head_dim.
 """
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -141,3 +143,36 @@ class _ShortConv(torch.autograd.Function):
             dx[:, :-n].addcmul_(dy[:, n:], weight[n])
             dw[n] = (dy[:, n:] * x[:, :-n]).sum(dim=(0, 1))
         return dx, dw
+
+
+def convolved_features(x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], rope: Rope) -> tuple[Tensor, ...]:
+    """Return q = norm(rope(conv(x))), k likewise and v = conv(x) of the last T tokens, each (B, T, H, D).
+
+    The weights are those of three ShortConv; T is that of the rope.
+    """
+    T = rope[0].size(-2)
+    q, k, v = (_ShortConv.apply(x_BSHD, weight.to(x_BSHD.dtype))[:, -T:] for weight in weights)
+    return rms_norm(apply_rope(q, rope)), rms_norm(apply_rope(k, rope)), v
+
+
+class Features(NamedTuple):
+    """A function that computes convolved features, its name, and why it was chosen."""
+
+    name: str
+    reason: str
+    compute: Callable[..., tuple[Tensor, ...]]
+    """Takes what `convolved_features` takes, and returns the same."""
+
+
+def choose_features(head_dim: int, device: torch.device, dtype: torch.dtype) -> Features:
+    """Return the fastest function for convolved features on a device, for activations of a dtype."""
+    obstacles = [f"the device is {device.type}"] if device.type != "cuda" else []
+    obstacles += [f"the dtype is {dtype}"] if dtype not in (torch.bfloat16, torch.float16, torch.float32) else []
+    obstacles += [f"heads have {head_dim} channels, more than 256"] if head_dim > 256 else []
+    obstacles += ["triton is not installed"] if importlib.util.find_spec("triton") is None else []
+    if obstacles:
+        return Features("torch", f"no triton kernel: {'; '.join(obstacles)}", convolved_features)
+    from gkachat.attention import features_triton
+
+    reason = "convolutions, rotation and norm in one pass"
+    return Features("triton", reason, features_triton.convolved_features)

@@ -11,10 +11,11 @@ each addition is worth.
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from gkachat.attention.base import Groups
-from gkachat.attention.features import Rope, ShortConv, apply_rope, rms_norm
+from gkachat.attention.features import Rope, ShortConv, choose_features
 from gkachat.attention.gka import GaussianKernelAttention
 from gkachat.attention.qkv import QKV
 from gkachat.attention.value_embedding import ValueEmbedding
@@ -37,13 +38,18 @@ class GKAPlus(GaussianKernelAttention):
 
     def qkv(self, x_BTC: Tensor, idx_BT: Tensor, rope: Rope) -> QKV:
         """Convolve the block input three times; rotate and normalise what is compared."""
-        T, x = idx_BT.size(1), self.split_heads(x_BTC)
-        q, k = self.conv_q(x, T), self.conv_k(x, T)
-        q, k = (rms_norm(apply_rope(t, rope)) for t in (q, k))
-        v = self.conv_v(x, T)
+        weights = self.conv_q.weight, self.conv_k.weight, self.conv_v.weight
+        q, k, v = self.features.compute(self.split_heads(x_BTC), weights, rope)
         if self.value_embedding is not None:
-            v = self.value_embedding(v, x_BTC[:, -T:], idx_BT)
+            v = self.value_embedding(v, x_BTC[:, -idx_BT.size(1) :], idx_BT)
         return QKV(q, k, v, sigma=self.sigma)
+
+    def choose_kernels(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().choose_kernels(device, dtype)
+        self.features = choose_features(self.config.head_dim, device, dtype)
+
+    def kernel_lines(self) -> list[str]:
+        return [*super().kernel_lines(), f"features {self.features.name} ({self.features.reason})"]
 
     def init_weights(self) -> None:
         """Start keys as delays, queries and values as the identity, and bandwidths at softmax attention's sharpness."""

@@ -13,7 +13,9 @@ The model learns the assistant's text and end token, and nothing else. A system 
 message. A hash of the question decides between train and val, so that no question of val is in train.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +29,8 @@ from gkachat.data.sources import hash_64, in_val, read_jsonl, stream_dataset
 from gkachat.data.tasks import generated
 from gkachat.tokenizer import Tokenizer
 
+CHUNK, CHUNKS_AHEAD = 64, 64  # conversations that a thread renders at a time, and how many of these are in work
+
 Messages = Sequence[dict[str, str]]
 """Messages in order. Each has the keys `role` and `content`."""
 
@@ -36,7 +40,7 @@ Conversation = tuple[str, Messages]
 
 @dataclass
 class ChatSplit:
-    """Tokenized conversations as the loader reads them: a single shard, in memory."""
+    """Tokenized conversations as the loader reads them: a single shard."""
 
     documents: Documents
     n_shards: int = 1
@@ -66,17 +70,17 @@ def tokenize_conversations(
     """
     ids, masks = ({"train": [], "val": []} for _ in range(2))
     counts = {"conversations": 0, "truncated": 0, "dropped": 0}
-    for key, messages in conversations:
+    for key, tokens, mask in _rendered(conversations, tokenizer):
         counts["conversations"] += 1
-        tokens, mask = (part[1:] for part in render(tokenizer, messages))  # the loader puts BOS in front
+        tokens, mask = tokens[1:], mask[1:]  # the loader puts BOS in front
         counts["truncated"] += len(tokens) > sequence_len
         tokens, mask = tokens[:sequence_len], mask[:sequence_len]
-        if not any(mask):
+        if not mask.any():
             counts["dropped"] += 1
             continue
         split = "val" if is_val(key, val_fraction) else "train"
-        ids[split].append(np.array(tokens, np.uint16))
-        masks[split].append(np.array(mask))
+        ids[split].append(tokens)
+        masks[split].append(mask)
     splits = {}
     for split in ids:
         if not ids[split]:
@@ -85,6 +89,25 @@ def tokenize_conversations(
         offsets = np.cumsum([0, *map(len, ids[split])])
         splits[split] = ChatSplit(Documents(offsets, lambda tokens=tokens: tokens, np.concatenate(masks[split])))
     return splits, counts
+
+
+def _rendered(
+    conversations: Iterable[Conversation], tokenizer: Tokenizer
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield key, ids and mask of each conversation, in order. Threads render some while later ones are read."""
+
+    def render_chunk(chunk: list[Conversation]) -> list[tuple[str, np.ndarray, np.ndarray]]:
+        rendered = ((key, *render(tokenizer, messages)) for key, messages in chunk)
+        return [(key, np.array(ids, np.uint16), np.array(mask)) for key, ids, mask in rendered]
+
+    conversations, in_work = iter(conversations), deque()
+    with ThreadPoolExecutor() as pool:
+        while chunk := list(islice(conversations, CHUNK)):
+            in_work.append(pool.submit(render_chunk, chunk))
+            if len(in_work) > CHUNKS_AHEAD:
+                yield from in_work.popleft().result()
+        while in_work:
+            yield from in_work.popleft().result()
 
 
 def check_messages(messages: Any, where: str = "messages") -> Messages:

@@ -1,7 +1,7 @@
 """Batches from shards.
 
-    loader = Loader(split, sequence_len=2048, batch_rows=32, bos=tokenizer.bos, seed=42)
-    inputs, targets = loader.batch(step)    # each (batch_rows, sequence_len)
+    loader = Loader(split, sequence_len=2048, rows_per_step=32, bos=tokenizer.bos, seed=42)
+    inputs, targets = loader.batch(step)    # each (rows, sequence_len)
 
 A row has sequence_len + 1 tokens: inputs are all but the last, targets all but the first. Every row starts with BOS, no
 token is a target twice in an epoch, and the free end of a row has no targets. An epoch takes the shards in order and
@@ -37,15 +37,19 @@ class Loader:
         split: Split,
         *,
         sequence_len: int,
-        batch_rows: int,
+        rows_per_step: int,
         bos: int,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ):
-        """`batch_rows` is the number of rows of one rank in a step. Raises ValueError if the split is too small."""
-        self.split, self.sequence_len, self.batch_rows, self.bos = split, sequence_len, batch_rows, bos
-        self.seed, self.rank, self.rows_per_step = seed, rank, batch_rows * world_size
+        """The ranks share the rows of a step: where they do not divide evenly, some ranks have one row more.
+
+        Raises ValueError if the split is too small.
+        """
+        self.split, self.sequence_len, self.rows_per_step, self.bos = split, sequence_len, rows_per_step, bos
+        self.seed, self.first_row, end = seed, *(rows_per_step * r // world_size for r in (rank, rank + 1))
+        self.batch_rows = end - self.first_row
         self._row_ends: list[int] = []  # number of rows up to the end of each shard that was read so far
         self._plan = lru_cache(2)(self._plan_shard)  # a step may begin in one shard and end in the next
         if not self._has_rows(self.rows_per_step):
@@ -56,7 +60,7 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """Return this rank's batch of a step, counted from the start of training."""
-        rows = list(self._rows(step, self.rank * self.batch_rows, self.batch_rows))
+        rows = list(self._rows(step, self.first_row, self.batch_rows))
         return gather_rows(rows, self.sequence_len, self.bos)
 
     def n_targets(self, step: int) -> int:

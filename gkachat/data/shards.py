@@ -11,15 +11,16 @@ tokens/<name>/
 
 A train shard holds the next `shard_chars` characters. The val shard that follows holds the val documents from the same
 part of the corpus. After an interruption, `write_shards` reads the texts again, cuts them at the same places, and
-tokenizes only the shards that the manifest does not have yet. Training can begin while later shards are still being
-written.
+tokenizes only the shards that the manifest does not have yet. It reads the texts of one shard while it tokenizes those
+of the shard before. Training can begin while later shards are still being written.
 """
 
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,7 @@ from gkachat.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
+CHUNK = 16  # documents that a thread tokenizes at a time
 DTYPES = {"idx": np.dtype(np.uint64), "bin": np.dtype(np.uint16)}
 
 
@@ -70,15 +72,15 @@ class Manifest:
 class Documents:
     """The documents of one shard. The tokens of document i are `tokens[start[i] : start[i] + length[i]]`.
 
-    `loss_mask` marks the tokens that are learned from, and `n_targets` counts them in each document. Without a mask
-    (None), all tokens are learned from.
+    `loss_mask` marks the tokens that are learned from, and `n_targets` counts them in each document, none of which may
+    be empty. Without a mask (None), all tokens are learned from.
     """
 
     def __init__(self, offsets: np.ndarray, read: Callable[[], np.ndarray], loss_mask: np.ndarray | None = None):
         """`read` returns the tokens. It is called when they are first used, since planning needs only the offsets."""
         self.start, self.length, self._read, self.loss_mask = offsets[:-1], np.diff(offsets), read, loss_mask
         if loss_mask is not None:
-            self.n_targets = np.diff(np.concatenate(([0], np.cumsum(loss_mask)))[offsets])
+            self.n_targets = np.add.reduceat(loss_mask, self.start, dtype=np.int64)
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -194,22 +196,41 @@ def write_shards(
             return
 
     written = dict.fromkeys(SPLITS, 0)
-    with ThreadPoolExecutor() as pool:  # tiktoken releases the interpreter lock
-        for split, texts in _group_into_shards(documents, shard_chars):
-            name = f"{split}_{written[split]:05d}"
-            encoded = [text.encode() for text in texts]
-            text_sha256 = _hash_texts(encoded)
+    in_work: deque[tuple[str, str, int, str, list[Future]]] = deque()
+    with ThreadPoolExecutor() as pool:  # tiktoken releases the interpreter lock, so that it uses all cores
+
+        def finish_oldest() -> tuple[Shard, bool]:
+            """Write the shard that has been in work for longest, and the manifest."""
+            split, name, n_bytes, text_sha256, parts = in_work.popleft()
+            reused = not parts
             shard = finished.pop(name, None)
-            reused = shard is not None and shard.text_sha256 == text_sha256
             if not reused:
-                tokens = list(pool.map(tokenizer.encode_to_numpy, texts))
-                shard = _write_shard(directory, split, name, tokens, sum(map(len, encoded)), text_sha256)
+                tokens = [document for part in parts for document in part.result()]
+                shard = _write_shard(directory, split, name, tokens, n_bytes, text_sha256)
             manifest.shards.append(shard)
-            written[split] += 1
             # Finished shards that are still ahead stay in the manifest, or a second interruption would lose them.
             ahead = [*manifest.shards, *finished.values()]
             Manifest(source, tokenizer.sha256, shards=ahead).save(directory)
-            yield shard, reused
+            return shard, reused
+
+        try:
+            for split, texts in _group_into_shards(documents, shard_chars):
+                name = f"{split}_{written[split]:05d}"
+                written[split] += 1
+                encoded = [text.encode() for text in texts]
+                text_sha256 = _hash_texts(encoded)
+                there = name in finished and finished[name].text_sha256 == text_sha256
+                chunks = [] if there else [texts[at : at + CHUNK] for at in range(0, len(texts), CHUNK)]
+                parts = [pool.submit(list, map(tokenizer.encode_to_numpy, chunk)) for chunk in chunks]
+                in_work.append((split, name, sum(map(len, encoded)), text_sha256, parts))
+                # The texts of the next shard are read, or downloaded, while those of this one are tokenized.
+                while len(in_work) > len(SPLITS):
+                    yield finish_oldest()
+            while in_work:
+                yield finish_oldest()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     for split in SPLITS:
         if not manifest.total(split, "tokens"):
             raise ValueError(f"the {split} split is empty; give more documents, or another data.val_fraction")

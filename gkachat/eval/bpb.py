@@ -1,11 +1,12 @@
 """Bits per byte (BPB): a loss that does not depend on the tokenizer, and the unigram model it has to beat.
 
 evaluate_bpb(model, batches, tokenizer.token_bytes())
-evaluate_corpus(model, tokenizer, tokens_dir)["val_bpb"]        # what scripts.base_eval reports
+evaluate_corpus(model, tokenizer, tokens_dir, world)["val_bpb"]        # what scripts.base_eval reports
 """
 
 import math
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 
 from gkachat.data.loader import val_batches
 from gkachat.data.shards import Split, read_manifest
+from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
+from gkachat.train.distributed import World, all_reduce_sum
 
-MAX_LOGITS = 2**28  # in one forward pass: 1 GiB in float32
+MAX_LOGITS = {"cpu": 2**28, "cuda": 2**30}  # in one forward pass: 1 and 4 GiB in float32
+ROWS = {"cpu": 4, "cuda": 16}  # in a batch of evaluate_corpus
 
 
 def evaluate_bpb(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor | np.ndarray) -> float:
@@ -53,7 +57,7 @@ def bpb_sums(
     token_bytes = torch.as_tensor(token_bytes, device=device, dtype=torch.int64)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     n_bytes = torch.zeros((), dtype=torch.int64, device=device)
-    max_tokens = MAX_LOGITS // len(token_bytes)
+    max_tokens = MAX_LOGITS.get(device.type, MAX_LOGITS["cpu"]) // len(token_bytes)
     was_training = model.training
     model.eval()
     try:
@@ -64,6 +68,7 @@ def bpb_sums(
                 if len(idx) > 1 and idx.numel() > max_tokens:
                     pending += reversed(list(zip(idx.chunk(2), targets.chunk(2), strict=True)))
                     continue
+                torch._dynamo.maybe_mark_dynamic(idx, 0)  # the last batch has fewer rows: a compiled model serves both
                 try:
                     logits = model(idx).flatten(0, 1)
                     losses = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
@@ -74,27 +79,36 @@ def bpb_sums(
                     pending.append((idx, targets))
                     continue
                 target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
-                nats += losses.view_as(targets)[target_bytes > 0].double().sum()
+                # Not by a mask as index: its length would have to be copied from the GPU.
+                nats += torch.where(target_bytes > 0, losses.view_as(targets), 0).double().sum()
                 n_bytes += target_bytes.sum()
     finally:
         model.train(was_training)
     return nats.item(), int(n_bytes.item())
 
 
-def evaluate_corpus(model: nn.Module, tokenizer: Tokenizer, tokens_dir: Path) -> dict[str, Any]:
+def evaluate_corpus(
+    model: GPT,
+    tokenizer: Tokenizer,
+    tokens_dir: Path,
+    world: World = World(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
     """Return a model's bits per byte on the corpus in `tokens_dir`, which holds its shards and their manifest.
 
-    The figures are val_bpb over all of val, train_bpb over as many training tokens, unigram_bpb (the unigram model on
-    val), val_tokens, and val_sha256, the hashes of val's texts: runs with equal ones can be compared.
+    The ranks share the batches and return the same figures. These are val_bpb over all of val, train_bpb over as many
+    training tokens, unigram_bpb (the unigram model on val), val_tokens, and val_sha256, the hashes of val's texts: runs
+    with equal ones can be compared.
     """
     splits = {name: Split(tokens_dir, name, tokenizer) for name in ("train", "val")}
     val_tokens = sum(int(documents.length.sum()) for documents in splits["val"])
     token_bytes = tokenizer.token_bytes()
 
     def bpb(name: str, tokens: int | None) -> float:
-        T = model.config.sequence_len
-        batches = val_batches(splits[name], sequence_len=T, batch_rows=4, bos=tokenizer.bos, tokens=tokens)
-        return evaluate_bpb(model, batches, token_bytes)
+        T, rows = model.config.sequence_len, ROWS.get(model.wte.weight.device.type, ROWS["cpu"])
+        batches = val_batches(splits[name], sequence_len=T, batch_rows=rows, bos=tokenizer.bos, tokens=tokens)
+        sums = bpb_sums(model, islice(batches, world.rank, None, world.size), token_bytes)
+        sums = torch.tensor(sums, dtype=torch.float64, device=model.wte.weight.device)
+        return bits_per_byte(*all_reduce_sum(sums, world).tolist())
 
     return {
         "val_bpb": bpb("val", None),

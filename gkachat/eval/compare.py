@@ -23,6 +23,7 @@ TABLE = [  # name, key in a run's figures, format, the paper's ratio of gka over
     ("parameters", "params", "{:,.0f}", PUBLISHED_PARAMS_RATIO),
     ("training FLOPs a token", "flops_per_token", "{:.4g}", None),
     ("training tokens", "tokens", "{:,.0f}", None),
+    ("tokens a step", "tokens_per_step", "{:,.0f}", None),
     ("training FLOPs", "flops", "{:.4g}", PUBLISHED_FLOPS_RATIO),
     ("val bits per byte", "val_bpb", "{:.4f}", None),
     ("train bits per byte", "train_bpb", "{:.4f}", None),
@@ -94,6 +95,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
             "flops_per_token": stats.flops_per_token,
             "cache_bytes_per_token": stats.cache_bytes_per_token,
             "tokens": meta["tokens"],
+            "tokens_per_step": config["train"]["total_batch_size"],
             "flops": meta["tokens"] * stats.flops_per_token,
             "tokens_per_second": meta["tokens"] / meta["seconds"],
             "gap": bpb["val_bpb"] - bpb["train_bpb"],
@@ -178,8 +180,11 @@ def markdown(comparison: dict[str, Any]) -> str:
     text = table(rows, columns | {"published": "{published:.2f}"})
     text += (
         f"\nRatios are over {first}. Published: gka over softmax at depth 20 (arXiv 2605.02144).\n"
-        "Bits per byte are taken over all of the val split, and over as many training tokens.\n\n"
+        "Bits per byte are taken over all of the val split, and over as many training tokens.\n"
     )
+    if len(set(comparison["table"]["tokens a step"]["values"])) > 1:
+        text += "The runs differ in their batches, which follow from their token budgets unless they are set.\n"
+    text += "\n"
     for name in others:
         scores = [
             score | {"verdict": VERDICTS[score["is_noise"]] + (", paired" if score["paired"] else "")}

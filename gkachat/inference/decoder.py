@@ -20,6 +20,7 @@ from gkachat.inference.sampling import Sampling, SamplingPlan, make_plan, sample
 from gkachat.model.gpt import GPT
 
 ROUND = 256  # where shapes must not change, a step reads a multiple of this number of cache slots
+RECOMPILE_LIMIT = 64  # torch's 8 are too few for three models at several batch sizes
 
 Drawn = tuple[int, float]
 """A token and its log-probability; 0 where no row asked for log-probabilities."""
@@ -39,7 +40,10 @@ class Decoder:
         self.keeps_shapes = self.uses_graphs or compile
         # This tuning makes products with one row read their matrix as it is stored, int8 as int8.
         options = {"coordinate_descent_tuning": True} if self.uses_graphs else None
-        self.decode_and_draw = torch.compile(_decode_and_draw, options=options) if compile else _decode_and_draw
+        self.decode_and_draw = _decode_and_draw
+        if compile:  # the limit counts the graphs of all models and decoders, and above it nothing is compiled
+            compiled = torch.compile(_decode_and_draw, options=options)
+            self.decode_and_draw = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)(compiled)
         self.graphs: dict[tuple[int, SamplingPlan], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
 

@@ -1,6 +1,9 @@
-"""Weights for decoding. A decode step reads all of them once, so that their bytes decide its time.
+"""Models for inference: weights for decoding, and the forward pass that evaluates whole texts.
 
 model = for_inference(load_model(run_dir)[0], torch.bfloat16, int8=True)
+compiled_on_gpu(model)(idx)
+
+A decode step reads all weights once, so that their bytes decide its time.
 """
 
 import torch
@@ -40,3 +43,13 @@ def for_inference(model: GPT, dtype: torch.dtype, int8: bool = False) -> GPT:
                 child.to(dtype)
     model.prepare(dtype)
     return model.requires_grad_(False).eval()
+
+
+def compiled_on_gpu(model: nn.Module) -> nn.Module:
+    """Return a model on a GPU with its forward pass compiled, and any other as it is. Both have the same weights.
+
+    Batches have one length. Where their rows are marked as dynamic, as `bpb_sums` does, one graph serves all numbers of
+    rows above 1.
+    """
+    device = next(model.parameters()).device
+    return torch.compile(model, dynamic=False) if device.type == "cuda" else model

@@ -24,7 +24,7 @@ from gkachat.attention.cache import Cache, CacheStep, LayerCache, LayerCacheSpec
 from gkachat.attention.features import Rope, rms_norm, rope_at, rope_table
 from gkachat.attention.linear import Linear, uniform_
 from gkachat.config import GPTConfig
-from gkachat.model.loss import LOGIT_CAP, head_loss, soft_cap
+from gkachat.model.loss import LOGIT_CAP, choose_head_loss, soft_cap
 
 
 class Smear(nn.Module):
@@ -104,8 +104,13 @@ class Transformer(nn.Module):
         """Return {"kernel (reason)": indices of the layers that use it}."""
         layers: dict[str, list[int]] = {}
         for index, block in enumerate(self.blocks):
-            layers.setdefault(f"{block.attn.kernel.name} ({block.attn.kernel.reason})", []).append(index)
+            for kernel in block.attn.kernel_lines():
+                layers.setdefault(kernel, []).append(index)
         return layers
+
+    def kernel_lines(self) -> list[str]:
+        """Return a line for each kernel that was chosen: what it computes, its name and the reason."""
+        return [f"layers {', '.join(map(str, layers))}: {kernel}" for kernel, layers in self.kernels().items()]
 
     def statistics(self) -> dict[str, list[list[float]]]:
         """Return what the attention layers log, by name, one row per layer."""
@@ -148,8 +153,9 @@ class GPT(Transformer):
         self.init_weights()
 
     def prepare(self, compute_dtype: torch.dtype) -> None:
-        """Choose the attention kernels and compute the rotation tables."""
+        """Choose the attention kernels and the head's loss, and compute the rotation tables."""
         super().prepare(compute_dtype)
+        self.head_loss = choose_head_loss(self.wte.weight.device, compute_dtype)
         cos, sin = rope_table(self.config.sequence_len, self.config.head_dim, self.wte.weight.device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -211,7 +217,10 @@ class GPT(Transformer):
         if targets is None:
             # Dividing by the cap takes C numbers per token here, and V in the logits.
             return soft_cap(self.lm_head(x_BTC / LOGIT_CAP))
-        return head_loss(x_BTC.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return self.head_loss.compute(x_BTC.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    def kernel_lines(self) -> list[str]:
+        return [*super().kernel_lines(), f"head loss: {self.head_loss.name} ({self.head_loss.reason})"]
 
     def make_cache(self, rows: int, length: int, **options) -> Cache:
         """Return an empty cache for this model; the options are those of Cache."""

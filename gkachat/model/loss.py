@@ -2,8 +2,13 @@
 
 A batch of 32 x 2,048 tokens over a vocabulary of 32,768 has 8.6 GB of float32 logits, and as much again for their
 gradient. Here the gradient of each part is computed while its logits exist, in the forward; the backward only scales.
+`head_loss` is plain PyTorch, for every device; loss_triton.py is its fast form on CUDA. `choose_head_loss` takes one.
 Axes: N tokens, C channels, V vocabulary.
 """
+
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +28,27 @@ def soft_cap(logits: Tensor) -> Tensor:
 def head_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
     """Return the mean cross-entropy in nats, float32, over the targets that are not -1; NaN where there are none."""
     return _HeadLoss.apply(x_NC, weight_VC, targets_N, torch.is_grad_enabled())
+
+
+class HeadLoss(NamedTuple):
+    """A function that computes the head's loss, its name, and why it was chosen."""
+
+    name: str
+    reason: str
+    compute: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Takes what `head_loss` takes, and returns the same."""
+
+
+def choose_head_loss(device: torch.device, dtype: torch.dtype) -> HeadLoss:
+    """Return the fastest function for the head's loss on a device, for activations of a dtype."""
+    obstacles = [f"the device is {device.type}"] if device.type != "cuda" else []
+    obstacles += [f"the dtype is {dtype}"] if dtype not in (torch.bfloat16, torch.float16, torch.float32) else []
+    obstacles += ["triton is not installed"] if importlib.util.find_spec("triton") is None else []
+    if obstacles:
+        return HeadLoss("torch", f"no triton kernel: {'; '.join(obstacles)}", head_loss)
+    from gkachat.model import loss_triton
+
+    return HeadLoss("triton", "one kernel makes loss and gradient of the logits in place", loss_triton.head_loss)
 
 
 class _HeadLoss(torch.autograd.Function):

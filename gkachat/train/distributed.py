@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+COMPILE_SECONDS = 1800.0  # at least so long may a step take that compiles and times kernels, before it counts as hung
+
 
 @dataclass(frozen=True)
 class World:
@@ -38,7 +40,7 @@ def init_process_group(device_type: str, timeout: float) -> World:
         return World()
     world = World(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if world.size > 1 and not dist.is_initialized():
-        limit = datetime.timedelta(seconds=2 * timeout + 60)
+        limit = datetime.timedelta(seconds=max(2 * timeout, COMPILE_SECONDS) + 60)
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=limit)
     return world
 
@@ -84,11 +86,15 @@ class Watchdog:
 
     def __init__(self, timeout: float, world: World):
         self.timeout, self.world = timeout, world
-        self.doing, self.since = "start", time.monotonic()
+        self.state = "start", time.monotonic(), timeout
 
-    def heartbeat(self, doing: str) -> None:
-        """Report progress. `doing` says what goes on now, for the message of a process that hangs in it."""
-        self.doing, self.since = doing, time.monotonic()
+    def heartbeat(self, doing: str, compiles: bool = False) -> None:
+        """Report progress. `doing` says what goes on now, for the message of a process that hangs in it.
+
+        With `compiles`, kernels are compiled and timed meanwhile: the limit is COMPILE_SECONDS if that is longer.
+        """
+        limit = max(self.timeout, COMPILE_SECONDS) if compiles else self.timeout
+        self.state = doing, time.monotonic(), limit  # as one object, which the watching thread reads at once
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -97,10 +103,11 @@ class Watchdog:
 
         def watch() -> None:
             while not done.wait(min(1.0, self.timeout / 4)):
-                silent = time.monotonic() - self.since
-                if silent > self.timeout:
+                doing, since, limit = self.state
+                silent = time.monotonic() - since
+                if silent > limit:
                     print(
-                        f"error: rank {self.world.rank}: no progress for {silent:.0f} s in {self.doing}; "
+                        f"error: rank {self.world.rank}: no progress for {silent:.0f} s in {doing}; "
                         "run.timeout sets how long to wait",
                         file=sys.stderr,
                         flush=True,
@@ -108,7 +115,7 @@ class Watchdog:
                     os._exit(1)  # the main thread may be stuck where no exception reaches it
 
         thread = threading.Thread(target=watch, daemon=True)
-        self.heartbeat(self.doing)
+        self.heartbeat(self.state[0])
         thread.start()
         try:
             yield

@@ -52,7 +52,7 @@ class LanguageTask:
         self.loader = Loader(
             train,
             sequence_len=config.model.sequence_len,
-            batch_rows=config.train.total_batch_size // config.model.sequence_len // world.size,
+            rows_per_step=config.train.total_batch_size // config.model.sequence_len,
             bos=tokenizer.bos,
             seed=config.run.seed,
             rank=world.rank,

@@ -26,7 +26,7 @@ MOMENTUM_START, MOMENTUM_HIGH, MOMENTUM_END, MOMENTUM_STEPS = 0.85, 0.97, 0.90, 
 def resolve(config: Config, world_size: int = 1) -> Config:
     """Fill in every derived value that was not set by hand. The batch is rounded up to whole rows.
 
-    Raises ConfigError when the rows of a step cannot be divided evenly among `world_size` processes.
+    Raises ConfigError when a step has fewer rows than there are processes.
     """
     train, optim, model = config.train, config.optim, config.model
     softmax = dataclasses.replace(model, attention="softmax")
@@ -45,13 +45,11 @@ def resolve(config: Config, world_size: int = 1) -> Config:
         best = REFERENCE_BATCH * (total_tokens / reference_tokens) ** BATCH_EXPONENT
         batch = 2 ** round(math.log2(best))
     rows = -(-batch // model.sequence_len)
-    if rows % world_size:
-        sizes = ", ".join(str(size) for size in range(1, min(rows, 1024) + 1) if rows % size == 0)
-        even = -(-rows // world_size) * world_size * model.sequence_len
+    if rows < world_size:
         raise ConfigError(
             [
-                f"train.total_batch_size: given {batch:,} tokens, {rows} rows, which {world_size} processes cannot "
-                f"share evenly: start one of {sizes} processes, or set it to {even}"
+                f"train.total_batch_size: given {batch:,} tokens, {rows} rows, fewer than the {world_size} processes: "
+                f"start {rows} of them at most, or set it to {world_size * model.sequence_len} or more"
             ]
         )
     batch = rows * model.sequence_len

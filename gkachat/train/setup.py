@@ -17,7 +17,7 @@ from torch import nn
 from gkachat.checkpoint import check_format, checkpoint_steps
 from gkachat.config import Config, home
 from gkachat.config_file import load_config
-from gkachat.machine import device_name, pick_dtype
+from gkachat.machine import check_compiler, device_name, pick_dtype
 from gkachat.model.gpt import Transformer
 from gkachat.train.distributed import World
 
@@ -102,11 +102,15 @@ def _check_options(directory: Path, config: Config) -> None:
 def build_model(cls: type[Model], config: Any, device: torch.device) -> Model:
     """Build a model on its device from a training config. The seed gives every rank the same weights.
 
-    Raises ValueError where `run.fp8` asks for what the device or the installation cannot do.
+    Raises ValueError where `run.fp8` asks for what the device or the installation cannot do, or where kernels must be
+    compiled and no compiler is installed.
     """
     torch.manual_seed(config.run.seed)
     with device:
         model = cls(config.model, pick_dtype(config.run.dtype, device))
+    compiled = config.run.compile is not False or any("triton" in name or "flex" in name for name in model.kernels())
+    if device.type == "cuda" and compiled:
+        check_compiler()
     if config.run.fp8:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
             raise ValueError(f"run.fp8: {device_name(device)} has no fp8 arithmetic: leave it out")

@@ -33,6 +33,7 @@ from gkachat.train.metrics import Metrics, Timers, format_duration
 from gkachat.train.optim import load_named_state, named_state
 from gkachat.train.setup import Run, largest_device_batch
 
+MIN_EVAL_ROWS = 16  # on a GPU
 SAME_SIGNAL_SECONDS = 1.0  # a terminal, a launcher and a scheduler may each deliver the same signal
 
 
@@ -83,7 +84,7 @@ class Trainer:
         self.device, self.world, self.ema_decay = device, world, ema_decay
         self.n_steps = schedule.n_steps(config)
         self.eval_model = deepcopy(model) if ema_decay else model
-        rows = config.train.total_batch_size // config.model.sequence_len // world.size
+        rows = -(-config.train.total_batch_size // config.model.sequence_len // world.size)
         self.device_batch_size = config.train.device_batch_size
         if self.device_batch_size == "auto":
             self.device_batch_size = largest_device_batch(model, optimizers, rows, device, world)
@@ -91,8 +92,14 @@ class Trainer:
         if world.size > 1:  # averages gradients over ranks while the backward still runs
             self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
         compile = device.type == "cuda" if config.run.compile is None else config.run.compile
+        self.eval_forward, self.eval_rows = self.eval_model, self.device_batch_size
         if compile:
             self.forward = torch.compile(self.forward, dynamic=False)
+        # What this process has not done yet. Its first time compiles, and lasts long, on a GPU also without `compile`.
+        self.to_compile = {"step", "evaluation"} if compile or device.type == "cuda" else set()
+        if device.type == "cuda":  # without gradients, this many rows fit where a step fits, and keep a GPU busy
+            self.eval_rows = max(MIN_EVAL_ROWS, self.device_batch_size)
+            self.eval_forward = torch.compile(self.eval_model, dynamic=False) if compile else self.eval_model
 
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
         self.stop_requested, self.interrupted = 0.0, False  # time of the first signal; whether all ranks stop
@@ -109,11 +116,12 @@ class Trainer:
                 self.evaluate()
             try:
                 while self.step < self.n_steps and not self.interrupted:
-                    self.watchdog.heartbeat(f"step {self.step}")
+                    self.watchdog.heartbeat(f"step {self.step}", compiles="step" in self.to_compile)
                     start = time.perf_counter()
                     self.train_step()
                     to_log = self.step == self.n_steps or self.step % self.config.run.log_every == 0
                     self.check_steps(wait=to_log)
+                    self.to_compile.discard("step")
                     self.seconds += time.perf_counter() - start
                     if to_log:
                         self.log_step()
@@ -160,7 +168,7 @@ class Trainer:
         with self.timers("optimizer"):
             gradients = [p.grad for optimizer in self.optimizers for p in optimizer.model_parameters()]
             grad_norm = torch.nn.utils.get_total_norm(gradients)
-            stop = total_loss.new_tensor(float(self.stop_requested > 0))
+            stop = torch.full_like(total_loss, float(self.stop_requested > 0))  # new_tensor would wait for the GPU
             loss, stop = all_reduce_sum(torch.stack((total_loss / world.size, stop)), world)
             ok = (torch.isfinite(loss) & torch.isfinite(grad_norm)).float()
             if config.train.clip_norm is not None:
@@ -185,13 +193,14 @@ class Trainer:
     def check_steps(self, wait: bool = False) -> None:
         """Count skipped steps, and stop when some rank was asked to. The last step is checked only with `wait`.
 
-        A GPU may still work on the last step. What is found is equal on all ranks, so that they stop at the same step.
+        A GPU may still work on the last step, which is queued as a whole: a wait for the step before it, on a host that
+        is that far ahead, leaves the GPU busy. What is found is equal on all ranks, so that they stop at the same step.
         Raises FloatingPointError after `train.max_skipped` skipped steps in a row.
         """
         running = 0 if wait or self.device.type != "cuda" else 1
         while len(self.pending) > running:
             step, numbers, event = self.pending.popleft()
-            if event is not None:
+            if event is not None and not event.query():
                 event.synchronize()
             self.loss, stop, self.grad_norm, ok = numbers.tolist()
             self.interrupted |= stop > 0
@@ -219,14 +228,14 @@ class Trainer:
         """
 
         def proceed() -> bool:
-            self.watchdog.heartbeat(f"the evaluation at step {self.step}")
+            self.watchdog.heartbeat(f"the evaluation at step {self.step}", compiles="evaluation" in self.to_compile)
             return not self.stop_requested
 
         names, found, failed = self.task.metrics, {}, False
         proceed()
         with self.timers("evaluation"):
             try:
-                found = self.task.evaluate(self.eval_model, self.device_batch_size, proceed)
+                found = self.task.evaluate(self.eval_forward, self.eval_rows, proceed)
             except Exception as error:
                 if self.step == 0:
                     raise
@@ -235,6 +244,7 @@ class Trainer:
             sums = [found.get(name, (0.0, 0.0)) for name in names]
             sums = torch.tensor([(failed, self.stop_requested > 0), *sums], dtype=torch.float64)
             (failed, stopped), *sums = all_reduce_sum(sums.to(self.device), self.world).tolist()
+        self.to_compile.discard("evaluation")
         if stopped:
             self.interrupted = True
         elif failed:
@@ -353,8 +363,8 @@ class Trainer:
         self.report(f"{model.attention}, depth {model.depth}: {stats.params['total']:,} parameters ({groups})")
         self.report(f"{self.n_steps:,} steps of {train.total_batch_size:,} tokens; {flops:.3g} FLOPs")
         self.report(self.task.describe())
-        for kernel, layers in self.model.kernels().items():
-            self.report(f"layers {', '.join(map(str, layers))}: {kernel}")
+        for line in self.model.kernel_lines():
+            self.report(line)
 
     def report_end(self) -> None:
         """Close the log and print how the wall clock was spent."""

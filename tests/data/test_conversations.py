@@ -82,7 +82,7 @@ def test_every_conversation_is_whole_in_one_row_and_nothing_else_is_learned(seed
     words = ["one", "two 2", "é 漢", "three " * 9, "x" * 300]
     talks = [(str(i), talk(*rng.choices(words, k=rng.randint(2, 5)))) for i in range(60)]
     splits, counts = tokenize_conversations(talks, TOKENIZER, sequence_len, 0.3)
-    loader = Loader(splits["train"], sequence_len=sequence_len, batch_rows=1, bos=TOKENIZER.bos, seed=seed)
+    loader = Loader(splits["train"], sequence_len=sequence_len, rows_per_step=1, bos=TOKENIZER.bos, seed=seed)
     got = []
     for step in range(loader.steps_per_epoch):
         inputs, targets = loader.batch(step)

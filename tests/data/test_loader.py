@@ -42,8 +42,8 @@ def split_of(lengths=SOME_LENGTHS, n_shards=3):
     return shards
 
 
-def loader_of(split, sequence_len=32, batch_rows=4, **options):
-    return Loader(split, sequence_len=sequence_len, batch_rows=batch_rows, bos=BOS, **options)
+def loader_of(split, sequence_len=32, rows_per_step=4, **options):
+    return Loader(split, sequence_len=sequence_len, rows_per_step=rows_per_step, bos=BOS, **options)
 
 
 def val_of(split, sequence_len=32, batch_rows=4, **options):
@@ -78,7 +78,7 @@ def equal(one, other):
 
 
 def test_rows_start_with_bos_and_have_the_next_inputs_as_targets_up_to_their_free_end():
-    for tensor in loader_of(split_of(), sequence_len=32, batch_rows=4).batch(0):
+    for tensor in loader_of(split_of(), sequence_len=32, rows_per_step=4).batch(0):
         assert tensor.shape == (4, 32) and tensor.dtype == torch.int64 and tensor.is_contiguous()
     inputs, targets = epoch_of(loader_of(split_of()))
     assert len(inputs) > 100 and (inputs[:, 0] == BOS).all()
@@ -91,14 +91,14 @@ def test_rows_start_with_bos_and_have_the_next_inputs_as_targets_up_to_their_fre
 
 def test_the_largest_token_id_is_a_target():
     split = InMemorySplit([documents_of([8], np.full(8, 65_535, dtype=np.uint16))])
-    assert loader_of(split, sequence_len=8, batch_rows=1).batch(0)[1].tolist() == [[65_535] * 8]
+    assert loader_of(split, sequence_len=8, rows_per_step=1).batch(0)[1].tolist() == [[65_535] * 8]
 
 
 @PROPERTY
 @given(LENGTHS, st.integers(2, 64), st.integers(1, 4), st.integers(0, 3))
 def test_no_token_is_a_target_twice_an_epoch_and_dropped_ones_are_counted(lengths, sequence_len, rows, epoch):
     rows = min(rows, count_rows(np.array(lengths), sequence_len))
-    loader = loader_of(split_of(lengths), sequence_len, batch_rows=rows)
+    loader = loader_of(split_of(lengths), sequence_len, rows_per_step=rows)
     tokens = text_targets(epoch_of(loader, epoch)[1])
     assert len(tokens) == len(set(tokens))
     if rows == 1:
@@ -108,7 +108,7 @@ def test_no_token_is_a_target_twice_an_epoch_and_dropped_ones_are_counted(length
 
 
 def test_empty_positions_are_counted():
-    loader = loader_of(split_of(), sequence_len=32, batch_rows=1)
+    loader = loader_of(split_of(), sequence_len=32, rows_per_step=1)
     targets = epoch_of(loader)[1]
     empty = (targets == IGNORE).sum().item() / (len(targets) * 33)
     assert 0 < loader.packing_waste()["positions_empty"] == pytest.approx(empty)
@@ -119,7 +119,7 @@ def test_empty_positions_are_counted():
 def test_pieces_are_the_documents_cut_to_the_sequence_length(lengths, sequence_len):
     documents = np.split(np.arange(1, sum(lengths) + 1), np.cumsum(lengths)[:-1])
     expected = [list(d[i : i + sequence_len]) for d in documents for i in range(0, len(d), sequence_len)]
-    assert sorted(pieces_of(*epoch_of(loader_of(split_of(lengths), sequence_len, batch_rows=1)))) == expected
+    assert sorted(pieces_of(*epoch_of(loader_of(split_of(lengths), sequence_len, rows_per_step=1)))) == expected
 
 
 @pytest.mark.parametrize("step", [0, 7, 10_000])
@@ -131,25 +131,26 @@ def test_a_batch_depends_on_its_step_alone(step):
 
 
 def test_seeds_and_epochs_have_their_own_rows_of_the_same_tokens():
-    loader = loader_of(split_of(), batch_rows=1)
+    loader = loader_of(split_of(), rows_per_step=1)
     orders = [epoch_of(loader, epoch) for epoch in range(3)]
-    orders += [epoch_of(loader_of(split_of(), batch_rows=1, seed=seed)) for seed in (1, 2)]
+    orders += [epoch_of(loader_of(split_of(), rows_per_step=1, seed=seed)) for seed in (1, 2)]
     assert len({tuple(sorted(map(tuple, inputs.tolist()))) for inputs, _ in orders}) == 5
     assert len({tuple(text_targets(targets)) for _, targets in orders}) == 1
 
 
 def test_every_part_of_a_shard_mixes_long_and_short_pieces():
     split = split_of([*[32] * 50, *[7] * 200], n_shards=1)
-    loader = loader_of(split, batch_rows=20)
+    loader = loader_of(split, rows_per_step=20)
     for batch in [*map(loader.batch, range(4)), stack(val_of(split, tokens=32 * 20))]:
         assert {len(piece) for piece in pieces_of(*batch)} == {7, 32}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_the_batch_of_a_single_process_and_know_its_number_of_targets(world_size):
     split = split_of()
-    single = loader_of(split, batch_rows=2 * world_size)
-    ranks = [loader_of(split, batch_rows=2, rank=rank, world_size=world_size) for rank in range(world_size)]
+    single = loader_of(split, rows_per_step=6)
+    ranks = [loader_of(split, rows_per_step=6, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert {len(rank.batch(0)[0]) for rank in ranks} == {6 // world_size, -(-6 // world_size)}
     assert {rank.steps_per_epoch for rank in ranks} == {single.steps_per_epoch}
     for step in range(2 * single.steps_per_epoch):
         inputs, targets = single.batch(step)
@@ -177,17 +178,17 @@ def test_batches_do_not_depend_on_shards_that_are_not_written_yet():
 
 def test_an_epoch_has_whole_steps_only():
     split = split_of([32] * 103)
-    assert loader_of(split, batch_rows=4).steps_per_epoch == 25
-    assert {loader_of(split, batch_rows=5, world_size=2, seed=seed).steps_per_epoch for seed in range(5)} == {10}
-    loader = loader_of(split, batch_rows=4)
+    assert loader_of(split, rows_per_step=4).steps_per_epoch == 25
+    assert {loader_of(split, rows_per_step=10, world_size=2, seed=seed).steps_per_epoch for seed in range(5)} == {10}
+    loader = loader_of(split, rows_per_step=4)
     assert [len(set(text_targets(epoch_of(loader, epoch)[1]))) for epoch in range(4)] == [3200] * 4
 
 
 def test_a_split_too_small_for_a_step_is_an_error():
     split = split_of([32] * 10)
-    assert loader_of(split, batch_rows=10).steps_per_epoch == 1
+    assert loader_of(split, rows_per_step=10).steps_per_epoch == 1
     with pytest.raises(ValueError, match=r"fills 10 rows of 32 tokens, a step takes 12: give more data"):
-        loader_of(split, batch_rows=6, world_size=2)
+        loader_of(split, rows_per_step=12, world_size=2)
 
 
 def test_prefetched_batches_are_the_loaders_after_any_jump():
@@ -220,7 +221,7 @@ def test_at_most_5_percent_of_the_standard_library_is_wasted(tmp_path):
     for _ in write_shards(corpus, tokenizer, tmp_path, source={}, shard_chars=700_000):
         pass
     split = Split(tmp_path, "train", tokenizer)
-    loader = Loader(split, sequence_len=256, batch_rows=16, bos=tokenizer.bos)
+    loader = Loader(split, sequence_len=256, rows_per_step=16, bos=tokenizer.bos)
     assert max(loader.packing_waste().values()) <= 0.05
     _, targets = epoch_of(loader)
     n_tokens = ((targets != IGNORE) & (targets != tokenizer.bos)).sum().item()

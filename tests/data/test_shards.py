@@ -139,6 +139,27 @@ def test_shards_are_read_while_later_ones_are_being_written(tmp_path, whole):
     writer.join()
 
 
+def test_the_next_shard_is_read_while_one_is_tokenized(tmp_path):
+    """Tokenizing the first shard takes until the second is read."""
+    second_is_read = threading.Event()
+
+    class Slow:
+        sha256 = TOKENIZER.sha256
+
+        def encode_to_numpy(self, text):
+            assert second_is_read.wait(30), "the second shard is not read"
+            return TOKENIZER.encode_to_numpy(text)
+
+    def documents():
+        yield "train", "first " * SHARD_CHARS
+        yield "val", "held out"
+        second_is_read.set()
+        yield "train", "second " * SHARD_CHARS
+        yield "val", "held out as well"
+
+    assert len(write(tmp_path, documents(), Slow())) == 4
+
+
 def test_an_incomplete_corpus_is_waited_for_only_within_the_timeout(tmp_path):
     write_interrupted(tmp_path, 39)
     with pytest.raises(ValueError, match=r"is not complete; run scripts\.data_prep again"):

@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import live_model
+from torch._dynamo.utils import counters
 
+from gkachat.config import ATTENTIONS
 from gkachat.data.shards import Documents
 from gkachat.eval import bpb
-from gkachat.eval.bpb import evaluate_bpb, unigram_bpb
+from gkachat.eval.bpb import bpb_sums, evaluate_bpb, unigram_bpb
 
 
 class FixedModel(torch.nn.Module):
@@ -38,9 +41,9 @@ def test_bits_per_byte_count_targets_that_have_bytes():
         evaluate_bpb(MODEL, [(special, special)], TOKEN_BYTES)
 
 
-@pytest.mark.parametrize("max_logits", [bpb.MAX_LOGITS, 8])
+@pytest.mark.parametrize("max_logits", [bpb.MAX_LOGITS["cpu"], 8])
 def test_batches_weigh_by_their_bytes_however_they_are_split(max_logits, monkeypatch):
-    monkeypatch.setattr(bpb, "MAX_LOGITS", max_logits)
+    monkeypatch.setattr(bpb, "MAX_LOGITS", {"cpu": max_logits})
     a, b = torch.tensor([[0, 1, 1], [0, 0, 0]]), torch.tensor([[2]])
     together = evaluate_bpb(MODEL, [(a, a), (b, b)], torch.as_tensor(TOKEN_BYTES))
     assert together == pytest.approx((4 * 1 + 2 * 2 + 3) / (4 * 1 + 2 * 2 + 4))
@@ -75,3 +78,17 @@ def test_the_unigram_model_by_hand():
     assert unigram_bpb(as_split([0, 1, 1, 1]), as_split([0]), TOKEN_BYTES, max_tokens=1) == pytest.approx(
         -math.log2(2 / 5)
     )
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_compiled_model_takes_one_graph_for_all_numbers_of_rows(attention):
+    """As on a GPU, where the last batch has fewer rows than the others."""
+    model = live_model(attention, depth=1, sequence_len=32)
+    idx = torch.arange(32 * 9).view(9, 32) % 64
+    batches, token_bytes = [(part, part.roll(-1, 1)) for part in idx.split([4, 3, 2])], np.ones(64)
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    nats, n_bytes = bpb_sums(torch.compile(model, backend="eager", dynamic=False), batches, token_bytes)
+    assert counters["stats"]["unique_graphs"] - before == 1
+    expected = bpb_sums(model, batches, token_bytes)
+    assert (nats, n_bytes) == (pytest.approx(expected[0], rel=1e-6), expected[1])  # float32 logits

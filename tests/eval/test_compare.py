@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import TINY, run_script, wandb_runs
+from conftest import TINY, launch, run_script, wandb_runs
 
 from gkachat.checkpoint import open_checkpoint
 from gkachat.config_file import load_config
@@ -58,6 +58,14 @@ def test_the_table_holds_the_counted_figures_and_their_ratios(runs):
     assert table["training tokens a second"]["values"][0] > 0
 
 
+def test_batches_that_differ_are_said(runs):
+    comparison = compare_runs(runs)
+    assert comparison["table"]["tokens a step"] == {"values": [256, 256], "ratios": [1.0], "published_ratio": None}
+    assert "differ in their batches" not in markdown(comparison)
+    comparison["table"]["tokens a step"]["values"][1] = 512
+    assert "differ in their batches" in markdown(comparison)
+
+
 def test_curves_and_bandwidths_come_from_the_runs(runs):
     comparison = compare_runs(runs)
     assert [point["tokens"] for point in comparison["curves"]["d2_gka"]] == [0, 1024, 2048]
@@ -106,6 +114,17 @@ def test_bits_per_byte_cover_all_of_val_and_are_printed_beside_the_unigram_model
     base_eval.main("d2_gka")
     printed = capsys.readouterr().out
     assert f"{before['unigram_bpb']:.4f}" in printed and f"{before['val_bpb']:.4f}" in printed
+
+
+def test_two_processes_measure_what_one_does_each_on_its_share(runs, tiny_home):
+    alone = read_results(runs[1], 8)["bpb"]
+    (runs[1] / "evals" / "bpb_step_000008.json").unlink()
+    result = launch(2, "d2_gka", home=tiny_home, script="scripts.base_eval")
+    assert result.returncode == 0 and result.stdout.count("unigram") == 1, result.stderr
+    together = read_results(runs[1], 8)["bpb"]
+    for name in ("val_bpb", "train_bpb"):  # sums in float64, added in another order
+        assert together[name] == pytest.approx(alone[name], rel=1e-12)
+    assert together["unigram_bpb"] == alone["unigram_bpb"] and together["val_sha256"] == alone["val_sha256"]
 
 
 def write_scores(run_dir, answers, *, kind="core", rows="same", **figures):

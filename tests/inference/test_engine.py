@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import live_model
+from torch._dynamo.utils import counters
 
 from gkachat.config import ATTENTIONS
 from gkachat.inference import decoder
@@ -105,6 +106,19 @@ def test_a_compiled_step_gives_the_same_tokens():
     ]
     compiled, plain = (answers(Engine(model, TOKENIZER, compile=c), requests, rows=3) for c in (True, False))
     assert compiled == plain
+
+
+def test_steps_of_many_models_are_all_compiled(monkeypatch):
+    """They share one function, whose compilations torch limits: above the limit it would run uncompiled, silently."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile(function, backend="eager"))
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for attention in ("softmax", "gka"):
+            model = live_model(attention, depth=1, vocab_size=512, sequence_len=24)
+            list(Engine(model, TOKENIZER, compile=True).generate(PROMPTS[0], max_tokens=3))
+    assert counters["stats"]["unique_graphs"] - before == 2
 
 
 def test_samples_of_one_prompt_are_those_of_their_seeds(engine):

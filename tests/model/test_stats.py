@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -63,6 +64,9 @@ def test_the_script_prints_the_counts_as_json_and_as_tables(tmp_path):
     assert json.loads(printed.stdout) == D20
     table = run_script("cost", "--depth", 20, home=tmp_path).stdout
     assert "896,533,746" in table and "378,798,346" in table and "0.4225" in table
+    batches = dict(re.findall(r"^\| (paper|equal-tokens) \| (.*) \|$", table.split("tokens a step")[1], flags=re.M))
+    softmax, gka, _ = batches["paper"].split(" | ")
+    assert (softmax, gka) == ("1,048,576", "524,288") and set(batches["equal-tokens"].split(" | ")) == {softmax}
     bad = run_script("cost", "--depth", 0, home=tmp_path)
     assert (bad.returncode, bad.stderr) == (1, "error: model.depth: given 0, expected 1 or more\n")
 

@@ -78,8 +78,9 @@ def losses(run_dir):
     return torch.tensor([record["loss"] for record in read_metrics(run_dir) if record["kind"] == "train"])
 
 
-@pytest.mark.parametrize(("attention", "another"), [("softmax", 4), ("gka", 1)])
+@pytest.mark.parametrize(("attention", "another"), [("softmax", 3), ("gka", 1)])
 def test_two_processes_train_as_one_does_and_resume_in_a_world_of_any_size(tiny_home, attention, another):
+    """Three processes cannot share 16 rows evenly."""
     options = [*SHARED, f"--model.attention={attention}"]
     one = make_trainer(*options, "--run.name=one")
     one.fit(one.run)

@@ -8,10 +8,11 @@ import signal
 import pytest
 import torch
 from conftest import TINY, make_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkachat.attention.linear import Linear
 from gkachat.checkpoint import checkpoint_steps, load_model, open_checkpoint
-from gkachat.config import ConfigError
+from gkachat.config import ATTENTIONS, ConfigError
 from gkachat.config_file import load_config
 from gkachat.eval.bpb import evaluate_bpb
 from gkachat.model.gpt import GPT, GPTConfig
@@ -249,6 +250,29 @@ def test_too_many_skipped_steps_stop_training_with_the_weights_before_them(tiny_
         undisturbed.train_step()
         assert undisturbed.step == step + 1
     assert same(weights(made.run.directory), undisturbed.model.state_dict())
+
+
+class ForbidHostWaits(TorchDispatchMode):
+    """Fails on operations that make the host wait for a GPU. Counts of targets are read where batches are, on the host.
+
+    They are: a number read from a tensor, a tensor made of Python numbers, and lengths that depend on numbers.
+    """
+
+    WAITS = ("aten._local_scalar_dense", "aten.lift_fresh", "aten.nonzero", "aten.masked_select")
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        masked = op is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if masked or (str(op).startswith(self.WAITS) and args[0].dtype != torch.int64):
+            pytest.fail(f"{op} makes the host wait for the GPU")
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_step_reads_no_number_from_a_tensor_and_makes_no_tensor_of_one(tiny_home, attention):
+    made = trainer("--model.attention", attention, "--train.clip_norm=1.0")
+    made.train_step()  # makes the optimizers' state
+    with ForbidHostWaits():
+        made.train_step()
 
 
 def test_the_largest_device_batch_of_a_cpu_is_not_searched(tiny_home):

@@ -7,7 +7,6 @@
 `choose_decode_kernel` chooses for new tokens that attend to a cache: `kernel.attend(qkv, slices)`.
 """
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -106,23 +105,18 @@ def _softmax_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype) 
             return Kernel("sdpa", f"torch's kernel on {device.type}", through_sdpa)
         reason = f"window {window} on a CPU: cost follows T x window"
         return Kernel("window_cpu", reason, partial(window_cpu.attend, window=window))
+    why = f"no flash-attn for {dtype} and heads of {spec.head_dim} channels"
     if dtype in HALF and spec.head_dim <= 256 and spec.head_dim % 8 == 0:
-        major = torch.cuda.get_device_capability(device)[0]
-        if major == 9 and _has_package("flash_attn_interface"):
-            attend = _flash("flash_attn_interface", window, spec.causal)
-            return Kernel("flash-attention-3", "installed, and the device is a Hopper", attend)
-        if major >= 8 and _has_package("flash_attn"):
-            return Kernel("flash-attention-2", "installed", _flash("flash_attn", window, spec.causal))
+        found, why = flash.find(device)
+        if found is not None:
+            function = found.flash_attn_func
+            attend = partial(flash.attend, window=window, causal=spec.causal, flash_attn_func=function)
+            return Kernel(found.name, "; ".join(filter(None, (found.reason, why))), attend)
     if window is None or not spec.causal:
         which = "full window" if window is None else f"window {window} on both sides, masked"
-        return Kernel("sdpa", f"{which}; no flash-attn for this device and dtype", through_sdpa)
+        return Kernel("sdpa", f"{which}; {why}", through_sdpa)
     flex = FlexAttention(window, spec.sequence_len, device)
-    return Kernel("flex", f"window {window}; no flash-attn for this device and dtype", flex.attend)
-
-
-def _flash(package: str, window: int | None, causal: bool) -> Callable[..., Tensor]:
-    function = importlib.import_module(package).flash_attn_func
-    return partial(flash.attend, window=window, causal=causal, flash_attn_func=function)
+    return Kernel("flex", f"window {window}; {why}", flex.attend)
 
 
 def _gaussian_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> Kernel:

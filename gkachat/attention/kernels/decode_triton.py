@@ -24,7 +24,6 @@ from gkachat.attention.kernels.gaussian_triton import contiguous_channels, round
 from gkachat.attention.qkv import QKV, KVSlice
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are taken in base 2
-NEG_INF = tl.constexpr(float("-inf"))
 TILE = 4096  # numbers in a tile, 32 keys of 128: at most 128 registers a thread let four programs share an SM
 SPLITS = 16  # splits that the combining kernel takes at a time
 PROGRAMS_PER_SM = 16  # so many that waiting for the last ones costs little
@@ -43,7 +42,7 @@ def _load_halves(base, rows, stride, visible, D: tl.constexpr, HALF: tl.constexp
 def _add_keys(acc_a, acc_b, row_sum, row_max, z, a, b):
     """Add one key to each row's own softmax; z is its base-2 score, a and b are the halves of its values."""
     new_max = tl.maximum(row_max, z)
-    safe_max = tl.where(new_max == NEG_INF, 0.0, new_max)
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     rescale, p = tl.exp2(row_max - safe_max), tl.exp2(z - safe_max)
     acc_a = acc_a * rescale[:, None] + p[:, None] * a.to(tl.float32)
     acc_b = acc_b * rescale[:, None] + p[:, None] * b.to(tl.float32)
@@ -54,7 +53,7 @@ def _add_keys(acc_a, acc_b, row_sum, row_max, z, a, b):
 def _merge_rows(acc_a, acc_b, row_sum, row_max):
     """Return the mean of all rows' values, in halves, and log2 of their sum of weights; 0 and -inf without a key."""
     total_max = tl.max(row_max, 0)
-    scale = tl.exp2(row_max - tl.where(total_max == NEG_INF, 0.0, total_max))
+    scale = tl.exp2(row_max - tl.where(total_max == float("-inf"), 0.0, total_max))
     total = tl.sum(row_sum * scale, 0)
     safe_total = tl.where(total > 0.0, total, 1.0)
     scale = (scale / safe_total)[:, None]
@@ -63,40 +62,40 @@ def _merge_rows(acc_a, acc_b, row_sum, row_max):
 
 @triton.jit(do_not_specialize=["S", "stride_mb", "first_split", "n_splits"])  # these change from step to step
 def split_kernel(
-    Q, KEYS, VALUES, MASK, NORMS, COS, SIN, SCALE, MEAN, LSE,
+    Q, KEYS, VALUES, MASK, NORMS, COS, SIN, SIGMA, MEAN, LSE,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb,
-    stride_nb, stride_nh, stride_ns, stride_rb, S, keys_per_split, first_split, n_splits,
-    D: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, SHARED_KV: tl.constexpr, SCALE_PER_HEAD: tl.constexpr,
+    stride_nb, stride_nh, stride_ns, stride_rb, H, S, keys_per_split, first_split, n_splits,
+    D: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, SHARED_KV: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Write the mean of one split of a slice's keys for one row and head, and log2 of its sum of weights.
 
-    SHARED_KV: keys are the values. NORMS, COS and SIN may be None. Heads are neighbours in the grid, then rows, so that
-    they find masks, tables and a shared prefix in the L2 cache.
+    SHARED_KV: keys are the values. NORMS, COS and SIN may be None. SCALE is used where SIGMA is None. Heads are
+    neighbours in the grid, then rows, so that they find masks, tables and a shared prefix in the L2 cache.
     """
-    head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
+    row_and_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = row_and_head // H, row_and_head % H
     KEYS += batch * stride_kb + head * stride_kh
     VALUES += batch * stride_vb + head * stride_vh
     MASK += batch * stride_mb
-    scale = SCALE
-    if SCALE_PER_HEAD:
-        scale = tl.load(SCALE + head)
-    scale = scale * LOG2E
+    scale = LOG2E * SCALE
+    if SIGMA is not None:
+        sigma = tl.load(SIGMA + head)
+        scale = LOG2E / (sigma * sigma)
     d, one = tl.arange(0, HALF), tl.arange(0, 1)
     qa, qb = _load_halves(Q + batch * stride_qb + head * stride_qh, one, 0, one == 0, D, HALF)
     qa, qb = qa.to(tl.float32), qb.to(tl.float32)
     acc_a = tl.zeros([BN, HALF], tl.float32)
     acc_b = tl.zeros([BN, HALF], tl.float32)
     row_sum = tl.zeros([BN], tl.float32)
-    row_max = tl.full([BN], NEG_INF, tl.float32)
+    row_max = tl.full([BN], float("-inf"), tl.float32)
     k = split * keys_per_split + tl.arange(0, BN)
-    next_mask = tl.load(MASK + k, mask=k < S, other=NEG_INF)
+    next_mask = tl.load(MASK + k, mask=k < S, other=float("-inf"))
     for k0 in range(split * keys_per_split, tl.minimum((split + 1) * keys_per_split, S), BN):
         k, z = k0 + tl.arange(0, BN), next_mask
         # The mask is loaded a tile ahead, since the other loads wait for it.
-        next_mask = tl.load(MASK + k + BN, mask=k + BN < S, other=NEG_INF)
-        visible = z != NEG_INF
-        if tl.max(z, 0) != NEG_INF:  # all loads are issued before the first is waited for
+        next_mask = tl.load(MASK + k + BN, mask=k + BN < S, other=float("-inf"))
+        visible = z != float("-inf")
+        if tl.max(z, 0) != float("-inf"):  # all loads are issued before the first is waited for
             if NORMS is not None:
                 norms = tl.load(NORMS + batch * stride_nb + head * stride_nh + k * stride_ns, mask=visible, other=0.0)
             a, b = _load_halves(KEYS, k, stride_ks, visible, D, HALF)
@@ -115,7 +114,7 @@ def split_kernel(
                 score -= 0.5 * norms
             acc_a, acc_b, row_sum, row_max = _add_keys(acc_a, acc_b, row_sum, row_max, score * scale + z, va, vb)
     mean_a, mean_b, lse = _merge_rows(acc_a, acc_b, row_sum, row_max)
-    offset = (batch * tl.num_programs(0) + head) * n_splits + first_split + split
+    offset = row_and_head * n_splits + first_split + split
     tl.store(MEAN + offset * D + d, mean_a, mask=d < D // 2)
     tl.store(MEAN + offset * D + D // 2 + d, mean_b, mask=d < D // 2)
     tl.store(LSE + offset, lse)
@@ -124,17 +123,17 @@ def split_kernel(
 @triton.jit(do_not_specialize=["n_splits"])
 def combine_kernel(MEAN, LSE, Y, n_splits, D: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr):
     """Write y of one row and head from all splits of all slices."""
-    offset = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    offset = tl.program_id(0).to(tl.int64)
     MEAN += offset * n_splits * D
     LSE += offset * n_splits
     acc_a = tl.zeros([BN, HALF], tl.float32)
     acc_b = tl.zeros([BN, HALF], tl.float32)
     row_sum = tl.zeros([BN], tl.float32)
-    row_max = tl.full([BN], NEG_INF, tl.float32)
+    row_max = tl.full([BN], float("-inf"), tl.float32)
     for s0 in range(0, n_splits, BN):
         s = s0 + tl.arange(0, BN)
-        z = tl.load(LSE + s, mask=s < n_splits, other=NEG_INF)
-        a, b = _load_halves(MEAN, s, D, z != NEG_INF, D, HALF)
+        z = tl.load(LSE + s, mask=s < n_splits, other=float("-inf"))
+        a, b = _load_halves(MEAN, s, D, z != float("-inf"), D, HALF)
         acc_a, acc_b, row_sum, row_max = _add_keys(acc_a, acc_b, row_sum, row_max, z, a, b)
     y_a, y_b, _ = _merge_rows(acc_a, acc_b, row_sum, row_max)
     d = tl.arange(0, HALF)
@@ -151,36 +150,65 @@ def tile_shape(head_dim: int) -> tuple[int, int]:
 def attend(qkv: QKV, slices: Sequence[KVSlice], multiprocessors: int = 132) -> Tensor:
     """Softmax attention of one new token per row, (B, 1, H, D); several new tokens run on decode.attend.
 
-    head_dim is even and at most 256; the dtype is bfloat16, float16 or float32. Launches depend on shapes alone.
+    head_dim is even and at most 256; the dtype is bfloat16, float16 or float32. S times D stays below 2^31, other sizes
+    are free. Launches depend on shapes alone.
     """
-    B, T, H, D = qkv.q.shape
-    if T > 1:
+    if qkv.q.size(1) > 1:
         return decode.attend(qkv, slices)
-    scale = qkv.scale if qkv.sigma is None else qkv.sigma.square().reciprocal()
+    tensors = [
+        (part.k, None if part.v is part.k else part.v, part.mask, part.key_norms, *(part.rope or (None, None)))
+        for part in slices
+    ]
+    return decode_attention(qkv.q, *map(list, zip(*tensors, strict=True)), qkv.sigma, qkv.scale, multiprocessors)
+
+
+# An operator of its own, since torch.compile would write the kernels anew. It prints a global -inf as a name that does
+# not exist, types a Python number as float64, and fails to order the launches where S is a symbol.
+@torch.library.custom_op("gkachat::decode_attention", mutates_args=())
+def decode_attention(
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor | None],
+    masks: list[Tensor],
+    key_norms: list[Tensor | None],
+    cos: list[Tensor | None],
+    sin: list[Tensor | None],
+    sigma: Tensor | None,
+    scale: float,
+    multiprocessors: int,
+) -> Tensor:
+    """Launch the kernels; the lists have an entry for each slice, and no values where keys are the values."""
+    B, _, H, D = q.shape
     half, tile = tile_shape(D)
     max_splits = -(-PROGRAMS_PER_SM * multiprocessors // (B * H))
     launches, n_splits = [], 0
-    for part in slices:
-        tiles = max(1, -(-part.k.size(2) // tile))
+    for part in zip(keys, values, masks, key_norms, cos, sin, strict=True):
+        tiles = max(1, -(-part[0].size(2) // tile))
         tiles_per_split = -(-tiles // min(tiles, max_splits))
         launches.append((part, tiles_per_split * tile, n_splits, -(-tiles // tiles_per_split)))
         n_splits += -(-tiles // tiles_per_split)
-    mean = qkv.q.new_empty(B, H, n_splits, D, dtype=torch.float32)
-    lse = qkv.q.new_empty(B, H, n_splits, dtype=torch.float32)
-    q = contiguous_channels(qkv.q)
-    for part, keys_per_split, first_split, splits in launches:
-        shared_kv = part.k is part.v
-        keys = contiguous_channels(part.k).expand(B, -1, -1, -1)
-        values = keys if shared_kv else contiguous_channels(part.v).expand(B, -1, -1, -1)
-        mask = contiguous_channels(part.mask)
-        norm_strides = (0, 0, 0) if part.key_norms is None else part.key_norms.expand(B, -1, -1, -1).stride()[:3]
-        cos, sin = (None, None) if part.rope is None else (t.contiguous().expand(B, -1, -1, -1) for t in part.rope)
-        split_kernel[(H, B, splits)](
-            q, keys, values, mask, part.key_norms, cos, sin, scale, mean, lse,
-            q.stride(0), q.stride(2), *keys.stride()[:3], *values.stride()[:3], mask.stride(0), *norm_strides,
-            0 if cos is None else cos.stride(0), keys.size(2), keys_per_split, first_split, n_splits,
-            D=D, HALF=half, BN=tile, SHARED_KV=shared_kv, SCALE_PER_HEAD=isinstance(scale, Tensor),
+    mean = q.new_empty(B, H, n_splits, D, dtype=torch.float32)
+    lse = q.new_empty(B, H, n_splits, dtype=torch.float32)
+    q = contiguous_channels(q)
+    for (k, v, mask, norms, cos_S, sin_S), keys_per_split, first_split, splits in launches:
+        k = contiguous_channels(k).expand(B, -1, -1, -1)
+        shared_kv = v is None
+        v = k if shared_kv else contiguous_channels(v).expand(B, -1, -1, -1)
+        mask = contiguous_channels(mask)
+        norm_strides = (0, 0, 0) if norms is None else norms.expand(B, -1, -1, -1).stride()[:3]
+        if cos_S is not None:
+            cos_S, sin_S = (table.contiguous().expand(B, -1, -1, -1) for table in (cos_S, sin_S))
+        split_kernel[(B * H, splits)](  # the first dimension has room for 2^31 programs, the others for 2^16
+            q, k, v, mask, norms, cos_S, sin_S, sigma, mean, lse,
+            q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], mask.stride(0), *norm_strides,
+            0 if cos_S is None else cos_S.stride(0), H, k.size(2), keys_per_split, first_split, n_splits,
+            D=D, HALF=half, BN=tile, SHARED_KV=shared_kv, SCALE=scale,
         )  # fmt: skip
-    y = qkv.q.new_empty(B, 1, H, D)
-    combine_kernel[(H, B)](mean, lse, y, n_splits, D=D, HALF=half, BN=SPLITS)
+    y = q.new_empty(B, 1, H, D)
+    combine_kernel[(B * H,)](mean, lse, y, n_splits, D=D, HALF=half, BN=SPLITS)
     return y
+
+
+@decode_attention.register_fake
+def _(q, keys, values, masks, key_norms, cos, sin, sigma, scale, multiprocessors):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

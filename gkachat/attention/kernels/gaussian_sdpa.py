@@ -33,8 +33,18 @@ def attend_unit_norm(qkv: QKV, *, softmax_attend: Callable[[QKV], Tensor]) -> Te
 
 def attend(qkv: QKV, *, window: int | None, causal: bool, include_self: bool) -> Tensor:
     """Return Gaussian attention where queries and keys are one tensor, (B, T, H, D). It reads qkv.k and not qkv.q."""
+    q, k, v = bias_as_channels(qkv)
+    y = _softmax_attention(q, k, v, window=window, causal=causal, include_self=include_self)
+    return y[..., : qkv.v.size(-1)]
+
+
+def bias_as_channels(qkv: QKV) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v for which softmax attention with scale 1 is Gaussian attention of qkv.k and qkv.v.
+
+    They have more channels than D, of which the output's first D count.
+    """
     x, D = qkv.v, qkv.k.size(-1)
-    q, bias = _ScaledWithBias.apply(qkv.k, qkv.sigma)
+    q, bias = scaled_with_bias(qkv)
     high = bias.to(x.dtype)
     # In half precision, one column would round the bias by 4e-3. A second column holds the rounding error.
     columns = [high] if x.dtype == bias.dtype else [high, (bias - high.to(bias.dtype)).to(x.dtype)]
@@ -42,9 +52,12 @@ def attend(qkv: QKV, *, window: int | None, causal: bool, include_self: bool) ->
     zeros = x.new_zeros(*x.shape[:-1], -(D + len(columns)) % 8)
     ones = x.new_ones(*x.shape[:-1], len(columns))
     k = torch.cat((q, *columns, zeros), dim=-1)
-    v = F.pad(x, (0, k.size(-1) - D))
-    q = torch.cat((q, ones, zeros), dim=-1)
-    return _softmax_attention(q, k, v, window=window, causal=causal, include_self=include_self)[..., :D]
+    return torch.cat((q, ones, zeros), dim=-1), k, F.pad(x, (0, k.size(-1) - D))
+
+
+def scaled_with_bias(qkv: QKV) -> tuple[Tensor, Tensor]:
+    """Return q = k / sigma, and the bias -|q|^2 / 2 of each key, (B, T, H, 1) in float32 at least."""
+    return _ScaledWithBias.apply(qkv.k, qkv.sigma)
 
 
 class _ScaledWithBias(torch.autograd.Function):

@@ -5,16 +5,25 @@ The kernel uses three facts that a general attention kernel cannot know:
 - Keys and values are one tile. One load of x_j serves S = F_i F_j^T and Y += P X_j. With rope, F and X are two tensors.
 - Scores are at most 0, and 0 on the diagonal. With self among the keys, the row's maximum is known beforehand and
   nothing is rescaled. Without self the kernel is an ordinary online softmax, and a row without keys gives zeros.
-- dx sums a value, a key and a query part. The program that owns a block computes all three and writes dx once, without
-  atomics, so that gradients are deterministic. That costs seven products where separate passes take five.
+- dx sums a value, a key and a query part. Where F is X, the first two share one accumulator.
+
+The backward has five products for each pair of blocks, as FlashAttention 2 (arXiv 2307.08691, section 3.2): a program
+owns a block of keys, walks over the queries that see it, and adds the query part to a float32 buffer with atomics. The
+order of these additions changes from run to run, so that dx on a GPU is the same only up to float32 rounding. y, the
+row sums and the gradient of sigma have fixed orders: they are the same bits in every run with the same block sizes,
+which the autotuner chooses in each process.
 
 All arithmetic is float32, except that operands of products have the dtype of x. dx is formed as sum(dS f) - f sum(dS),
 with both sums over the same rounded dS. The plain form would lose all precision in bfloat16 where features have a large
 common offset. Some is still lost, since y is rounded too: dx is off by 1 % at an offset of 10 standard deviations, and
 by 8 % at 100. The gradient of sigma takes the direct form, -2 sum(dL/ds s) / sigma, because Euler's identity cancels.
+The sums of dS over rows and columns are products with a tile of ones, which a tensor core takes less time for than
+threads take to exchange them.
 
+Tiles are loaded through tensor descriptors: the TMA unit of a Hopper then computes addresses and bounds. Vectors with a
+number for each row (bias, lse) are padded to a multiple of PAD rows, with a value that gives rows beyond T no weight.
 Loops have disable_licm: what Triton would hoist out of them takes registers that they need.
-Axes: B batch, T time, H heads, D head_dim; b, i, j are rows of a block, of queries, of keys.
+Axes: B batch, T time, H heads, D head_dim; i are queries, j are keys.
 """
 
 import os
@@ -24,11 +33,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gkachat.attention.qkv import QKV
 
-HALF_LOG2E = tl.constexpr(0.7213475204444817)  # log2(e) / 2, since exponentials are taken in base 2
+LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are taken in base 2
 LN2 = tl.constexpr(0.6931471805599453)
+MIN_BLOCK = tl.constexpr(16)  # the smallest block
+HIDDEN = tl.constexpr(1e30)  # exp2(-HIDDEN) is 0, and unlike infinity HIDDEN times 0 is 0
 
 # Triton's interpreter computes with the raw bits of bfloat16 (triton issue 4972). Under the interpreter, tiles are kept
 # in float32 and rounded to bfloat16's grid by hand, which gives the values that a GPU would multiply.
@@ -48,356 +60,320 @@ def rounded(tile, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(base, rows, T, stride_t, D: tl.constexpr):
-    """Load (rows, D) of one batch entry and head, with zeros beyond T."""
-    d = tl.arange(0, D)
-    tile = tl.load(base + rows[:, None] * stride_t + d[None, :], mask=(rows < T)[:, None], other=0.0)
+def _block(T, ROWS: tl.constexpr):
+    """Return the batch entry times heads, and the number of its block of rows, that this program works on.
+
+    All programs are on the grid's first axis, since the others end at 65,535.
+    """
+    blocks = tl.cdiv(T, ROWS)
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks
+
+
+@triton.jit
+def _load_tile(descriptor, batch, row, head, ROWS: tl.constexpr, D: tl.constexpr):
+    """Load (ROWS, D) of one batch entry and head from a (B, T, H, D) descriptor, with zeros beyond T."""
+    tile = descriptor.load([batch, row, head, 0]).reshape(ROWS, D)
     if INTERPRET:
         tile = tile.to(tl.float32)
     return tile
 
 
 @triton.jit
-def _load_row(base, rows, T):
-    """Load one number for each row, with zeros beyond T."""
-    return tl.load(base + rows, mask=rows < T, other=0.0)
+def _rows_at(base, bh, rows, T, H, stride_b, stride_t, stride_h, D: tl.constexpr):
+    """Return pointers to rows of one batch entry and head, and the mask of those before T. Offsets have 64 bits."""
+    base += (bh // H).to(tl.int64) * stride_b + (bh % H).to(tl.int64) * stride_h
+    return base + rows[:, None].to(tl.int64) * stride_t + tl.arange(0, D)[None, :], (rows < T)[:, None]
 
 
 @triton.jit
-def _log_weights(
-    dots, offset_i, bias_j, scale, i, j, T, window,
-    MASKED: tl.constexpr, INCLUDE_SELF: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """Return 2 scale f_i.f_j - offset_i - bias_j where query i sees key j, and -inf elsewhere.
-
-    scale = log2(e) / 2 sigma^2 and bias = scale |f|^2. With the query's own bias as its offset, the result is the
-    base-2 score. With dot_lse_i = bias_i + lse_i as its offset, the result is log2 of the weight p_ij.
-    """
-    z = tl.minimum(2.0 * scale * dots - offset_i - bias_j, 0.0)
-    if MASKED:
-        distance = i - j
-        if not CAUSAL:
-            distance = tl.abs(distance)
-        seen = (distance >= (0 if INCLUDE_SELF else 1)) & (distance < window) & (i < T) & (j < T)
-        z = tl.where(seen, z, float("-inf"))
-    return z
+def _load_rows(base, bh, rows, T, H, stride_b, stride_t, stride_h, D: tl.constexpr):
+    """Load rows of one batch entry and head, with zeros beyond T."""
+    at, inside = _rows_at(base, bh, rows, T, H, stride_b, stride_t, stride_h, D)
+    tile = tl.load(at, mask=inside, other=0.0)
+    if INTERPRET:
+        tile = tile.to(tl.float32)
+    return tile
 
 
 @triton.jit
-def _key_bias(F, SIGMA, rows, bh, stride_fb, stride_ft, stride_fh, T, H, D: tl.constexpr):
-    """Return scale |f|^2, computed from the rounded numbers that enter the products."""
-    f = _load_rows(F + (bh // H).to(tl.int64) * stride_fb + (bh % H) * stride_fh, rows, T, stride_ft, D).to(tl.float32)
+def _contiguous_rows_at(base, bh, rows, T, H, D: tl.constexpr):
+    """Return pointers to rows of a contiguous (B, T, H, D), and the mask of those before T."""
+    offset = (((bh // H).to(tl.int64) * T + rows[:, None]) * H + bh % H) * D
+    return base + offset + tl.arange(0, D)[None, :], (rows < T)[:, None]
+
+
+@triton.jit
+def _write_bias(F, SIGMA, BIAS, bh, rows, stride_fb, stride_ft, stride_fh, T, T_PAD, H, D: tl.constexpr):
+    """Write and return log2(e) |f|^2 / 2 sigma^2 of each row, HIDDEN beyond T. |f|^2 is that of the rounded numbers."""
+    f = _load_rows(F, bh, rows, T, H, stride_fb, stride_ft, stride_fh, D).to(tl.float32)
     sigma = tl.load(SIGMA + bh % H)
-    return HALF_LOG2E / (sigma * sigma) * tl.sum(f * f, 1)
+    bias = tl.where(rows < T, 0.5 * LOG2E / (sigma * sigma) * tl.sum(f * f, 1), HIDDEN)
+    tl.store(BIAS + bh.to(tl.int64) * T_PAD + rows, bias)
+    return bias, sigma
 
 
 @triton.jit
-def bias_kernel(F, SIGMA, BIAS, stride_fb, stride_ft, stride_fh, T, H, D: tl.constexpr, BLOCK: tl.constexpr):
+def bias_kernel(F, SIGMA, BIAS, stride_fb, stride_ft, stride_fh, T, T_PAD, H, D: tl.constexpr, BLOCK: tl.constexpr):
     """Write the bias of each row."""
-    bh = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    bias = _key_bias(F, SIGMA, rows, bh, stride_fb, stride_ft, stride_fh, T, H, D)
-    tl.store(BIAS + bh.to(tl.int64) * T + rows, bias, mask=rows < T)
+    bh, block = _block(T_PAD, BLOCK)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    _write_bias(F, SIGMA, BIAS, bh, rows, stride_fb, stride_ft, stride_fh, T, T_PAD, H, D)
 
 
 @triton.jit
 def backward_rows_kernel(
     F, SIGMA, Y, DY, LSE, BIAS, DOT_LSE, DELTA,
-    stride_fb, stride_ft, stride_fh, stride_dyb, stride_dyt, stride_dyh, T, H, D: tl.constexpr, BLOCK: tl.constexpr,
+    stride_fb, stride_ft, stride_fh, stride_dyb, stride_dyt, stride_dyh, T, T_PAD, H,
+    D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write what the backward needs of each row: bias, dot_lse = bias + lse, delta = <dy, y>."""
-    bh = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    batch, head, out = (bh // H).to(tl.int64), bh % H, bh.to(tl.int64) * T + rows
-    bias = _key_bias(F, SIGMA, rows, bh, stride_fb, stride_ft, stride_fh, T, H, D)
-    y = _load_rows(Y + batch * T * H * D + head * D, rows, T, H * D, D).to(tl.float32)
-    dy = _load_rows(DY + batch * stride_dyb + head * stride_dyh, rows, T, stride_dyt, D).to(tl.float32)
-    lse = tl.load(LSE + out, mask=rows < T, other=0.0)
-    tl.store(BIAS + out, bias, mask=rows < T)
-    tl.store(DOT_LSE + out, bias + lse, mask=rows < T)
-    tl.store(DELTA + out, tl.sum(y * dy, 1), mask=rows < T)
+    """Write what the backward needs of each row: bias, dot_lse = bias + lse, delta = <dy, y> / sigma^2."""
+    bh, block = _block(T_PAD, BLOCK)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    bias, sigma = _write_bias(F, SIGMA, BIAS, bh, rows, stride_fb, stride_ft, stride_fh, T, T_PAD, H, D)
+    lse = tl.load(LSE + bh.to(tl.int64) * T + rows, mask=rows < T, other=0.0)
+    y_at, inside = _contiguous_rows_at(Y, bh, rows, T, H, D)
+    y = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
+    dy = _load_rows(DY, bh, rows, T, H, stride_dyb, stride_dyt, stride_dyh, D).to(tl.float32)
+    out = bh.to(tl.int64) * T_PAD + rows
+    tl.store(DOT_LSE + out, tl.minimum(bias + lse, HIDDEN))
+    tl.store(DELTA + out, tl.sum(y * dy, 1) / (sigma * sigma))
 
 
 @triton.jit
-def _attend_keys(
-    acc, row_sum, row_max, f_i, bias_i, i, scale, F, X, BIAS, stride_ft, stride_xt, lo, hi, T, window,
-    D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, INCLUDE_SELF: tl.constexpr, SEPARATE_F: tl.constexpr,
-    CAUSAL: tl.constexpr, DTYPE: tl.constexpr,
+def backward_sum_kernel(
+    F, DF_SUM, DS_SUM, DF, stride_fb, stride_ft, stride_fh, T, T_PAD, H, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add keys lo to hi to the sums of queries i."""
-    for j0 in tl.range(lo, hi, BN, disable_licm=True):
-        j = j0 + tl.arange(0, BN)
-        f_j = _load_rows(F, j, T, stride_ft, D)
-        x_j = f_j
-        if SEPARATE_F:
-            x_j = _load_rows(X, j, T, stride_xt, D)
-        dots = tl.dot(f_i, tl.trans(f_j), input_precision="tf32x3")
-        bias_j = _load_row(BIAS, j, T)
-        z = _log_weights(
-            dots, bias_i[:, None], bias_j[None, :], scale, i[:, None], j[None, :], T, window, MASKED, INCLUDE_SELF,
-            CAUSAL,
-        )  # fmt: skip
-        if INCLUDE_SELF:
-            if MASKED:  # exactly 0 on the diagonal, so that no row's sum is below 1
-                z = tl.where(i[:, None] == j[None, :], 0.0, z)
-            p = tl.exp2(z)
-            row_sum += tl.sum(p, 1)
-        else:
-            new_max = tl.maximum(row_max, tl.max(z, 1))
-            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-            rescale = tl.exp2(row_max - safe_max)
-            p = tl.exp2(z - safe_max[:, None])
-            row_sum = row_sum * rescale + tl.sum(p, 1)
-            acc = acc * rescale[:, None]
-            row_max = new_max
-        acc = tl.dot(rounded(p, DTYPE), x_j, acc, input_precision="tf32x3")
-    return acc, row_sum, row_max
+    """Write df = sum(ds f) - f sum(ds), where both sums are complete."""
+    bh, block = _block(T_PAD, BLOCK)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    f = _load_rows(F, bh, rows, T, H, stride_fb, stride_ft, stride_fh, D).to(tl.float32)
+    at = bh.to(tl.int64) * T_PAD + rows
+    df = tl.load(DF_SUM + at[:, None] * D + tl.arange(0, D)[None, :]) - f * tl.load(DS_SUM + at)[:, None]
+    out, inside = _contiguous_rows_at(DF, bh, rows, T, H, D)
+    tl.store(out, rounded(df, DF.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _is_masked(i0, j0, ROWS_I: tl.constexpr, ROWS_J: tl.constexpr, window, CAUSAL: tl.constexpr):
+    """Return whether a tile has pairs that the mask hides, or the diagonal."""
+    masked = i0 + ROWS_I - j0 > window
+    if CAUSAL:
+        masked |= i0 < j0 + ROWS_J
+    else:
+        masked |= (j0 + ROWS_J - i0 > window) | ((i0 < j0 + ROWS_J) & (j0 < i0 + ROWS_I))
+    return masked
+
+
+@triton.jit
+def _hide(z, i, j, window, INCLUDE_SELF: tl.constexpr, CAUSAL: tl.constexpr):
+    """Set z to -HIDDEN where query i does not see key j."""
+    distance = i - j
+    if not CAUSAL:
+        distance = tl.abs(distance)
+    return tl.where((distance >= (0 if INCLUDE_SELF else 1)) & (distance < window), z, -HIDDEN)
 
 
 @triton.jit
 def forward_kernel(
-    F, X, BIAS, SIGMA, Y, LSE, stride_fb, stride_ft, stride_fh, stride_xb, stride_xt, stride_xh, T, H, window,
+    FQ, FK, X, BIAS, SIGMA, Y, LSE, T, T_PAD, H, window,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, INCLUDE_SELF: tl.constexpr, SEPARATE_F: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Write y and log2 of each row's sum for one block of queries."""
-    bh = tl.program_id(1)
-    batch, head = (bh // H).to(tl.int64), bh % H
-    DTYPE: tl.constexpr = X.dtype.element_ty
-    F += batch * stride_fb + head * stride_fh
-    X += batch * stride_xb + head * stride_xh
-    Y += batch * T * H * D + head * D
-    BIAS += bh.to(tl.int64) * T
-    i0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # the longest rows start first
+    """Write y and log2 of each row's sum for one block of queries.
+
+    FQ, FK and X are descriptors of the features by blocks of queries and of keys, and of the values by blocks of keys.
+    """
+    bh, block = _block(T, BM)
+    batch, head = bh // H, bh % H
+    DTYPE: tl.constexpr = FQ.dtype
+    i0 = (tl.cdiv(T, BM) - 1 - block) * BM  # the longest rows start first
     i = i0 + tl.arange(0, BM)
     sigma = tl.load(SIGMA + head)
-    scale = HALF_LOG2E / (sigma * sigma)
-    f_i = _load_rows(F, i, T, stride_ft, D)
-    bias_i = _load_row(BIAS, i, T)
+    scale = LOG2E / (sigma * sigma)
+    f_i = _load_tile(FQ, batch, i0, head, BM, D)
+    BIAS += bh.to(tl.int64) * T_PAD
+    bias_i = tl.load(BIAS + i)
     acc = tl.zeros([BM, D], tl.float32)
     row_sum = tl.zeros([BM], tl.float32)
-    row_max = tl.full([BM], float("-inf"), tl.float32)
-    # Keys come in three ranges: the window's edge (masked), keys that every row sees (not masked), the diagonal
-    # (masked). Without the causal mask one masked loop covers all keys, because more loops need too many registers.
-    lo = tl.maximum(0, i0 - window + 1) // BN * BN
-    diagonal, hi = i0 // BN * BN, tl.minimum(T, i0 + BM)
-    if CAUSAL:
-        inner = tl.minimum(tl.maximum(lo, tl.cdiv(tl.maximum(0, i0 + BM - window), BN) * BN), diagonal)
-        acc, row_sum, row_max = _attend_keys(
-            acc, row_sum, row_max, f_i, bias_i, i, scale, F, X, BIAS, stride_ft, stride_xt, lo, inner,
-            T, window, D, BN, True, INCLUDE_SELF, SEPARATE_F, CAUSAL, DTYPE)  # fmt: skip
-        acc, row_sum, row_max = _attend_keys(
-            acc, row_sum, row_max, f_i, bias_i, i, scale, F, X, BIAS, stride_ft, stride_xt, inner, diagonal,
-            T, window, D, BN, False, INCLUDE_SELF, SEPARATE_F, CAUSAL, DTYPE)  # fmt: skip
-        lo = diagonal
-    else:
+    row_max = tl.full([BM], -HIDDEN, tl.float32)
+    lo, hi = tl.maximum(0, i0 - window + 1) // BN * BN, tl.minimum(T, i0 + BM)
+    if not CAUSAL:
         hi = tl.minimum(T, i0 + BM - 1 + window)
-    acc, row_sum, row_max = _attend_keys(
-        acc, row_sum, row_max, f_i, bias_i, i, scale, F, X, BIAS, stride_ft, stride_xt, lo, hi,
-        T, window, D, BN, True, INCLUDE_SELF, SEPARATE_F, CAUSAL, DTYPE)  # fmt: skip
+    for j0 in tl.range(lo, hi, BN, disable_licm=True):
+        j = j0 + tl.arange(0, BN)
+        f_j = _load_tile(FK, batch, j0, head, BN, D)
+        x_j = f_j
+        if SEPARATE_F:
+            x_j = _load_tile(X, batch, j0, head, BN, D)
+        bias_j = tl.load(BIAS + j)
+        dots = tl.dot(f_i, tl.trans(f_j), input_precision="tf32x3")
+        z = tl.minimum(scale * dots - bias_i[:, None] - bias_j[None, :], 0.0)  # base-2 scores
+        if _is_masked(i0, j0, BM, BN, window, CAUSAL):
+            z = _hide(z, i[:, None], j[None, :], window, INCLUDE_SELF, CAUSAL)
+            if INCLUDE_SELF:  # exactly 0 on the diagonal, so that no row's sum is below 1
+                z = tl.where(i[:, None] == j[None, :], 0.0, z)
+        if not INCLUDE_SELF:
+            new_max = tl.maximum(row_max, tl.max(z, 1))
+            safe_max = tl.where(new_max <= -HIDDEN, 0.0, new_max)
+            rescale = tl.exp2(row_max - safe_max)
+            z -= safe_max[:, None]
+            row_sum *= rescale
+            acc *= rescale[:, None]
+            row_max = new_max
+        p = tl.exp2(z)
+        row_sum += tl.sum(p, 1)
+        acc = tl.dot(rounded(p, DTYPE), x_j, acc, input_precision="tf32x3")
     safe_sum = tl.where(row_sum > 0.0, row_sum, 1.0)
     lse = tl.log2(safe_sum)
-    if not INCLUDE_SELF:  # a row without keys: exp2(z - inf) is 0 in the backward
-        lse = tl.where(row_sum > 0.0, row_max + lse, float("inf"))
-    d = tl.arange(0, D)
-    out = Y + i[:, None] * (H * D) + d[None, :]
-    tl.store(out, rounded(acc / safe_sum[:, None], DTYPE), mask=(i < T)[:, None])
+    if not INCLUDE_SELF:  # a row without keys has weights of 0 in the backward
+        lse = tl.where(row_sum > 0.0, row_max + lse, HIDDEN)
+    out, inside = _contiguous_rows_at(Y, bh, i, T, H, D)
+    tl.store(out, rounded(acc / safe_sum[:, None], DTYPE), mask=inside)
     tl.store(LSE + bh.to(tl.int64) * T + i, lse, mask=i < T)
 
 
 @triton.jit
-def _backward_as_keys(
-    acc, acc_df, ds_sum, f_b, x_b, bias_b, b, scale, inv_sigma2, F, DY, DOT_LSE, DELTA, stride_ft, stride_dyt,
-    lo, hi, T, window,
-    D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, INCLUDE_SELF: tl.constexpr, SEPARATE_F: tl.constexpr,
-    CAUSAL: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Add the value part and the key part of dx: block b as keys and values of queries lo to hi."""
-    for i0 in tl.range(lo, hi, BN, disable_licm=True):
-        i = i0 + tl.arange(0, BN)
-        f_i = _load_rows(F, i, T, stride_ft, D)
-        dy_i = _load_rows(DY, i, T, stride_dyt, D)
-        dot_lse, delta = _load_row(DOT_LSE, i, T), _load_row(DELTA, i, T)
-        dots = tl.dot(f_b, tl.trans(f_i), input_precision="tf32x3")  # transposed: [b, i]
-        log_p = _log_weights(
-            dots, dot_lse[None, :], bias_b[:, None], scale, i[None, :], b[:, None], T, window, MASKED, INCLUDE_SELF,
-            CAUSAL,
-        )  # fmt: skip
-        p = tl.exp2(log_p)
-        dp = tl.dot(x_b, tl.trans(dy_i), input_precision="tf32x3")
-        ds = rounded(p * (dp - delta[None, :]) * inv_sigma2, DTYPE)
-        ds_sum += tl.sum(ds.to(tl.float32), 1)
-        acc = tl.dot(rounded(p, DTYPE), dy_i, acc, input_precision="tf32x3")
-        if SEPARATE_F:
-            acc_df = tl.dot(ds, f_i, acc_df, input_precision="tf32x3")
-        else:
-            acc = tl.dot(ds, f_i, acc, input_precision="tf32x3")
-    return acc, acc_df, ds_sum
-
-
-@triton.jit
-def _backward_as_queries(
-    acc, acc_df, ds_sum, dsigma_acc, f_b, dy_b, dot_lse_b, delta_b, b, scale, inv_sigma2, F, X, BIAS,
-    stride_ft, stride_xt, lo, hi, T, window,
-    D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, INCLUDE_SELF: tl.constexpr, SEPARATE_F: tl.constexpr,
-    CAUSAL: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Add the query part of dx, and the gradient of sigma: block b as queries of keys lo to hi."""
-    for j0 in tl.range(lo, hi, BN, disable_licm=True):
-        j = j0 + tl.arange(0, BN)
-        f_j = _load_rows(F, j, T, stride_ft, D)
-        x_j = f_j
-        if SEPARATE_F:
-            x_j = _load_rows(X, j, T, stride_xt, D)
-        bias_j = _load_row(BIAS, j, T)
-        dots = tl.dot(f_b, tl.trans(f_j), input_precision="tf32x3")
-        log_p = _log_weights(
-            dots, dot_lse_b[:, None], bias_j[None, :], scale, b[:, None], j[None, :], T, window, MASKED, INCLUDE_SELF,
-            CAUSAL,
-        )  # fmt: skip
-        p = tl.exp2(log_p)
-        dp = tl.dot(dy_b, tl.trans(x_j), input_precision="tf32x3")
-        ds = p * (dp - delta_b[:, None])
-        # The ds of a row sum to 0, so that log p can stand for the score. It is small wherever p is not.
-        dsigma_acc += tl.sum(ds * tl.where(p > 0.0, log_p, 0.0), 1)
-        ds = rounded(ds * inv_sigma2, DTYPE)
-        ds_sum += tl.sum(ds.to(tl.float32), 1)
-        if SEPARATE_F:
-            acc_df = tl.dot(ds, f_j, acc_df, input_precision="tf32x3")
-        else:
-            acc = tl.dot(ds, f_j, acc, input_precision="tf32x3")
-    return acc, acc_df, ds_sum, dsigma_acc
-
-
-@triton.jit
 def backward_kernel(
-    F, X, BIAS, DOT_LSE, SIGMA, DY, DELTA, DX, DF, DSIGMA,
-    stride_fb, stride_ft, stride_fh, stride_xb, stride_xt, stride_xh, stride_dyb, stride_dyt, stride_dyh,
-    T, H, window, n_blocks,
+    FQ, F, X, DY, BIAS, DOT_LSE, DELTA, SIGMA, DF_SUM, DS_SUM, DSIGMA, DX,
+    stride_fb, stride_ft, stride_fh, stride_xb, stride_xt, stride_xh, T, T_PAD, H, window,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, INCLUDE_SELF: tl.constexpr, SEPARATE_F: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Write dx of one block, and its part of the gradient of sigma.
+    """Add to DF_SUM and DS_SUM what a block of keys and the queries that see it contribute, and write to DSIGMA.
 
-    SEPARATE_F: the gradients of X and F have an accumulator each, and DF is written too.
+    FQ and DY are descriptors by blocks of queries. The block of keys is loaded through pointers: Triton then multiplies
+    it from shared memory, and through a descriptor it would keep it in registers. DF_SUM is (B, H, T_PAD, D), DS_SUM is
+    (B, H, T_PAD), and both start at zero. DSIGMA has a number for each block. Where F is X, the value part is in
+    DF_SUM too, and DX is None; otherwise it is written to DX.
     """
-    bh = tl.program_id(1)
-    batch, head = (bh // H).to(tl.int64), bh % H
-    DTYPE: tl.constexpr = X.dtype.element_ty
-    F += batch * stride_fb + head * stride_fh
-    X += batch * stride_xb + head * stride_xh
-    DY += batch * stride_dyb + head * stride_dyh
-    BIAS += bh.to(tl.int64) * T
-    DOT_LSE += bh.to(tl.int64) * T
-    DELTA += bh.to(tl.int64) * T
-    b0 = tl.program_id(0) * BM
-    b = b0 + tl.arange(0, BM)
+    bh, block = _block(T, BM)
+    batch, head = bh // H, bh % H
+    DTYPE: tl.constexpr = FQ.dtype
+    j0 = block * BM
+    j = j0 + tl.arange(0, BM)
     sigma = tl.load(SIGMA + head)
     inv_sigma2 = 1.0 / (sigma * sigma)
-    scale = HALF_LOG2E * inv_sigma2
-    f_b = _load_rows(F, b, T, stride_ft, D)
-    x_b = f_b
+    scale = inv_sigma2 * LOG2E
+    f_j = _load_rows(F, bh, j, T, H, stride_fb, stride_ft, stride_fh, D)
+    x_j = f_j
     if SEPARATE_F:
-        x_b = _load_rows(X, b, T, stride_xt, D)
-    bias_b = _load_row(BIAS, b, T)
+        x_j = _load_rows(X, bh, j, T, H, stride_xb, stride_xt, stride_xh, D)
+    row0 = bh.to(tl.int64) * T_PAD  # added within the loop: pointers kept for it would take registers
+    bias_j = tl.load(BIAS + row0 + j)
     acc = tl.zeros([BM, D], tl.float32)
-    acc_df = acc
+    acc_dx = acc
     if SEPARATE_F:
-        acc_df = tl.zeros([BM, D], tl.float32)
-    ds_sum = tl.zeros([BM], tl.float32)  # sum of ds over both roles, multiplied by f at the end
-    dsigma_acc = tl.zeros([BM], tl.float32)  # sum of ds times score
-
-    # Later queries: the diagonal (masked), queries that see every key (not masked), the window's edge (masked).
-    lo = tl.maximum(0, b0 - window + 1) // BN * BN
-    start, hi = b0 // BN * BN, tl.minimum(T, b0 + BM - 1 + window)
-    window_edge = lo
-    if CAUSAL:
-        unmasked = tl.minimum(tl.cdiv(b0 + BM, BN) * BN, tl.cdiv(hi, BN) * BN)
-        window_edge = tl.maximum(unmasked, tl.minimum(b0 + window, T) // BN * BN)
-        acc, acc_df, ds_sum = _backward_as_keys(
-            acc, acc_df, ds_sum, f_b, x_b, bias_b, b, scale, inv_sigma2, F, DY, DOT_LSE, DELTA, stride_ft, stride_dyt,
-            start, unmasked, T, window, D, BN, True, INCLUDE_SELF, SEPARATE_F, CAUSAL, DTYPE)  # fmt: skip
-        acc, acc_df, ds_sum = _backward_as_keys(
-            acc, acc_df, ds_sum, f_b, x_b, bias_b, b, scale, inv_sigma2, F, DY, DOT_LSE, DELTA, stride_ft, stride_dyt,
-            unmasked, window_edge, T, window, D, BN, False, INCLUDE_SELF, SEPARATE_F, CAUSAL, DTYPE)  # fmt: skip
-    acc, acc_df, ds_sum = _backward_as_keys(
-        acc, acc_df, ds_sum, f_b, x_b, bias_b, b, scale, inv_sigma2, F, DY, DOT_LSE, DELTA, stride_ft, stride_dyt,
-        window_edge, hi, T, window, D, BN, True, INCLUDE_SELF, SEPARATE_F, CAUSAL, DTYPE)  # fmt: skip
-
-    # Earlier keys: the window's edge, keys that every row sees, the diagonal.
-    dy_b = _load_rows(DY, b, T, stride_dyt, D)
-    dot_lse_b, delta_b = _load_row(DOT_LSE, b, T), _load_row(DELTA, b, T)
-    if CAUSAL:
-        inner = tl.minimum(tl.maximum(lo, tl.cdiv(tl.maximum(0, b0 + BM - window), BN) * BN), start)
-        acc, acc_df, ds_sum, dsigma_acc = _backward_as_queries(
-            acc, acc_df, ds_sum, dsigma_acc, f_b, dy_b, dot_lse_b, delta_b, b, scale, inv_sigma2, F, X, BIAS,
-            stride_ft, stride_xt, lo, inner, T, window,
-            D, BN, True, INCLUDE_SELF, SEPARATE_F, CAUSAL, DTYPE)  # fmt: skip
-        acc, acc_df, ds_sum, dsigma_acc = _backward_as_queries(
-            acc, acc_df, ds_sum, dsigma_acc, f_b, dy_b, dot_lse_b, delta_b, b, scale, inv_sigma2, F, X, BIAS,
-            stride_ft, stride_xt, inner, start, T, window,
-            D, BN, False, INCLUDE_SELF, SEPARATE_F, CAUSAL, DTYPE)  # fmt: skip
-        lo, hi = start, tl.minimum(T, b0 + BM)
-    acc, acc_df, ds_sum, dsigma_acc = _backward_as_queries(
-        acc, acc_df, ds_sum, dsigma_acc, f_b, dy_b, dot_lse_b, delta_b, b, scale, inv_sigma2, F, X, BIAS,
-        stride_ft, stride_xt, lo, hi, T, window, D, BN, True, INCLUDE_SELF, SEPARATE_F, CAUSAL, DTYPE)  # fmt: skip
-
-    d = tl.arange(0, D)
-    out = batch * T * H * D + head * D + b[:, None] * (H * D) + d[None, :]
-    # Loading f again takes fewer registers than keeping it. `volatile` stops Triton from merging the two loads.
-    f_b = tl.load(F + b[:, None] * stride_ft + d[None, :], mask=(b < T)[:, None], other=0.0, volatile=True)
-    f_term = ds_sum[:, None] * f_b.to(tl.float32)
+        acc_dx = tl.zeros([BM, D], tl.float32)
+    ds_sum = tl.zeros([BM, 16], tl.float32)
+    dsigma_acc = tl.zeros([BM], tl.float32)
+    ones_i = rounded(tl.full([BN, 16], 1.0, tl.float32), DTYPE)
+    ones_j = rounded(tl.full([BM, 16], 1.0, tl.float32), DTYPE)
+    lo, hi = j0 // BN * BN, tl.minimum(T, j0 + BM - 1 + window)
+    if not CAUSAL:
+        lo = tl.maximum(0, j0 - window + 1) // BN * BN
+    for i0 in tl.range(lo, hi, BN, disable_licm=True):
+        i = i0 + tl.arange(0, BN)
+        f_i = _load_tile(FQ, batch, i0, head, BN, D)
+        dy_i = _load_tile(DY, batch, i0, head, BN, D)
+        dot_lse, delta = tl.load(DOT_LSE + row0 + i), tl.load(DELTA + row0 + i)
+        dots = tl.dot(f_j, tl.trans(f_i), input_precision="tf32x3")  # transposed: [j, i]
+        dp = tl.dot(x_j, tl.trans(dy_i), input_precision="tf32x3")
+        log_p = tl.minimum(scale * dots - dot_lse[None, :] - bias_j[:, None], 0.0)
+        if _is_masked(i0, j0, BN, BM, window, CAUSAL):
+            log_p = _hide(log_p, i[None, :], j[:, None], window, INCLUDE_SELF, CAUSAL)
+        p = tl.exp2(log_p)
+        ds = p * (dp * inv_sigma2 - delta[None, :])
+        # The ds of a query sum to 0, so that log p can stand for the score. It is small wherever p is not.
+        dsigma_acc += tl.sum(ds * log_p, 1)
+        p, ds = rounded(p, DTYPE), rounded(ds, DTYPE)
+        ds_sum = tl.dot(ds, ones_i, ds_sum, input_precision="tf32x3")
+        if SEPARATE_F:
+            acc_dx = tl.dot(p, dy_i, acc_dx, input_precision="tf32x3")
+        else:
+            acc = tl.dot(p, dy_i, acc, input_precision="tf32x3")
+        acc = tl.dot(ds, f_i, acc, input_precision="tf32x3")
+        ds = tl.trans(ds)
+        df_i = tl.dot(ds, f_j, input_precision="tf32x3")
+        ds_sum_i = tl.max(tl.dot(ds, ones_j, input_precision="tf32x3"), 1)  # the columns are equal
+        tl.atomic_add(DS_SUM + row0 + i, ds_sum_i, sem="relaxed")
+        at = DF_SUM + (row0 + i0) * D + tl.arange(0, BN)[:, None] * D + tl.arange(0, D)[None, :]
+        tl.atomic_add(at, df_i, sem="relaxed")
+    at = DF_SUM + (row0 + j0) * D + tl.arange(0, BM)[:, None] * D + tl.arange(0, D)[None, :]
+    tl.atomic_add(at, acc, sem="relaxed")
+    tl.atomic_add(DS_SUM + row0 + j0 + tl.arange(0, BM), tl.max(ds_sum, 1), sem="relaxed")
     if SEPARATE_F:
-        tl.store(DF + out, rounded(acc_df - f_term, DTYPE), mask=(b < T)[:, None])
-    else:
-        acc = acc - f_term
-    tl.store(DX + out, rounded(acc, DTYPE), mask=(b < T)[:, None])
-    dsigma = -2.0 * LN2 * tl.sum(dsigma_acc, 0) / sigma
-    tl.store(DSIGMA + bh.to(tl.int64) * n_blocks + tl.program_id(0), dsigma)
+        out, inside = _contiguous_rows_at(DX, bh, j, T, H, D)
+        tl.store(out, rounded(acc_dx, DTYPE), mask=inside)
+    # Loading sigma again takes fewer registers than keeping it. `volatile` stops Triton from merging the two loads.
+    sigma = tl.load(SIGMA + head, volatile=True)
+    tl.store(DSIGMA + bh.to(tl.int64) * (T_PAD // MIN_BLOCK) + block, tl.sum(dsigma_acc, 0) * sigma * (-2.0 * LN2))
 
 
-# Candidates (BM, BN, warps, pipeline stages) that the autotuner times on first use. Triton 3.9 compiles all of them for
-# sm_90 without spills and within its shared memory (tests/attention/kernels). float32 products are made of three in
-# TF32, which take registers, so that their blocks are small.
+PAD = 128  # a multiple of every block
+ROWS = 64  # block of the kernels that work row by row
+# Candidates (BM, BN, warps, pipeline stages) that the autotuner times on first use, by dtype and D. Triton 3.6 and 3.7
+# compile all of them for sm_90 without spills (results/kernels_sm90.md). float32 products are made of three in TF32,
+# which take registers, so that their blocks are small.
 FORWARD = {
-    (torch.bfloat16, 64): [(128, 64, 8, 3), (64, 64, 4, 3)],
-    (torch.bfloat16, 128): [(128, 64, 8, 3), (64, 32, 4, 3)],
+    (torch.bfloat16, 64): [(128, 128, 8, 2), (128, 64, 8, 3)],
+    (torch.bfloat16, 128): [(128, 128, 8, 2), (128, 64, 8, 3)],
     (torch.float32, 64): [(64, 32, 4, 2)],
-    (torch.float32, 128): [(16, 32, 4, 1)],
+    (torch.float32, 128): [(16, 32, 8, 1)],
 }
-# The third key is SEPARATE_F. Rope needs it, and in float32 it takes fewer registers.
+# The third key is SEPARATE_F, which rope needs. BN below 64 would take the query part off Hopper's tensor cores.
 BACKWARD = {
-    (torch.bfloat16, 64, False): [(128, 64, 8, 1), (128, 32, 8, 2), (64, 32, 4, 2)],
-    (torch.bfloat16, 64, True): [(128, 32, 8, 2), (64, 32, 4, 2)],
-    (torch.bfloat16, 128, False): [(128, 64, 8, 1), (128, 32, 8, 2), (64, 32, 4, 2)],
-    (torch.bfloat16, 128, True): [(128, 32, 8, 1)],
-    (torch.float32, 64, True): [(64, 16, 4, 1)],
+    (torch.bfloat16, 64, False): [(128, 64, 8, 2)],
+    (torch.bfloat16, 64, True): [(64, 64, 8, 2)],
+    (torch.bfloat16, 128, False): [(128, 64, 8, 2)],
+    (torch.bfloat16, 128, True): [(64, 64, 8, 1)],
+    (torch.float32, 64, False): [(32, 16, 4, 1)],
+    (torch.float32, 64, True): [(32, 16, 8, 1)],
+    (torch.float32, 128, False): [(16, 16, 8, 1)],
     (torch.float32, 128, True): [(16, 16, 8, 1)],
 }
+DESCRIPTORS = {forward_kernel: {"FQ": "BM", "FK": "BN", "X": "BN"},
+               backward_kernel: {"FQ": "BN", "DY": "BN"}}  # fmt: skip
+"""The block size of each descriptor that a kernel takes."""
 
 
-def backward_candidates(dtype: torch.dtype, D: int, separate_f: bool, causal: bool) -> list[tuple[int, int, int, int]]:
-    """Return the candidates that fit the registers. Masked blocks, which all are if not causal, need BN below 64."""
-    return [candidate for candidate in BACKWARD[dtype, D, separate_f] if causal or candidate[1] < 64]
-
-
-ROWS = 64  # block of the kernels that work row by row
+def _candidates(table: dict, *key) -> tuple[tuple[int, int, int, int], ...]:
+    """Return the candidates of a kernel; in the interpreter, where times mean nothing, the last of them."""
+    return tuple(table[key][-1:] if INTERPRET.value else table[key])
 
 
 @cache
-def _tuned(kernel, candidates: tuple[tuple[int, int, int, int], ...]):
+def _tuned(kernel, candidates: tuple[tuple[int, int, int, int], ...], dtype: torch.dtype):
+    """Return the kernel as one that times its candidates on first use. It is made once for each dtype."""
+
+    def set_block_shapes(arguments: dict) -> None:
+        for name, block in DESCRIPTORS[kernel].items():
+            arguments[name].block_shape = [1, arguments[block], 1, arguments["D"]]
+
     configs = [
-        triton.Config({"BM": rows, "BN": columns}, num_warps=warps, num_stages=stages)
-        for rows, columns, warps, stages in candidates
+        triton.Config({"BM": BM, "BN": BN}, num_warps=warps, num_stages=stages, pre_hook=set_block_shapes)
+        for BM, BN, warps, stages in candidates
     ]
-    if INTERPRET.value:  # times mean nothing there
-        configs = configs[-1:]
-    return triton.autotune(configs, key=["D", "INCLUDE_SELF", "SEPARATE_F", "CAUSAL"])(kernel)
+    # What one candidate adds must not stay for the next one, or for the run that counts.
+    added_to = [name for name in ("DF_SUM", "DS_SUM", "DSIGMA") if name in kernel.arg_names]
+    key = ["D", "INCLUDE_SELF", "SEPARATE_F", "CAUSAL"]
+    return triton.autotune(configs, key=key, reset_to_zero=added_to)(kernel)
 
 
 def contiguous_channels(t: Tensor) -> Tensor:
     """Return x if the channels of each head are contiguous, as the kernels read them, and otherwise a copy."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Return x, or a contiguous copy where a tensor descriptor could not describe it: it counts in 16 bytes."""
+    steps = [t.data_ptr(), *(stride * t.element_size() for stride in t.stride()[:-1])]
+    fits = t.stride(-1) == 1 and min(t.stride()) > 0 and all(step % 16 == 0 for step in steps)
+    return t if fits else t.clone(memory_format=torch.contiguous_format)
+
+
+def _descriptor(t: Tensor) -> TensorDescriptor:
+    """Return a descriptor of (B, T, H, D). `_tuned` sets its number of rows."""
+    return TensorDescriptor(t, [*t.shape], [*t.stride()], [1, 1, 1, t.size(-1)])
 
 
 @torch.library.custom_op("gkachat::gka", mutates_args=())
@@ -409,14 +385,16 @@ def gka(
     x and f are (B, T, H, D), where f None stands for x; sigma is (H,) float32.
     """
     B, T, H, D = x.shape
-    x = contiguous_channels(x)
-    f, separate_f = (x, False) if f is None else (contiguous_channels(f), True)
+    x = _aligned(x)
+    features = x if f is None else _aligned(f)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    lse, bias = x.new_empty(2, B, H, T, dtype=torch.float32)
-    bias_kernel[(triton.cdiv(T, ROWS), B * H)](f, sigma, bias, *f.stride()[:3], T, H, D=D, BLOCK=ROWS)
-    _tuned(forward_kernel, tuple(FORWARD[x.dtype, D]))[lambda meta: (triton.cdiv(T, meta["BM"]), B * H)](
-        f, x, bias, sigma, y, lse, *f.stride()[:3], *x.stride()[:3], T, H, window,
-        D=D, INCLUDE_SELF=include_self, SEPARATE_F=separate_f, CAUSAL=causal,
+    T_pad = triton.cdiv(T, PAD) * PAD
+    lse, bias = (x.new_empty(B, H, length, dtype=torch.float32) for length in (T, T_pad))
+    bias_kernel[(B * H * T_pad // ROWS,)](features, sigma, bias, *features.stride()[:3], T, T_pad, H, D=D, BLOCK=ROWS)
+    kernel = _tuned(forward_kernel, _candidates(FORWARD, x.dtype, D), x.dtype)
+    kernel[lambda meta: (B * H * triton.cdiv(T, meta["BM"]),)](
+        _descriptor(features), _descriptor(features), _descriptor(x), bias, sigma, y, lse, T, T_pad, H, window,
+        D=D, INCLUDE_SELF=include_self, SEPARATE_F=f is not None, CAUSAL=causal,
     )  # fmt: skip
     return y, lse
 
@@ -428,26 +406,29 @@ def gka_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x, f (empty where f is None) and sigma."""
     B, T, H, D = x.shape
-    x, dy = contiguous_channels(x), contiguous_channels(dy)
-    features = x if f is None else contiguous_channels(f)
-    separate_f = f is not None or x.dtype == torch.float32
-    candidates = backward_candidates(x.dtype, D, separate_f, causal)
-    bias, dot_lse, delta = lse.new_empty(3, *lse.shape)
-    backward_rows_kernel[(triton.cdiv(T, ROWS), B * H)](
-        features, sigma, y, dy, lse, bias, dot_lse, delta, *features.stride()[:3], *dy.stride()[:3], T, H,
+    x, dy = _aligned(x), _aligned(dy)
+    separate_f = f is not None
+    features = _aligned(f) if separate_f else x
+    T_pad = triton.cdiv(T, PAD) * PAD
+    bias, dot_lse, delta = lse.new_empty(3, B, H, T_pad)
+    row_grid = (B * H * T_pad // ROWS,)
+    backward_rows_kernel[row_grid](
+        features, sigma, y, dy, lse, bias, dot_lse, delta, *features.stride()[:3], *dy.stride()[:3], T, T_pad, H,
         D=D, BLOCK=ROWS,
     )  # fmt: skip
-    dx = torch.empty_like(y)
-    df = torch.empty_like(y) if separate_f else y.new_empty(0)
-    # Each block writes its part, and the sum has a fixed order. Zeros, because larger blocks write fewer parts.
-    dsigma = lse.new_zeros(B, H, triton.cdiv(T, min(rows for rows, *_ in candidates)))
-    _tuned(backward_kernel, tuple(candidates))[lambda meta: (triton.cdiv(T, meta["BM"]), B * H)](
-        features, x, bias, dot_lse, sigma, dy, delta, dx, df, dsigma,
-        *features.stride()[:3], *x.stride()[:3], *dy.stride()[:3], T, H, window, dsigma.size(2),
+    df_sum, ds_sum = lse.new_zeros(B, H, T_pad, D), lse.new_zeros(B, H, T_pad)
+    dx = torch.empty_like(y) if separate_f else None
+    # A number for each block of keys, and their sum has a fixed order. Zeros, because larger blocks are fewer.
+    dsigma = lse.new_zeros(B, H, T_pad // MIN_BLOCK.value)
+    kernel = _tuned(backward_kernel, _candidates(BACKWARD, x.dtype, D, separate_f), x.dtype)
+    kernel[lambda meta: (B * H * triton.cdiv(T, meta["BM"]),)](
+        _descriptor(features), features, x, _descriptor(dy), bias, dot_lse, delta, sigma, df_sum, ds_sum, dsigma, dx,
+        *features.stride()[:3], *x.stride()[:3], T, T_pad, H, window,
         D=D, INCLUDE_SELF=include_self, SEPARATE_F=separate_f, CAUSAL=causal,
     )  # fmt: skip
-    if f is None and separate_f:
-        dx, df = dx + df, y.new_empty(0)
+    df = torch.empty_like(y)
+    backward_sum_kernel[row_grid](features, df_sum, ds_sum, df, *features.stride()[:3], T, T_pad, H, D=D, BLOCK=ROWS)
+    dx, df = (dx, df) if separate_f else (df, y.new_empty(0))
     return dx, df, dsigma.sum((0, 2))
 
 

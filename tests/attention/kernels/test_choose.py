@@ -5,8 +5,10 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import live_model
 
-from gkachat.attention.kernels import choose, decode, reference
+from gkachat.attention.kernels import choose, decode, flash, reference
 from gkachat.attention.kernels.choose import KernelSpec, choose_decode_kernel, choose_kernel
 from gkachat.config import GKAConfig, GPTConfig
 from gkachat.model.gpt import GPT
@@ -19,7 +21,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 def pretend(monkeypatch):
     """Have a GPU of a capability, with these packages and no others installed."""
 
-    def setting(*packages, capability=(9, 0)):
+    def on_the_hub(name, version):
+        assert (name, version) == ("kernels-community/flash-attn3", 1)
+        return types.SimpleNamespace(flash_attn_func="function of kernels")
+
+    def setting(*packages, capability=(9, 0), get_kernel=on_the_hub, trace=lambda function, device: None):
         monkeypatch.delenv("TRITON_INTERPRET")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         properties = types.SimpleNamespace(multi_processor_count=78)
@@ -28,10 +34,14 @@ def pretend(monkeypatch):
         for name in packages:
             if name.startswith("flash"):
                 monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(flash_attn_func=f"function of {name}"))
+        monkeypatch.setitem(sys.modules, "kernels", types.SimpleNamespace(get_kernel=get_kernel))
+        monkeypatch.setattr(flash, "_trace", trace)
+        flash.find.cache_clear()
         flex = types.SimpleNamespace(attend=None)
         monkeypatch.setattr(choose, "FlexAttention", lambda window, sequence_len, device: flex)
 
-    return setting
+    yield setting
+    flash.find.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -44,6 +54,8 @@ def pretend(monkeypatch):
         (CUDA, torch.bfloat16, 512, (), (9, 0), "flex"),
         (CUDA, torch.bfloat16, 512, ("flash_attn", "flash_attn_interface"), (9, 0), "flash-attention-3"),
         (CUDA, torch.bfloat16, 512, ("flash_attn", "flash_attn_interface"), (8, 0), "flash-attention-2"),
+        (CUDA, torch.bfloat16, 512, ("flash_attn", "kernels"), (9, 0), "flash-attention-3"),
+        (CUDA, torch.bfloat16, 512, ("flash_attn", "kernels"), (8, 0), "flash-attention-2"),
         (CUDA, torch.bfloat16, None, ("flash_attn",), (9, 0), "flash-attention-2"),
         (CUDA, torch.bfloat16, None, ("flash_attn",), (7, 5), "sdpa"),
         (CUDA, torch.float32, 512, ("flash_attn",), (9, 0), "flex"),
@@ -59,8 +71,66 @@ def test_the_softmax_kernel_follows_from_device_dtype_window_and_packages(
     assert both_ways.name == (name if name.startswith("flash") else "sdpa")
     assert both_ways.attend.keywords["causal"] is False
     if name.startswith("flash"):
-        package = "flash_attn_interface" if name.endswith("3") else "flash_attn"
+        package = next(p for p in (*packages[1:], packages[0]) if name.endswith("2") is (p == "flash_attn"))
         assert kernel.attend.keywords["flash_attn_func"] == f"function of {package}"
+
+
+def raising(error):
+    def function(*args, **options):
+        raise error
+
+    return function
+
+
+NO_BUILD = FileNotFoundError("no build for this torch\nand a second line")
+
+
+@pytest.mark.parametrize(
+    ("packages", "fault", "name", "why"),
+    [
+        (("flash_attn", "kernels"), {"get_kernel": raising(NO_BUILD)}, "flash-attention-2", "no build for this torch"),
+        (("kernels",), {"get_kernel": raising(NO_BUILD)}, "flex", "no build for this torch"),
+        (("kernels",), {"get_kernel": raising(TimeoutError())}, "flex", "TimeoutError"),
+        (("kernels",), {"trace": raising(ModuleNotFoundError("no flash_attn_config"))}, "flex", "no flash_attn_config"),
+        (("flash_attn",), {"trace": raising(RuntimeError("a pybind function"))}, "flex", "a pybind function"),
+    ],
+)  # fmt: skip
+def test_a_flash_attention_that_cannot_be_used_gives_way_with_the_reason(packages, fault, name, why, pretend):
+    pretend(*packages, **fault)
+    kernel = choose_kernel(KernelSpec(128, 2048, 512), CUDA, torch.bfloat16)
+    assert kernel.name == name and kernel.reason.endswith(f": {why}")
+    source = "kernels-community/flash-attn3 from the Hugging Face hub" if "kernels" in packages else "flash_attn"
+    assert f"cannot be used, {'' if 'kernels' in packages else 'the package '}{source}: " in kernel.reason
+
+
+def stand_in(q, k, v, softmax_scale, causal, window_size):
+    """flash_attn_func through torch's kernel, with its mask in float."""
+    distance = torch.arange(q.size(1))[:, None] - torch.arange(q.size(1))[None, :]
+    seen = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] == -1))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=softmax_scale).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("package", ["flash_attn_interface", "kernels"])
+def test_a_model_with_flash_attention_is_one_graph(package, pretend, monkeypatch):
+    """Forward and backward, with the function bound when the kernel was chosen."""
+    trace = flash._trace
+    module = types.SimpleNamespace(flash_attn_func=stand_in)
+    pretend(package, get_kernel=lambda name, version: module, trace=lambda function, device: trace(function, CPU))
+    monkeypatch.setitem(sys.modules, package, module if package != "kernels" else sys.modules[package])
+    kernels = [choose_kernel(KernelSpec(16, 64, window), CUDA, torch.bfloat16) for window in (32, None)]
+    monkeypatch.undo()  # as if nothing were installed: an import in traced code would fail
+    model, idx = live_model(sequence_len=64), torch.arange(128).view(2, 64) % 64
+    expected = model(idx, idx)
+    for block, kernel in zip(model.blocks, kernels, strict=True):
+        assert kernel.name == "flash-attention-3"
+        block.attn.kernel, block.attn.window = kernel, kernel.attend.keywords["window"]
+    torch._dynamo.reset()
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(idx, idx)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert loss.item() == pytest.approx(model(idx, idx).item(), rel=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), rel=0.05)  # its windows are 64 wide
 
 
 @pytest.mark.parametrize(

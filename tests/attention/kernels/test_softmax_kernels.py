@@ -1,11 +1,9 @@
-"""Softmax kernels against the reference in float64: torch's, the CPU's window kernel, FlexAttention, flash-attn."""
+"""Softmax kernels against the reference in float64: torch's, the CPU's window kernel, flash-attn."""
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
 
 from gkachat.attention.kernels import flash, reference, sdpa, window_cpu
-from gkachat.attention.kernels.flex import FlexAttention
 from gkachat.attention.qkv import QKV
 
 T, D, H = 150, 16, 3
@@ -37,19 +35,6 @@ def test_sdpa_and_the_window_kernel_see_the_window(window):
 def test_sdpa_without_the_causal_mask_looks_both_ways(window):
     qkv = drawn()
     assert_is_the_reference(sdpa.attend(qkv, window=window, causal=False), qkv, window, causal=False)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("length", [150, 256])
-def test_flex_attention_sees_the_window(length, monkeypatch):
-    # Compiled for a GPU it has a backward. On a CPU its eager form shows that the mask is right.
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    qkv = QKV(*(t.detach() for t in drawn(torch.float32, length)[:3]), scale=0.3)
-    flex = FlexAttention(40, 256, torch.device("cpu"))
-    assert flex.compiled is flex_attention
-    expected = reference.attend(qkv, window=40, causal=True, include_self=True)
-    torch.testing.assert_close(flex.attend(qkv), expected, rtol=1e-5, atol=1e-5)  # float32 sums in another order
-    assert set(flex.masks) == {256, length}
 
 
 @pytest.mark.parametrize("returns_lse", [True, False])

@@ -1,0 +1,107 @@
+"""Tokenized conversations on disk: made by the first process that needs them, memory-mapped by all others.
+
+    splits, counts = prepare(home() / "conversations", config.chat, seed, facts, tokenizer, sequence_len)
+    splits["train"].documents
+
+<key>/ below that directory holds train_tokens.npy, train_offsets.npy, train_mask.npy, the same of val, and meta.json
+with their hashes and the counts. The key is a hash of everything that the tokens depend on. A directory can be deleted
+when no run needs it: the next run makes it again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from gkachat.config import ChatConfig
+from gkachat.data.conversations import ChatSplit, load_conversations, tokenize_conversations
+from gkachat.data.shards import Documents
+from gkachat.files import flush, read_json, sha256, write_text
+from gkachat.tokenizer import Tokenizer
+
+META = "meta.json"
+FORMAT = 1  # part of the key: another format of the tokens or the files needs another number
+
+
+def prepare(
+    directory: Path, config: ChatConfig, seed: int, facts: dict[str, str], tokenizer: Tokenizer, sequence_len: int
+) -> tuple[dict[str, ChatSplit], dict[str, int]]:
+    """Return both splits and counts, as `tokenize_conversations`. One process reads and tokenizes, the others wait.
+
+    Raises what `load_conversations` and `tokenize_conversations` raise, and ValueError for damaged files.
+    """
+    key = _key(config, seed, facts, tokenizer, sequence_len)
+    target = directory / key
+    directory.mkdir(parents=True, exist_ok=True)
+    with _lock(directory / f".{key}.lock"):
+        if not target.exists():
+            print(f"tokenizing conversations into {target}", flush=True)
+            conversations = load_conversations(config, seed, facts)
+            _write(target, *tokenize_conversations(conversations, tokenizer, sequence_len, config.val_fraction))
+    return _open(target)
+
+
+def _key(config: ChatConfig, seed: int, facts: dict[str, str], tokenizer: Tokenizer, sequence_len: int) -> str:
+    files = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in config.files if os.path.exists(name)]
+    depends_on = {
+        "format": FORMAT, "source": config.source, "files": files, "conversations": config.conversations,
+        "val_fraction": config.val_fraction, "seed": seed, "facts": facts if config.source == "generated" else {},
+        "tokenizer": tokenizer.sha256, "sequence_len": sequence_len,
+    }  # fmt: skip
+    return f"{config.source}-{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]}"
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a lock, which a process that ends gives back. Without locks, each process makes its own files."""
+    lock = FileLock(path)
+    with suppress(NotImplementedError, OSError):  # this file system has no locks
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _write(target: Path, splits: dict[str, ChatSplit], counts: dict[str, int]) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        for name, split in splits.items():
+            documents = split.documents
+            offsets = np.append(documents.start, documents.start[-1:] + documents.length[-1:])
+            arrays = {"tokens": documents.tokens, "offsets": offsets, "mask": documents.loss_mask}
+            for what, array in arrays.items():
+                np.save(temporary / f"{name}_{what}.npy", array)
+                flush(temporary / f"{name}_{what}.npy")
+        hashes = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        write_text(temporary / META, json.dumps({"counts": counts, "sha256": hashes}, indent=1) + "\n")
+        if not target.exists():
+            os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open(directory: Path) -> tuple[dict[str, ChatSplit], dict[str, int]]:
+    try:
+        meta: dict[str, Any] = read_json(directory / META, counts=dict, sha256=dict)
+        for name, digest in meta["sha256"].items():
+            if sha256(directory / Path(name).name) != digest:
+                raise ValueError(f"{name} does not match its hash")
+        return {split: ChatSplit(_documents(directory, split)) for split in ("train", "val")}, meta["counts"]
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{directory} is damaged ({error}); delete it, and it is made again") from None
+
+
+def _documents(directory: Path, split: str) -> Documents:
+    tokens, offsets, mask = (
+        np.load(directory / f"{split}_{what}.npy", mmap_mode="r") for what in ("tokens", "offsets", "mask")
+    )
+    return Documents(np.array(offsets), lambda: tokens, mask)

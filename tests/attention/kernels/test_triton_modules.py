@@ -1,0 +1,61 @@
+"""What every Triton module must hold, so that its kernels work in a model that torch.compile compiles for a GPU."""
+
+import ast
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+tl = pytest.importorskip("triton.language")
+
+FILES = [path for path in sorted((ROOT / "gkachat").rglob("*.py")) if "@triton.jit" in path.read_text()]
+MODULES = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+OPERATOR = "torch.library.custom_op"
+
+
+def launches(tree: ast.Module) -> dict[str, list[ast.Call]]:
+    """Return the launches, kernel[grid](...), of each function that has any."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    found = {
+        function.name: [n for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
+        for function in functions
+    }
+    return {name: calls for name, calls in found.items() if calls}
+
+
+def operators(tree: ast.Module) -> set[str]:
+    """Return the functions that are operators, and those that only operators call."""
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    found = {
+        name for name, node in functions.items()
+        if any(ast.unparse(decorator).startswith(OPERATOR) for decorator in node.decorator_list)
+    }  # fmt: skip
+    callers = {
+        name: {
+            other for other, node in functions.items()
+            if any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node)) and other != name
+        }
+        for name in functions
+    }  # fmt: skip
+    while new := {name for name, by in callers.items() if by and by <= found} - found:
+        found |= new
+    return found
+
+
+@MODULES
+def test_kernels_are_launched_by_operators(path: Path):
+    """torch.compile leaves an operator alone. A bare launch it writes anew: a Python number becomes float64."""
+    tree = ast.parse(path.read_text())
+    assert launches(tree), "no launch found: this test looks for kernel[grid](...)"
+    assert launches(tree).keys() <= operators(tree)
+
+
+@MODULES
+def test_global_constants_are_finite(path: Path):
+    """torch.compile writes a constant with repr(), and repr(-inf) is a name that does not exist."""
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for name, constant in vars(module).items():
+        if isinstance(constant, tl.constexpr) and isinstance(constant.value, float):
+            assert math.isfinite(constant.value), name

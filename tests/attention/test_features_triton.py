@@ -1,0 +1,95 @@
+"""Convolved features in Triton, in its interpreter, against their definition in float64; and their code for a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, live_model
+
+pytest.importorskip("triton")
+
+from gkachat.attention import features_triton
+from gkachat.attention.features import choose_features, convolved_features, rope_at, rope_table
+
+# Arithmetic is float32; q, k, v and dx are rounded to the dtype once, to 2^-9 of themselves in bfloat16. Backward, the
+# gradients of the convolutions are rounded as well, and four taps and three convolutions add up.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3}
+
+
+def inputs(B, S, T, H, D, dtype, *, rows=False):
+    """A strided x, split into heads, with weights and tables; `rows`: positions of each row of the batch."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, S, H * D + 16, generator=generator)[..., : H * D].to(dtype).view(B, S, H, D)
+    weights = [torch.randn(4, H, D, generator=generator) for _ in range(3)]
+    rope = rope_at(torch.arange(B)[:, None] * 7 + torch.arange(T), D) if rows else rope_table(T, D)
+    return x, weights, rope
+
+
+@pytest.mark.parametrize(
+    ("B", "S", "T", "H", "D", "rows"),
+    [
+        (1, 37, 37, 3, 64, False),  # several blocks of tokens
+        (3, 2, 2, 1, 128, False),  # fewer tokens than taps
+        (3, 4, 1, 3, 16, True),  # decoding: three tokens in front, positions by row
+        (1, 21, 18, 1, 10, True),  # a head that fills no tile
+        (1, 5, 5, 1, 256, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_features_and_gradients_are_those_of_the_definition(B, S, T, H, D, rows, dtype, monkeypatch):
+    monkeypatch.setattr(features_triton, "CONV_ROWS", 32)
+    x, weights, rope = inputs(B, S, T, H, D, dtype, rows=rows)
+    leaves = [t.detach().requires_grad_() for t in (x, *weights)]
+    out = features_triton.convolved_features(leaves[0], leaves[1:], rope)
+    exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
+    exact = convolved_features(exact_leaves[0], exact_leaves[1:], tuple(t.double() for t in rope))
+    generator = torch.Generator().manual_seed(1)
+    into = [torch.randn(B, H, T, D, generator=generator).to(dtype).transpose(1, 2) for _ in out]
+    got = *out, *torch.autograd.grad(out, leaves, into)
+    expected = *exact, *torch.autograd.grad(exact, exact_leaves, [t.double() for t in into])
+    for name, a, b in zip(("q", "k", "v", "dx", "dw_q", "dw_k", "dw_v"), got, expected, strict=True):
+        assert a.dtype == (torch.float32 if name.startswith("dw") else dtype) and a.shape == b.shape
+        assert (a.double() - b).norm() <= TOLERANCE[dtype] * b.norm(), name
+
+
+def test_the_operators_are_registered_in_full():
+    x, weights, rope = inputs(1, 6, 5, 2, 16, torch.float32)
+    args = (x.contiguous(), *weights, *(t.contiguous() for t in rope))
+    tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
+    leaves = tuple(t.requires_grad_() for t in args[:4])
+    torch.library.opcheck(features_triton.features, (*leaves, *args[4:]), test_utils=tests)
+    gradients = [torch.randn(1, 5, 2, 16) for _ in range(3)]
+    args = tuple(t.detach() for t in args)
+    torch.library.opcheck(features_triton.features_backward, (*gradients, *args), test_utils=tests[:2])
+
+
+def test_a_compiled_layer_is_one_graph_with_equal_outputs_and_gradients():
+    layer = live_model("gka_plus", depth=1).blocks[0].attn
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    idx, rope = torch.arange(18).view(2, 9), rope_table(9, 16)
+    expected = layer(x, idx, rope)
+    gradients = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
+    layer.features = layer.features._replace(compute=features_triton.convolved_features)
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, idx, rope)
+    torch.testing.assert_close(y, expected)
+    got = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+    for a, b in zip(got, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_choice_and_its_reason_are_in_the_lines_that_training_prints():
+    assert choose_features(128, torch.device("cuda"), torch.bfloat16).name == "triton"
+    assert "heads have 512 channels" in choose_features(512, torch.device("cuda"), torch.bfloat16).reason
+    assert "layers 0, 1: features torch (no triton kernel: the device is cpu)" in live_model("gka_plus").kernel_lines()
+
+
+def test_the_kernels_compile_for_a_gpu_without_spills():
+    command = [sys.executable, "tests/fused_resources.py", "features"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment.pop("TRITON_INTERPRET", None)
+    out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert len(rows) == 24 and [row for row in rows if row["spilled"]] == []

@@ -1,0 +1,87 @@
+"""Conversations are tokenized once, whoever needs them."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from gkachat.config import ChatConfig
+from gkachat.data import tuning
+from gkachat.data.conversations import load_conversations, tokenize_conversations
+from gkachat.tokenizer import Tokenizer
+
+FACTS = {"attention": "softmax", "parameters": "10", "depth": "2"}
+CONFIG = ChatConfig(conversations=300)
+
+
+@pytest.fixture
+def tokenizer(corpus_home):
+    return Tokenizer.load(corpus_home / "tokenizer" / "python-source-v512")
+
+
+@pytest.fixture
+def read(tmp_path, tokenizer, monkeypatch):
+    """Prepares conversations; `read.times` says how often their source was read."""
+    lock = threading.Lock()
+
+    def load(*args):
+        with lock:
+            read.times += 1
+        return load_conversations(*args)
+
+    def read(config=CONFIG, seed=1, facts=FACTS, tokenizer=tokenizer, sequence_len=128):
+        return tuning.prepare(tmp_path / "conversations", config, seed, facts, tokenizer, sequence_len)
+
+    read.times, read.directory = 0, tmp_path / "conversations"
+    monkeypatch.setattr(tuning, "load_conversations", load)
+    return read
+
+
+def test_many_readers_share_one_that_tokenizes_and_find_what_it_made(read, tokenizer):
+    expected, counts = tokenize_conversations(load_conversations(CONFIG, 1, FACTS), tokenizer, 128, 0.05)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(read())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert read.times == 1 and len(found) == 4
+    for splits, counted in found:
+        assert counted == counts
+        for name, split in expected.items():
+            one, other = split.documents, splits[name].documents
+            assert isinstance(other.tokens, np.memmap)
+            for what in ("start", "length", "tokens", "loss_mask", "n_targets"):
+                assert np.array_equal(getattr(one, what), getattr(other, what))
+
+
+def test_what_the_tokens_depend_on_makes_other_files_and_nothing_else_does(read, tmp_path, corpus_home):
+    talk = '{"messages": [{"role": "user", "content": "%d?"}, {"role": "assistant", "content": "yes"}]}\n'
+    file = tmp_path / "talks.jsonl"
+    file.write_text("".join(talk % n for n in range(100)))
+    files = ChatConfig(source="files", files=(str(file),))
+    for options, times in [
+        ({}, 1), ({}, 1), ({"config": ChatConfig(conversations=300, epochs=3)}, 1),
+        ({"config": ChatConfig(conversations=400)}, 2), ({"seed": 2}, 3), ({"facts": FACTS | {"depth": "3"}}, 4),
+        ({"sequence_len": 64}, 5), ({"config": files}, 6), ({"config": files, "facts": {}}, 6),
+    ]:  # fmt: skip
+        read(**options)
+        assert read.times == times, options
+    file.write_text("".join(talk % n for n in range(200)))
+    assert read(config=files)[1]["conversations"] == 200
+
+
+def test_damaged_files_are_named(read):
+    read()
+    path = next(read.directory.glob("*/train_mask.npy"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"is damaged \(train_mask\.npy does not match its hash\); delete it"):
+        read()
+
+
+def test_a_source_that_fails_leaves_nothing_behind(read):
+    with pytest.raises(FileNotFoundError):
+        read(config=ChatConfig(source="files", files=("none.jsonl",)))
+    assert not any(path.is_dir() for path in read.directory.iterdir())
