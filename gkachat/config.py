@@ -126,6 +126,9 @@ class DataConfig:
     """Stop after this many characters of kept documents. None: read everything."""
     shard_chars: int = 1 << 26
     """Characters of text per shard."""
+    loader: Literal["cut", "crop"] = "cut"
+    """How documents fill rows. cut: every token is used; what does not fit a row begins another. crop: nanochat's rows,
+    which throw it away; for comparing bits per byte with nanochat."""
 
     def __post_init__(self) -> None:
         require(

@@ -62,7 +62,8 @@ def main(
 
 
 def bpb(run_dir: Path, model: GPT, tokenizer: Tokenizer, meta: dict[str, Any], world: World) -> None:
-    result = evaluate_corpus(compiled_on_gpu(model), tokenizer, tokens_dir(meta), world)
+    loader = meta["config"]["data"]["loader"]
+    result = evaluate_corpus(compiled_on_gpu(model), tokenizer, tokens_dir(meta), loader, world)
     if not world.is_rank0:
         return
     write_result(run_dir, "bpb", meta, model.wte.weight.device, **result)

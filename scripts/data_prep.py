@@ -47,11 +47,14 @@ def main() -> None:
     if not (directory / MANIFEST).exists():
         announce_disk(corpus, tokenizer, directory)
 
+    source = dataclasses.asdict(config.data) | {"files": list(config.data.files)}
+    del source["loader"]  # rows are made of the shards later
+
     shards = write_shards(
         with_progress(corpus, "tokenizing", lambda document: len(document[1]), config.data.max_chars),
         tokenizer,
         directory,
-        source=dataclasses.asdict(config.data) | {"files": list(config.data.files)},
+        source=source,
         shard_chars=config.data.shard_chars,
         dropped=lambda: {reason: n for reason, n in corpus.counts.items() if reason != "kept"},
         reread="reread" in flags,

@@ -77,7 +77,7 @@ def cauchy(tmp_path_factory):
 
 
 def live_model(attention="softmax", *, dtype=torch.float32, seed=0, **shape):
-    """A small GPT in eval mode. What starts at zero, and so hides other weights, is drawn: output projections, smear."""
+    """A small GPT in eval mode. What starts at zero, and so hides other weights, is drawn."""
     from gkachat.config import GPTConfig
     from gkachat.model.gpt import GPT
 

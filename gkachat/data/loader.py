@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gkachat.data.packing import PackingPlan, count_rows, pack_documents
+from gkachat.data.packing import PackingPlan, count_rows, plan_rows
 from gkachat.data.shards import Documents, Split
 from gkachat.model.loss import IGNORE
 
@@ -39,14 +39,16 @@ class Loader:
         sequence_len: int,
         rows_per_step: int,
         bos: int,
+        packing: str = "cut",
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ):
         """The ranks share the rows of a step: where they do not divide evenly, some ranks have one row more.
 
-        Raises ValueError if the split is too small.
+        `packing` is that of `plan_rows`. Raises ValueError if the split is too small.
         """
+        self.packing = packing
         self.split, self.sequence_len, self.rows_per_step, self.bos = split, sequence_len, rows_per_step, bos
         self.seed, self.first_row, end = seed, *(rows_per_step * r // world_size for r in (rank, rank + 1))
         self.batch_rows = end - self.first_row
@@ -105,13 +107,13 @@ class Loader:
             documents = self.split.shard(len(self._row_ends))
             if documents is None:
                 return False
-            self._row_ends.append(self._n_rows + count_rows(documents.length, self.sequence_len))
+            self._row_ends.append(self._n_rows + count_rows(documents.length, self.sequence_len, self.packing))
         return True
 
     def _plan_shard(self, epoch: int, shard: int) -> tuple[Documents, PackingPlan]:
         documents = self.split.shard(shard)
         rng = np.random.default_rng((self.seed, epoch, shard))
-        return documents, pack_documents(documents.length, self.sequence_len, rng)
+        return documents, plan_rows(self.packing, documents.length, self.sequence_len, rng)
 
     def _rows(self, step: int, first: int, number: int) -> Iterator[Row]:
         """Yield `number` rows of a step, from its row `first` on."""
@@ -145,15 +147,17 @@ class Prefetcher:
 
 
 def val_batches(
-    split: Split, *, sequence_len: int, batch_rows: int, bos: int, tokens: int | None = None
+    split: Split, *, sequence_len: int, batch_rows: int, bos: int, packing: str = "cut", tokens: int | None = None
 ) -> Iterator[Batch]:
     """Yield the whole split once, in a fixed order. `tokens` limits it to the rows that hold that many tokens."""
 
     def all_rows() -> Iterator[Row]:
         for index, documents in enumerate(split):
-            plan = pack_documents(documents.length, sequence_len, None)
-            # A plan's rows have the longest pieces first. A fixed shuffle makes its first rows a fair sample.
-            for row in np.random.default_rng((0, index)).permutation(plan.n_rows):
+            plan = plan_rows(packing, documents.length, sequence_len, None)
+            rows = np.arange(plan.n_rows)
+            if packing == "cut":  # rows have the longest pieces first: a fixed shuffle makes the first a fair sample
+                rows = np.random.default_rng((0, index)).permutation(rows)
+            for row in rows:
                 yield documents, plan, row
 
     rows = all_rows() if tokens is None else islice(all_rows(), -(-tokens // sequence_len))

@@ -1,6 +1,6 @@
 """Packing of documents into rows: best fit, the longest piece first.
 
-    plan = pack_documents(lengths, sequence_len, np.random.default_rng(seed))
+    plan = plan_rows("cut", lengths, sequence_len, np.random.default_rng(seed))
     plan.row_pieces(0)    # pieces of the first row; piece p is tokens offset[p] : offset[p] + length[p] of document[p]
 
 Documents are cut into pieces of at most sequence_len tokens, and each piece gets a BOS in front. A row has room for
@@ -46,7 +46,17 @@ class PackingPlan:
         return int(self.length[pieces].sum()) + len(pieces)
 
 
-def pack_documents(lengths: np.ndarray, sequence_len: int, rng: np.random.Generator | None) -> PackingPlan:
+def plan_rows(packing: str, lengths: np.ndarray, sequence_len: int, rng: np.random.Generator | None) -> PackingPlan:
+    """Plan the rows of documents with these lengths.
+
+    Args:
+        packing: "cut" (`cut_and_pack`) or "crop" (`crop_documents`, nanochat's).
+        rng: order of rows for "cut"; None keeps the documents' order, as "crop" always does.
+    """
+    return crop_documents(lengths, sequence_len) if packing == "crop" else cut_and_pack(lengths, sequence_len, rng)
+
+
+def cut_and_pack(lengths: np.ndarray, sequence_len: int, rng: np.random.Generator | None) -> PackingPlan:
     """Plan the rows of documents with these lengths. Without `rng`, pieces stay in the documents' order."""
     document, offset, length = cut_documents(lengths, sequence_len)
     order = np.arange(len(length)) if rng is None else rng.permutation(len(length))
@@ -72,12 +82,12 @@ def pack_documents(lengths: np.ndarray, sequence_len: int, rng: np.random.Genera
     return PackingPlan(document, offset, length, pieces, row_start)
 
 
-def crop_documents(lengths: np.ndarray, sequence_len: int, rng: None = None) -> PackingPlan:
+def crop_documents(lengths: np.ndarray, sequence_len: int) -> PackingPlan:
     """Plan rows as nanochat does: what does not fit a row is thrown away. Every row is full, none starts mid-document.
 
     Documents pass in their order through a buffer of about a thousand. A row takes the longest one that fits, again and
     again, and then the beginning of the shortest. The last documents, which fill no row, are left out.
-    Source: nanochat's dataloader.py at 92d63d4. `rng` is not used, since nanochat does not shuffle.
+    Source: nanochat's dataloader.py at 92d63d4.
     """
     sizes, arrived = lengths + 1, 0  # with their BOS
     waiting, document, length, row_start = np.empty(0, dtype=np.int64), [], [], [0]
@@ -105,8 +115,10 @@ def crop_documents(lengths: np.ndarray, sequence_len: int, rng: None = None) -> 
         row_start.append(len(document))
 
 
-def count_rows(lengths: np.ndarray, sequence_len: int) -> int:
+def count_rows(lengths: np.ndarray, sequence_len: int, packing: str = "cut") -> int:
     """Return the number of rows of every plan for documents with these lengths."""
+    if packing == "crop":
+        return crop_documents(lengths, sequence_len).n_rows
     _, _, length = cut_documents(lengths, sequence_len)
     return sum(n_rows for _, n_rows in pack_sizes(np.bincount(length + 1), sequence_len + 1))
 

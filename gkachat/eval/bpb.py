@@ -91,13 +91,14 @@ def evaluate_corpus(
     model: GPT,
     tokenizer: Tokenizer,
     tokens_dir: Path,
+    packing: str = "cut",
     world: World = World(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Return a model's bits per byte on the corpus in `tokens_dir`, which holds its shards and their manifest.
 
-    The ranks share the batches and return the same figures. These are val_bpb over all of val, train_bpb over as many
-    training tokens, unigram_bpb (the unigram model on val), val_tokens, and val_sha256, the hashes of val's texts: runs
-    with equal ones can be compared.
+    `packing` is that of `plan_rows`; figures of different ones cannot be compared. The ranks share the batches and
+    return the same figures. These are val_bpb over all of val, train_bpb over as many training tokens, unigram_bpb (the
+    unigram model on val), val_tokens, and val_sha256, the hashes of val's texts: runs with equal ones can be compared.
     """
     splits = {name: Split(tokens_dir, name, tokenizer) for name in ("train", "val")}
     val_tokens = sum(int(documents.length.sum()) for documents in splits["val"])
@@ -105,7 +106,9 @@ def evaluate_corpus(
 
     def bpb(name: str, tokens: int | None) -> float:
         T, rows = model.config.sequence_len, ROWS.get(model.wte.weight.device.type, ROWS["cpu"])
-        batches = val_batches(splits[name], sequence_len=T, batch_rows=rows, bos=tokenizer.bos, tokens=tokens)
+        batches = val_batches(
+            splits[name], sequence_len=T, batch_rows=rows, bos=tokenizer.bos, packing=packing, tokens=tokens
+        )
         sums = bpb_sums(model, islice(batches, world.rank, None, world.size), token_bytes)
         sums = torch.tensor(sums, dtype=torch.float64, device=model.wte.weight.device)
         return bits_per_byte(*all_reduce_sum(sums, world).tolist())
@@ -115,6 +118,7 @@ def evaluate_corpus(
         "train_bpb": bpb("train", val_tokens),
         "unigram_bpb": unigram_bpb(splits["train"], splits["val"], token_bytes),
         "val_tokens": val_tokens,
+        "packing": packing,
         "val_sha256": [shard.text_sha256 for shard in read_manifest(tokens_dir).shards if shard.split == "val"],
     }
 

@@ -50,7 +50,8 @@ def compare_runs(run_dirs: list[Path]) -> dict[str, Any]:
         raise ValueError(f"given {len(run_dirs)} run to compare, expected two or more")
     runs = [read_run(run_dir) for run_dir in run_dirs]
     for run_dir, run in zip(run_dirs, runs, strict=True):
-        if run["results"]["bpb"]["val_sha256"] != runs[0]["results"]["bpb"]["val_sha256"]:
+        own, first = (one["results"]["bpb"] for one in (run, runs[0]))
+        if own["val_sha256"] != first["val_sha256"] or own["packing"] != first["packing"]:
             raise ValueError(f"{run_dirs[0].name} and {run_dir.name} have different val texts and cannot be compared")
     names = [run_dir.name for run_dir in run_dirs]
     if len(set(names)) < len(names):

@@ -54,6 +54,7 @@ class LanguageTask:
             sequence_len=config.model.sequence_len,
             rows_per_step=config.train.total_batch_size // config.model.sequence_len,
             bos=tokenizer.bos,
+            packing=config.data.loader,
             seed=config.run.seed,
             rank=world.rank,
             world_size=world.size,
@@ -82,6 +83,7 @@ class LanguageTask:
             sequence_len=self.config.model.sequence_len,
             batch_rows=rows,
             bos=self.tokenizer.bos,
+            packing=self.config.data.loader,
             tokens=self.config.train.eval_tokens,
         )
         mine = []

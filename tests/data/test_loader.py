@@ -228,3 +228,15 @@ def test_at_most_5_percent_of_the_standard_library_is_wasted(tmp_path):
     n_stored = sum(documents.length.sum() for documents in split)
     assert 0.95 * n_stored <= n_tokens <= n_stored
     assert (targets != IGNORE).float().mean() >= 0.95
+
+
+def test_crop_fills_every_row_with_beginnings_of_documents_and_uses_each_once():
+    loader = loader_of(split_of(), packing="crop")
+    inputs, targets = epoch_of(loader)
+    assert (targets != IGNORE).all() and (inputs[:, 1:] == targets[:, :-1]).all() and (inputs[:, 0] == BOS).all()
+    rows = torch.cat((inputs, targets[:, -1:]), dim=1)
+    starts = rows[:, 1:][(rows[:, :-1] == BOS) & (rows[:, 1:] != BOS)].tolist()
+    documents = (np.concatenate(([0], np.cumsum(SOME_LENGTHS))) + 1)[:-1].tolist()
+    assert len(set(starts)) == len(starts) and set(starts) <= set(documents)
+    val, _ = stack(val_of(split_of(), packing="crop"))
+    assert torch.equal(val[: len(inputs)], inputs)

@@ -164,13 +164,14 @@ def core_numbers() -> dict:
             {"context_options": [f"The {w} one", f"A {v} thing"], "continuation": f"is {v}.", "gold": i % 2}
             for i, (w, v) in enumerate(zip(words, words[3:] + words[:3], strict=True))
         ],
-        # Of the last four, the continuation is what the model says.
-        "language_modeling": [{"context": f"Say {w}:", "continuation": w[0]} for w in words],
+        "language_modeling": [{"context": f"Say {w}:", "continuation": w[0]} for w in words[:4]],
     }
-    tokens = Bytes()([f"Say {word}:" for word in words], 127)
-    for row, ids in list(zip(kinds["language_modeling"], tokens, strict=True))[4:]:
+    for number in range(1000):  # four contexts that the model continues with what is a character
+        context = f"Say {number}:"
         with torch.no_grad():
-            row["continuation"] = chr(model(torch.tensor([ids]))[0, -1, 32:127].argmax() + 32)
+            said = chr(model(torch.tensor(Bytes()([context], 127)))[0, -1].argmax())
+        if said.isalnum() and len(kinds["language_modeling"]) < 8:
+            kinds["language_modeling"].append({"context": context, "continuation": said})
     decisions = {}
     for kind, rows in kinds.items():
         meta = {"task_type": kind, "num_fewshot": 1, "continuation_delimiter": " "}

@@ -13,7 +13,10 @@ from gkachat.config import Config, GPTConfig, OptimConfig, TrainConfig
 from gkachat.data.loader import gather_rows
 from gkachat.data.packing import crop_documents
 from gkachat.data.shards import Documents
+from gkachat.eval.bundle import Task
+from gkachat.eval.core import _evaluate_task
 from gkachat.model.gpt import GPT
+from gkachat.train.distributed import World
 from gkachat.train.optim import make_optimizers
 from gkachat.train.schedule import lr_multiplier, muon_momentum, resolve, set_hyperparameters
 from tests.parity.make import SCHEDULE, SCHEDULE_LENGTHS, STEPS, TOTAL_BATCH, WEIGHT_DECAY
@@ -70,6 +73,26 @@ def test_logits_loss_and_gradients(nanochat, model):
     assert expected.keys() == {name for name, _ in model.named_parameters()}
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max().item())
+
+
+class Bytes:
+    """A tokenizer of bytes, with 127 as BOS."""
+
+    bos = 127
+
+    def encode(self, text):
+        return [*text.encode()]
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
+@torch.inference_mode()
+def test_decisions_of_core(model, kind):
+    with safe_open(FILE, "pt") as file:
+        expected = json.loads(file.metadata()["core"])[kind]
+    meta, rows = expected["meta"], expected["rows"]
+    task = Task(kind, kind, meta["num_fewshot"], meta["continuation_delimiter"], 0.0, rows, len(rows), "")
+    assert any(expected["correct"]) and not all(expected["correct"])
+    assert _evaluate_task(model, Bytes(), task, World(), None, lambda n: None)["correct"] == expected["correct"]
 
 
 def test_rows_of_the_crop_loader(nanochat):
