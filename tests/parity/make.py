@@ -167,10 +167,10 @@ def core_numbers() -> dict:
         "language_modeling": [{"context": f"Say {w}:", "continuation": w[0]} for w in words[:4]],
     }
     for number in range(1000):  # four contexts that the model continues with what is a character
-        context = f"Say {number}:"
+        context = f"{number} is {number % 7 * number}" + chr(33 + number % 94)
         with torch.no_grad():
             said = chr(model(torch.tensor(Bytes()([context], 127)))[0, -1].argmax())
-        if said.isalnum() and len(kinds["language_modeling"]) < 8:
+        if " " < said < "\x7f" and len(kinds["language_modeling"]) < 8:
             kinds["language_modeling"].append({"context": context, "continuation": said})
     decisions = {}
     for kind, rows in kinds.items():
