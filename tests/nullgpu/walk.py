@@ -183,7 +183,7 @@ def options(walk: Walk) -> list[Row]:
     command = ["-m", "scripts.base_train", "configs/d20.toml", "--model.attention=gka", "--overwrite", *SMALL, *batch]
     fp8 = walk.run("options", "base_train run.fp8", [*command, "--run.name=fp8", "--run.fp8=true"])
     auto = [*command, "--run.name=auto", "--train.device_batch_size=auto"]
-    return [row_of("options", fp8, 1), row_of("options", walk.run("options", "base_train batch auto", auto))]
+    return [row_of("options", fp8), row_of("options", walk.run("options", "base_train batch auto", auto))]
 
 
 def peaks(walk: Walk, full: bool) -> list[Row]:
