@@ -140,7 +140,7 @@ def test_overrides_win_over_the_file_and_leave_the_rest(toml):
     path = toml("[model]\ndepth = 3\nsequence_len = 64\n[run]\nseed = 1\n[train]\ntotal_tokens = 3\n")
     config = load_config(path, ["--model.depth", "5", "--train.total_tokens", "none"])
     assert (config.model.depth, config.model.sequence_len, config.run.seed) == (5, 64, 1)
-    assert config.model.n_embd == 320 and config.train.total_tokens is None
+    assert config.model.n_embd == 384 and config.train.total_tokens is None
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_all_problems_of_a_file_are_reported_at_once(toml):
 def test_invalid_values_of_a_file_and_overrides_are_reported_at_once(toml):
     path = toml("[run]\nseed = -1\nlog_every = 0\n[model]\nvocab_size = 1\nhead_dim = 7\n")
     assert fields_of(problems_of(path, ["--optim.matrix_lr=-1", "--tokenizer.vocab_size", "5"])) == [
-        "run.seed", "run.log_every", "tokenizer.vocab_size", "model.vocab_size", "model.n_embd", "model.head_dim",
+        "run.seed", "run.log_every", "tokenizer.vocab_size", "model.vocab_size", "model.head_dim",
         "optim.matrix_lr",
     ]  # fmt: skip
 
@@ -260,7 +260,8 @@ def test_files_are_required_when_they_are_the_source():
     [
         ({"depth": 20}, 1280, 128, 10),
         ({"depth": 4}, 256, 128, 2),
-        ({"depth": 3}, 192, 64, 3),
+        ({"depth": 3}, 256, 128, 2),
+        ({"depth": 3, "head_dim": 64}, 192, 64, 3),
         ({"depth": 4, "n_embd": 384}, 384, 128, 3),
         ({"depth": 4, "n_embd": 96, "head_dim": 24}, 96, 24, 4),
     ],
@@ -270,7 +271,7 @@ def test_width_and_heads_follow_from_depth_unless_they_are_set(shape, n_embd, he
     assert (config.n_embd, config.head_dim, config.n_head) == (n_embd, head_dim, n_head)
 
 
-@pytest.mark.parametrize("shape", [{"n_embd": 200}, {"n_embd": 128, "head_dim": 48}, {"depth": 3, "head_dim": 128}])
+@pytest.mark.parametrize("shape", [{"n_embd": 200}, {"n_embd": 128, "head_dim": 48}, {"n_embd": 192, "head_dim": 128}])
 def test_channels_that_do_not_divide_into_heads_are_refused(shape):
     with pytest.raises(ConfigError, match=r"^n_embd: given \d+, expected 16 or more and a multiple of head_dim \d+$"):
         GPTConfig(**shape)
@@ -278,10 +279,11 @@ def test_channels_that_do_not_divide_into_heads_are_refused(shape):
 
 @pytest.mark.parametrize(
     ("sequence_len", "short"),
-    [(2048, 512), (2052, 640), (1024, 256), (1000, 256), (256, 128), (129, 128), (128, None), (64, None), (2, None)],
+    [(2048, 512), (2052, 640), (1024, 256), (1000, 256), (256, 128), (130, 128), (129, None), (64, None), (2, None)],
 )
-def test_a_short_window_is_a_quarter_of_the_sequence_rounded_up_to_128(sequence_len, short):
-    assert GPTConfig(depth=4, sequence_len=sequence_len, window_pattern="S").window(0) == short
+def test_a_short_window_is_the_token_and_a_quarter_of_the_sequence_rounded_up_to_128(sequence_len, short):
+    window = GPTConfig(depth=4, sequence_len=sequence_len, window_pattern="S").window(0)
+    assert window == (None if short is None else short + 1)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +291,7 @@ def test_a_short_window_is_a_quarter_of_the_sequence_rounded_up_to_128(sequence_
 )
 def test_the_pattern_repeats_and_the_last_layer_is_always_long(pattern, letters):
     shape = GPTConfig(depth=7, sequence_len=2048, window_pattern=pattern)
-    assert [shape.window(layer) for layer in range(7)] == [{"S": 512, "L": None}[letter] for letter in letters]
+    assert [shape.window(layer) for layer in range(7)] == [{"S": 513, "L": None}[letter] for letter in letters]
 
 
 def test_value_embeddings_are_by_default_those_of_softmax_alone():

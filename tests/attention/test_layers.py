@@ -19,11 +19,11 @@ B, T, H, D = 2, 150, 3, 16
 
 
 def drawn_layer(attention, **options):
-    """Return the first layer of two, which has a window of 128, in float64 with every parameter drawn."""
+    """Return the first layer of two, which has a window of 129, in float64 with every parameter drawn."""
     model = live_model(attention, sequence_len=T, n_embd=H * D, head_dim=D, vocab_size=16, **options).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    assert model.blocks[0].attn.window == 128
+    assert model.blocks[0].attn.window == 129
     return model.blocks[0].attn
 
 

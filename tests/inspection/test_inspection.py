@@ -19,7 +19,7 @@ from gkachat.inspection.report import markdown, write_inspection
 from gkachat.inspection.statistics import Inspection, head_statistics, inspect_run, sigma_history
 from gkachat.tokenizer import Tokenizer
 
-T = 200  # longer than the short window, 128
+T = 200  # longer than the short window, 129
 TEXT = "def add(a, b):\n    return a + b\n"
 
 

@@ -166,9 +166,9 @@ def test_several_new_tokens_run_on_the_kernel_in_pytorch():
 
 @pytest.fixture(params=VARIANTS)
 def made(request):
-    """A layer with a window of 128, and one without."""
+    """A layer with a window of 129, and one without."""
     model = live_model(**VARIANTS[request.param], sequence_len=190)
-    assert [block.attn.window for block in model.blocks] == [128, None]
+    assert [block.attn.window for block in model.blocks] == [129, None]
     return model
 
 
@@ -196,7 +196,7 @@ def test_a_model_decodes_with_it_to_the_logits_of_the_whole_text(made):
     cache = made.make_cache(2, 190 - shared, block=32, prefix=prefix)
     for row, start in enumerate(starts):
         read(made, idx[row : row + 1, shared:start], cache, row)
-    assert cache.layers[0]["k"].size(2) == 159 and starts[0] < shared + 159 < starts[1] + steps
+    assert cache.layers[0]["k"].size(2) == 160 and starts[0] < shared + 160 < starts[1] + steps
     for step in range(steps):
         new, wanted = (torch.stack([t[row, start + step] for row, start in enumerate(starts)]) for t in (idx, expected))
         torch.testing.assert_close(read(made, new[:, None], cache, rows=2), wanted, rtol=1e-5, atol=1e-5)

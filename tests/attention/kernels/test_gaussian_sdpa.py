@@ -69,7 +69,7 @@ def test_no_float32_copy_of_an_activation_is_saved(options):
     layer = GaussianKernelAttention(GPTConfig(attention="gka", gka=GKAConfig(**options), **shape), 0)
     layer.init_weights()
     layer.choose_kernels(CPU, torch.bfloat16)
-    assert layer.window == 128
+    assert layer.window == 129
     x, saved = drawn()[0].detach().bfloat16().flatten(2).requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer.kernel.attend(layer.qkv(x, None, rope_table(T, D))).sum()
