@@ -238,11 +238,13 @@ def test_too_little_disk_is_an_error_and_what_is_there_counts(tmp_path, monkeypa
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     result = preflight(tmp_path)
     assert result.returncode == 1 and re.search(r"^error: disk: about 4.* 4\.0 GiB are free at ", result.stderr)
-    (tmp_path / "runs" / "d2_gka_chat").mkdir(parents=True)
-    with open(tmp_path / "runs" / "d2_gka_chat" / "weights", "wb") as file:
-        file.truncate(2**30)
-    result = preflight(tmp_path)
-    assert result.returncode == 0 and "of which 1.0 are there" in result.stdout
+    for directory, code in (("tokens/python-source-v512", 1), ("runs/d2_gka_chat", 0)):  # shards are no checkpoints
+        (tmp_path / directory).mkdir(parents=True)
+        with open(tmp_path / directory / "file", "wb") as file:
+            file.truncate(2**30)
+        result = preflight(tmp_path)
+        there = "of which 2.0 are there" if code == 0 else "of which 1.0 are there"
+        assert result.returncode == code and there in (result.stdout + result.stderr)
 
 
 @pytest.mark.parametrize(
