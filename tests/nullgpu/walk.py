@@ -4,6 +4,7 @@ python walk.py LIBRARY WORK [--only PART ...] [--full] [--out FILE.md]
 
 Every step has its row in the table at the end, its log and its processes' reports in WORK. Parts that are not walked
 this time are taken from WORK if they were walked at the same commit. The exit code is 1 if any step has a fault.
+The environment's GPU_WALK_WITH is put before every command, such as "nice -n 5".
 """
 
 import argparse
