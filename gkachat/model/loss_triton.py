@@ -23,10 +23,8 @@ from gkachat.attention.kernels.gaussian_triton import on_device_of_first, rounde
 from gkachat.model.loss import IGNORE, LOGIT_CAP
 
 LOGITS_PER_CHUNK = 2**28  # 512 MiB in bfloat16; each chunk also reads the weight twice, and reads and writes dweight
-BLOCK, WARPS = (
-    8192,
-    16,
-)  # two rows on a multiprocessor (three without gradients): a cache keeps them for their second reading
+# Two rows on a multiprocessor, three without gradients: a cache keeps them for their second reading.
+BLOCK, WARPS = 8192, 16
 ALIGNMENT = 64  # rows of logits start at multiples of it, as fast products and wide loads demand
 
 CAP = tl.constexpr(LOGIT_CAP)
