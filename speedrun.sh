@@ -29,7 +29,7 @@ source scripts/setup.sh
 export GKACHAT_HOME=${GKACHAT_HOME:-$HOME/.cache/gkachat}
 trap 'echo "speedrun: interrupted; run it again to continue" >&2; exit 130' INT
 
-trap '[ -z "$data_job" ] || kill "$data_job" 2>/dev/null' EXIT
+trap '[ -z "$data_job" ] || kill "$data_job" 2>/dev/null || true' EXIT  # a job that has ended leaves the exit code
 data_job= data_log=$GKACHAT_HOME/data_prep.log data_step="tokenize the corpus"
 
 fail() {
@@ -85,7 +85,8 @@ if [ "$gpus" -gt 0 ]; then
     # Training reads the first shards while the later ones are made. Without a GPU both would need the same few cores.
     echo "== $data_step, in the background: $data_log"
     mkdir -p "$GKACHAT_HOME"
-    nice "$PYTHON" -m scripts.data_prep "$config" > "$data_log" 2> >(tee -a "$data_log" >&2) &
+    : > "$data_log"  # both streams append: neither overwrites what the other wrote
+    nice "$PYTHON" -m scripts.data_prep "$config" >> "$data_log" 2> >(tee -a "$data_log" >&2) &
     data_job=$!
     until grep -qs '^train_00000 ' "$data_log"; do check_data; [ -n "$data_job" ] || break; sleep 0.2; done
 else
@@ -106,9 +107,9 @@ for run in "${runs[@]}"; do
     step "ask ${run}_chat" "$PYTHON" -m scripts.chat_eval "${run}_chat" --tasks addition counting
 done
 
-[ "$GKACHAT_HOME" = "$HOME/.cache/gkachat" ] && prefix= || prefix="GKACHAT_HOME=$GKACHAT_HOME "
-chat="  ${prefix}$PYTHON -m scripts.chat_cli"
+[ "$GKACHAT_HOME" = "$HOME/.cache/gkachat" ] && prefix= || prefix="GKACHAT_HOME=$(printf %q "$GKACHAT_HOME") "
+chat="  $prefix$(printf %q "$PYTHON") -m scripts.chat_cli"
 echo
 echo "Talk to them, one at a time or two side by side:"
-printf "$chat %s_chat\n" "${runs[@]}"
+for run in "${runs[@]}"; do echo "$chat ${run}_chat"; done
 echo "$chat ${runs[0]}_chat --compare ${runs[2]}_chat"

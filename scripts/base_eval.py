@@ -22,7 +22,7 @@ from gkachat.tokenizer import Tokenizer
 from gkachat.train.distributed import World, barrier, destroy_process_group, init_process_group
 from scripts.cli import run
 
-TIMEOUT = 600.0  # seconds that processes wait for each other
+TIMEOUT = 600.0  # as run.timeout; no watchdog runs here, and a collective fails after 31 minutes (init_process_group)
 
 
 def main(

@@ -7,7 +7,6 @@ python -m scripts.bench_attention
 python -m scripts.bench_attention --batch 16 --tokens 2048 --heads 10 --windows 512 full --compile --out results/h200
 """
 
-import importlib
 import itertools
 import math
 from collections.abc import Callable
@@ -50,15 +49,22 @@ def operators(shape: Shape, window: int | None, device: torch.device, dtype: tor
     if device.type == "cuda":
         for name, attend in other_gka_kernels(T, window, device).items():
             contestant = (partial(gka_operator, Kernel(name, "", attend), False), [x, sigma])
-            try:
-                passes(*contestant)[1]()
-            except Exception as error:  # packages raise their own kinds for what they do not support
-                print(f"left out: gka ({name}): {str(error).strip().splitlines()[0]}")
-            else:
+            if runs(f"gka ({name})", *contestant):
                 found[f"gka ({name})"] = contestant
     if 8 * B * H * T * T * torch.float32.itemsize <= MAX_NAIVE_BYTES:
         found["gka naive"] = (partial(naive, mask=visible(T, window, device=device)), [x, sigma])
     return found
+
+
+def runs(name: str, function: Callable[..., Tensor], inputs: list[Tensor]) -> bool:
+    """Return whether a function runs forward and backward. Print why it is left out where it does not."""
+    try:
+        passes(function, inputs)[1]()
+    except Exception as error:  # packages raise their own kinds for what they do not support
+        reason = str(error).strip() or type(error).__name__
+        print(f"left out: {name}: {reason.splitlines()[0]}")
+        return False
+    return True
 
 
 def other_gka_kernels(T: int, window: int | None, device: torch.device) -> dict[str, Callable[[QKV], Tensor]]:
@@ -69,6 +75,7 @@ def other_gka_kernels(T: int, window: int | None, device: torch.device) -> dict[
 
     mask = create_block_mask(sees, None, None, T, T, device=device)
     compiled_flex = torch.compile(flex_attention, dynamic=False)
+    newest_flash, no_flash = flash.find(device)
 
     def flex(qkv: QKV) -> Tensor:
         q, bias = (t.transpose(1, 2) for t in gaussian_sdpa.scaled_with_bias(qkv))
@@ -84,18 +91,18 @@ def other_gka_kernels(T: int, window: int | None, device: torch.device) -> dict[
         with sdpa_kernel(backend):
             return gaussian_sdpa.attend(qkv, window=window, causal=True, include_self=True)
 
-    def through_flash(package: str, qkv: QKV) -> Tensor:
-        function = importlib.import_module(package).flash_attn_func
+    def through_flash(qkv: QKV) -> Tensor:
+        if newest_flash is None:
+            raise ImportError(no_flash)
         wide = QKV(*gaussian_sdpa.bias_as_channels(qkv), scale=1.0)
-        y = flash.attend(wide, window=window, causal=True, flash_attn_func=function)
+        y = flash.attend(wide, window=window, causal=True, flash_attn_func=newest_flash.flash_attn_func)
         return y[..., : qkv.v.size(-1)]
 
     return {
         "flex, bias in the score": flex,
         "cudnn, bias as channels": partial(through_sdpa, SDPBackend.CUDNN_ATTENTION),
         "flash of torch, bias as channels": partial(through_sdpa, SDPBackend.FLASH_ATTENTION),
-        "flash-attention-3, bias as channels": partial(through_flash, "flash_attn_interface"),
-        "flash-attention-2, bias as channels": partial(through_flash, "flash_attn"),
+        f"{newest_flash.name if newest_flash else 'flash-attention'}, bias as channels": through_flash,
     }
 
 
@@ -172,6 +179,8 @@ def bound(
     return sum(flops for flops, _ in stages), seconds
 
 
+# All calls share the compilations of a function. Above torch's limit of 8 it would run uncompiled, and not say so.
+@torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
 def measure(
     level: str, shape: Shape, window: int | None, device: torch.device, dtype: torch.dtype,
     peaks: tuple[float, float], compiled: bool, rounds: int,

@@ -6,8 +6,11 @@ python -m scripts.data_prep configs/laptop.toml
 import dataclasses
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from gkachat.config import home
 from gkachat.data.shards import MANIFEST, SPLITS, read_manifest, write_shards
@@ -39,6 +42,19 @@ def announce_disk(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None
         )
 
 
+def lock(directory: Path) -> AbstractContextManager:
+    """Lock a corpus, so that two processes never write one manifest. Raises FileExistsError if it is locked."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(directory.with_name(f".{directory.name}.lock")).acquire(blocking=False)
+    except Timeout:
+        raise FileExistsError(
+            f"{directory} is being written by another scripts.data_prep: wait for it, or stop it"
+        ) from None
+    except (NotImplementedError, OSError):  # this file system has no locks
+        return nullcontext()
+
+
 def main() -> None:
     config, flags = parse_config(sys.argv[1:], __doc__, {"reread": "Read the source again although all shards exist."})
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
@@ -59,9 +75,10 @@ def main() -> None:
         dropped=lambda: {reason: n for reason, n in corpus.counts.items() if reason != "kept"},
         reread="reread" in flags,
     )
-    for shard, reused in shards:
-        seconds = time.perf_counter() - start
-        print(f"{shard.name} {shard.tokens:,} tokens{', was there' if reused else ''} | {seconds:.0f} s", flush=True)
+    with lock(directory):
+        for shard, reused in shards:
+            seconds, told = time.perf_counter() - start, ", was there" if reused else ""
+            print(f"{shard.name} {shard.tokens:,} tokens{told} | {seconds:.0f} s", flush=True)
     manifest = read_manifest(directory)
     for split in SPLITS:
         docs, tokens, n_bytes = (manifest.total(split, what) for what in ("documents", "tokens", "bytes"))

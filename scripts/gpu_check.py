@@ -5,16 +5,19 @@ python -m scripts.gpu_check --seconds 480 --out results/gpu/h100       # on the 
 python -m scripts.gpu_check --step kernels --out results/gpu/h100      # one step again
 
 Steps run in the order of their worth. Each is a process with its own seconds and its own JSON; one that fails or takes
-too long stops nothing. The report, OUT/page.md and OUT/summary.json, is written again after each.
+too long stops nothing. The report is written again after each: OUT/page.md, OUT/summary.json, and OUT/report.tar, which
+holds all that the steps wrote.
 """
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
 import shlex
 import signal
 import sys
+import tarfile
 import time
 import traceback
 from collections.abc import Callable
@@ -22,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gkachat.files import write_text
+from gkachat.files import atomic_write, write_text
 from scripts.cli import run
 
 ATTENTIONS = ("softmax", "gka", "gka_plus")
@@ -55,9 +58,10 @@ PLAN = (
          *of_each("layers")),
         50, background=of_each("warm"),
     ),
-    Stage(("kernels",), 60),
+    Stage(of_each("trainer"), 75, background=("warm_memory",)),
+    Stage(("kernels",), 60, waits=True),
     Stage(("steps",), 75, waits=True),
-    Stage(of_each("trainer"), 75, background=("memory",)),
+    Stage(("memory",), 30, waits=True),
     Stage(of_each("tokens"), 45, background=("warm_decode-softmax", "warm_decode-gka"), waits=True),
     Stage(("decode",), 75, waits=True),
     Stage(("prefill",), 30),
@@ -71,9 +75,9 @@ def step_functions() -> dict[str, Callable]:
 
     return {
         "operator": numbers.operator, "layers": numbers.layers, "warm": speed.warm, "kernels": speed.kernels,
-        "steps": speed.steps, "memory": speed.memory, "trainer": training.trainer, "tokens": decoding.tokens,
-        "warm_decode": decoding.warm_decode, "decode": decoding.decode, "prefill": decoding.prefill,
-        "profile": speed.profiles,
+        "steps": speed.steps, "warm_memory": speed.warm_memory, "memory": speed.memory, "trainer": training.trainer,
+        "tokens": decoding.tokens, "warm_decode": decoding.warm_decode, "decode": decoding.decode,
+        "prefill": decoding.prefill, "profile": speed.profiles,
     }  # fmt: skip
 
 
@@ -142,6 +146,16 @@ def read_record(out: Path, name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"step": name, "status": "running"}
 
 
+def write_archive(out: Path) -> None:
+    """Write OUT/report.tar: page, JSON and logs. Steps may go on writing meanwhile."""
+    with atomic_write(out / "report.tar") as file, tarfile.open(fileobj=file, mode="w") as archive:
+        for path in sorted(path for path in out.iterdir() if path.suffix in (".md", ".json", ".log")):
+            content = path.read_bytes()
+            member = tarfile.TarInfo(path.name)
+            member.size, member.mtime = len(content), int(time.time())
+            archive.addfile(member, io.BytesIO(content))
+
+
 def run_plan(plan: tuple[Stage, ...], functions: dict[str, Callable], check: Any, seconds: float) -> dict[str, dict]:
     """Run all stages within `seconds`, and write the report after each step. Return what the steps wrote."""
     from scripts.gpu_steps.page import count_right, page
@@ -169,6 +183,7 @@ def run_plan(plan: tuple[Stage, ...], functions: dict[str, Callable], check: Any
                 records[name] = read_record(check.out, name)
         write_text(check.out / "summary.json", json.dumps(records, indent=1) + "\n")
         write_text(check.out / "page.md", page(records, command, time.monotonic() - start))
+        write_archive(check.out)
 
     def wait(steps: list[Running]) -> None:
         while any(step in alive for step in steps):
@@ -201,15 +216,16 @@ def main() -> int:
     parser.add_argument("--prepare", action="store_true", help="write the carried folder, on a CPU, in some minutes")
     parser.add_argument("--seconds", type=float, default=480.0, help="of all steps together")
     parser.add_argument("--out", type=Path, help="directory of the report and of the steps' JSON")
-    parser.add_argument(
-        "--step", help="run only this step, in this process: " + ", ".join(s for g in PLAN for s in g.steps)
-    )
+    names = [name for stage in PLAN for name in (*stage.background, *stage.steps)]
+    parser.add_argument("--step", help="run only this step, in this process: " + ", ".join(names))
     parser.add_argument("--device", default="cuda", help="a torch device")
     parser.add_argument("--carried", type=Path, default=CARRIED, help="the carried folder")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the check itself on a CPU")
     options = parser.parse_args()
     if not options.prepare and options.out is None:
         raise ValueError("--out: given nothing, expected a directory for the report")
+    if options.step and options.step not in names:
+        raise ValueError(f"--step: given {options.step}, expected one of {', '.join(names)}")
     if not options.prepare and not (options.carried / "commit.txt").exists():
         raise FileNotFoundError(
             f"no carried folder {options.carried}; write it with --prepare on any machine, and copy it"
@@ -222,6 +238,7 @@ def main() -> int:
     if not options.prepare:  # a dozen steps share the cores
         os.environ.setdefault("OMP_NUM_THREADS", "2")
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
+    from gkachat.machine import check_compiler
     from scripts.gpu_steps import FULL, SMALL, Check
 
     sizes = SMALL if options.small else FULL
@@ -230,6 +247,8 @@ def main() -> int:
 
         prepare(sizes, options.carried)
         return 0
+    if options.device.startswith("cuda"):
+        check_compiler()  # here, where one line says what is missing, instead of in every step
     options.out.mkdir(parents=True, exist_ok=True)
     check, functions = Check(options.device, sizes, options.carried, options.out), step_functions()
     if options.step:

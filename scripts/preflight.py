@@ -42,13 +42,19 @@ def check_disk(configs: list[Config]) -> str:
     from gkachat.files import free_disk
 
     names = [f"{config.run.name}{suffix}" for config in configs for suffix in ("", "_chat")]
-    directories = [home() / "tokens" / configs[0].data_name, *(home() / "runs" / name for name in names)]
-    there = sum(path.stat().st_size for directory in directories for path in directory.rglob("*") if path.is_file())
-    need = {what: size / 2**30 for what, size in disk_need(configs).items()}
-    left, (free, existing) = max(0, sum(need.values()) - there / 2**30), free_disk(home())
+    directories = {
+        "shards": [home() / "tokens" / configs[0].data_name],
+        "checkpoints": [home() / "runs" / name for name in names],
+    }
+    need, there, left = {}, 0.0, 0.0
+    for what, size in disk_need(configs).items():  # shards that are there make no room for checkpoints
+        files = [path for directory in directories.get(what, []) for path in directory.rglob("*") if path.is_file()]
+        need[what], found = size / 2**30, sum(path.stat().st_size for path in files) / 2**30
+        there, left = there + found, left + max(0, need[what] - found)
+    free, existing = free_disk(home())
     parts = ", ".join(f"{size:,.1f} for {what}" for what, size in need.items())
     line = (
-        f"about {sum(need.values()):,.1f} GiB ({parts}), of which {there / 2**30:,.1f} are there; "
+        f"about {sum(need.values()):,.1f} GiB ({parts}), of which {there:,.1f} are there; "
         f"{free / 2**30:,.1f} GiB are free at {existing}"
     )
     if left > free / 2**30:

@@ -76,6 +76,28 @@ def cauchy(tmp_path_factory):
     del ATTENTIONS["cauchy"], sys.modules["cauchy"]
 
 
+@pytest.fixture(scope="module", params=["installed", "3.6"])
+def compiled_resources(request):
+    """Function that returns the figures a script prints, one for each kernel that it compiles for a Hopper.
+
+    Tests run twice: with the Triton of torch 2.13, which pip installs, and with the one before.
+    """
+    path = str(ROOT)
+    if request.param == "3.6":
+        if not (ROOT / ".venv/triton-3.6").is_dir():
+            pytest.skip("no Triton 3.6 in .venv/triton-3.6; tests/run.sh installs it where there is a network")
+        path += os.pathsep + str(ROOT / ".venv/triton-3.6")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
+
+    def figures(script: str, *args: str) -> list[dict]:
+        command = [sys.executable, script, *args]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+    return figures
+
+
 def live_model(attention="softmax", *, dtype=torch.float32, seed=0, **shape):
     """A small GPT in eval mode. What starts at zero, and so hides other weights, is drawn."""
     from gkachat.config import GPTConfig

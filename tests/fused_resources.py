@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import triton
@@ -39,25 +40,25 @@ def resources(kernel, types: dict[str, str], constants: dict, warps: int, stages
     }  # fmt: skip
 
 
-def loss() -> list[dict]:
-    """The loss kernel in each dtype, with gradients and without."""
+def loss() -> list[tuple]:
+    """Return each case of the loss kernel, as `resources` takes it: the dtypes, with gradients and without."""
     from gkachat.model.loss_triton import BLOCK, WARPS, loss_kernel
 
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
         types = {"LOGITS": f"*{dtype}/16", "TARGETS": "*i64", "LOSSES": "*fp32", "stride": "i32/16", "V": "i32"}
         for gradients in (True, False):
-            found.append(resources(loss_kernel, types, {"BLOCK": BLOCK, "GRADIENTS": gradients}, WARPS))
+            found.append((loss_kernel, types, {"BLOCK": BLOCK, "GRADIENTS": gradients}, WARPS))
     return found
 
 
-def features() -> list[dict]:
-    """The kernels of convolved features, in each dtype and head size."""
+def features() -> list[tuple]:
+    """Return each case of the kernels of convolved features: the dtypes and the widths of tiles."""
     from gkachat.attention import features_triton as module
 
     found = []
     for dtype in ("bf16", "fp32"):
-        for D in (64, 128, 256, 80):
+        for D in (64, 128, 256):
             (rows, half), (conv_rows, width) = module.norm_tile(D), module.conv_tile(D)
             norm = {"BT": rows, "HALF": half}
             conv = {"BT": conv_rows, "BD": width, "ROWS": module.CONV_ROWS}
@@ -75,10 +76,11 @@ def features() -> list[dict]:
                         types[name] = f"*{'fp32' if single else dtype}/16"
                     else:
                         types[name] = "i32"
-                found.append(resources(kernel, types, constants, warps) | {"D": D})
+                found.append((kernel, types, constants, warps))
     return found
 
 
 if __name__ == "__main__":
-    for row in {"loss": loss, "features": features}[sys.argv[1]]():
-        print(json.dumps(row))
+    with ThreadPoolExecutor(2) as pool:
+        for row in pool.map(lambda case: resources(*case), {"loss": loss, "features": features}[sys.argv[1]]()):
+            print(json.dumps(row))

@@ -4,13 +4,14 @@ import importlib
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT
 
 from gkachat.benchmark import benchmark, table
-from scripts import cli
+from scripts import bench_attention, cli
 from scripts.bench_attention import bound, naive, operators
 
 SIZES = {
@@ -47,6 +48,38 @@ def test_the_timed_gka_operator_computes_what_the_naive_one_does(window):
     _, (fused, inputs), _, (literal, _) = operators((2, 40, 2, 16), window, torch.device("cpu"), torch.float32).values()
     torch.testing.assert_close(fused(*inputs), literal(*inputs), rtol=1e-4, atol=1e-5)
     assert literal.func is naive
+
+
+def test_a_kernel_that_cannot_run_is_left_out_with_the_reason(capsys):
+    def fails(x, error):
+        raise error
+
+    x = torch.zeros(1, requires_grad=True)
+    for error, reason in ((RuntimeError("no build\nat all"), "no build"), (ImportError(), "ImportError")):
+        assert not bench_attention.runs("gka (a)", partial(fails, error=error), [x])
+        assert capsys.readouterr().out == f"left out: gka (a): {reason}\n"
+    assert bench_attention.runs("gka (a)", torch.square, [x])
+
+
+def test_every_shape_is_compiled_and_none_runs_eagerly(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def operator(x):
+        return 2 * x
+
+    def contestants(shape, *args):
+        x = torch.ones(shape, requires_grad=True)
+        return {"softmax": (torch.compile(operator, backend=backend, dynamic=False), [x])}
+
+    monkeypatch.setitem(bench_attention.LEVELS, "operator", contestants)
+    cpu, n = torch.device("cpu"), 10  # torch's limit is 8
+    for T in range(2, 2 + n):
+        bench_attention.measure("operator", (1, T, 1, 2), None, cpu, torch.float32, (1.0, 1.0), False, rounds=2)
+    assert len(graphs) == n
 
 
 def test_the_bound_counts_products_and_traffic():

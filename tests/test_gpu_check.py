@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -95,6 +97,10 @@ def test_steps_that_raise_hang_or_die_stop_nothing(tmp_path):
     assert records["raises"]["error"] == "RuntimeError: injected" and records["raises"]["found"] == 1
     assert records["hangs"]["found"] == 2 and records["works-a"]["found"] == "a"
     assert json.loads((tmp_path / "summary.json").read_text()) == records
+    with tarfile.open(tmp_path / "report.tar") as archive:
+        written = {f"{name}.{suffix}" for name in records for suffix in ("json", "log")}
+        assert {*archive.getnames()} == {"page.md", "summary.json"} | written
+        assert json.load(archive.extractfile("summary.json")) == records
     assert "RuntimeError: injected" in (tmp_path / "page.md").read_text()
 
 
@@ -128,6 +134,31 @@ def test_a_stage_that_waits_starts_after_the_background_and_others_do_not(tmp_pa
 def test_without_a_carried_folder_one_line_says_what_to_do(tmp_path):
     result = bare("--carried", tmp_path / "none", "--out", tmp_path)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "--prepare" in result.stderr
+
+
+def test_what_cannot_work_is_one_line_before_any_step(tmp_path, monkeypatch):
+    carried, out = tmp_path / "carried", tmp_path / "out"
+    carried.mkdir()
+    (carried / "commit.txt").touch()
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS"):
+        monkeypatch.setenv(variable, os.environ.get(variable, ""))
+    words = ["--small", "--carried", carried, "--out", out]
+    result = run_script("gpu_check", *words, "--step", "speed", home=tmp_path)
+    assert result.returncode == 1 and re.search(
+        r"^error: --step: given speed, expected one of .*warm-gka.*memory.*\n$", result.stderr
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    result = run_script("gpu_check", *words, home=tmp_path)
+    assert result.returncode == 1 and "a C compiler" in result.stderr and not out.exists()
+
+
+def test_nothing_runs_beside_what_is_timed_or_fills_the_memory():
+    """Only steps that end before the next stage, and no warmers, may be beside numbers that depend on the GPU."""
+    for stage in gpu_check.PLAN:
+        kinds = {name.partition("-")[0] for name in stage.steps}
+        if kinds & {"kernels", "steps", "memory", "decode"}:
+            assert stage.waits and not stage.background and len(stage.steps) == 1, stage
 
 
 # What is compared and reported

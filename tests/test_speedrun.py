@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -57,7 +58,7 @@ def start(tmp_path):
         paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
         env = {**os.environ, **paths, "GKACHAT_HOME": str(tmp_path / "home"), "GPUS": str(gpus), **env}
         return subprocess.Popen(
-            ["bash", tmp_path / "speedrun.sh", *options], env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            ["bash", tmp_path / "speedrun.sh", *options], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, start_new_session=True,
         )  # fmt: skip
 
@@ -163,6 +164,14 @@ def test_tokenization_that_fails_in_the_background_ends_the_speedrun(start, tmp_
     assert len(trainings((tmp_path / "log").read_text().splitlines())) == 1
 
 
+def test_what_the_log_of_an_earlier_tokenization_says_does_not_count(start, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "data_prep.log").write_text("train_00000 5 tokens\n")
+    process = start(1, hooks='if [[ "$*" == *data_prep* ]]; then sleep 0.5; exit 4; fi')
+    process.communicate(timeout=60)
+    assert process.returncode == 4 and not trainings((tmp_path / "log").read_text().splitlines())
+
+
 def test_training_does_not_wait_for_tokenization_but_evaluation_does(start, tmp_path):
     slow = DATA.format(pid=tmp_path / "pid", then=f"sleep 1; echo done >> {tmp_path}/log")
     process = start(2, hooks=slow)
@@ -188,6 +197,29 @@ def test_ctrl_c_ends_the_tokenization_too(start, tmp_path):
     pytest.fail("the tokenization goes on")
 
 
+def test_ctrl_c_after_the_tokenization_has_its_exit_code(start, tmp_path):
+    """It ends while the first training goes on."""
+    ends = DATA.format(pid=tmp_path / "pid", then=f"until [ -e {tmp_path}/training ]; do sleep 0.05; done; exit 0")
+    process = start(1, hooks=f'{ends}; if [[ "$*" == *base_train* ]]; then touch {tmp_path}/training; sleep 60; fi')
+    while not (tmp_path / "training").exists() and process.poll() is None:
+        time.sleep(0.05)
+    while os.path.exists(f"/proc/{(tmp_path / 'pid').read_text().strip()}") and process.poll() is None:
+        time.sleep(0.05)  # until the speedrun knows that it has ended
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+
+
+def test_the_commands_at_the_end_can_be_pasted_whatever_the_home_is_called(start, tmp_path):
+    home = f"{tmp_path}/100% my home"
+    process = start(0, GKACHAT_HOME=home)
+    lines = process.communicate(timeout=60)[0].splitlines()[-len(ATTENTIONS) - 1 :]
+    assert process.returncode == 0
+    for line, run in zip(lines, (*ATTENTIONS, "softmax"), strict=True):
+        words = shlex.split(line)
+        expected = [f"GKACHAT_HOME={home}", str(tmp_path / ".venv/bin/python"), "-m", "scripts.chat_cli"]
+        assert words[:5] == [*expected, f"d4_{run}_chat"]
+
+
 def preflight(home, *options):
     return run_script("preflight", "configs/laptop.toml", *TINY, "--chat.conversations=300", *options, home=home)
 
@@ -206,11 +238,13 @@ def test_too_little_disk_is_an_error_and_what_is_there_counts(tmp_path, monkeypa
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     result = preflight(tmp_path)
     assert result.returncode == 1 and re.search(r"^error: disk: about 4.* 4\.0 GiB are free at ", result.stderr)
-    (tmp_path / "runs" / "d2_gka_chat").mkdir(parents=True)
-    with open(tmp_path / "runs" / "d2_gka_chat" / "weights", "wb") as file:
-        file.truncate(2**30)
-    result = preflight(tmp_path)
-    assert result.returncode == 0 and "of which 1.0 are there" in result.stdout
+    for directory, code in (("tokens/python-source-v512", 1), ("runs/d2_gka_chat", 0)):  # shards are no checkpoints
+        (tmp_path / directory).mkdir(parents=True)
+        with open(tmp_path / directory / "file", "wb") as file:
+            file.truncate(2**30)
+        result = preflight(tmp_path)
+        there = "of which 2.0 are there" if code == 0 else "of which 1.0 are there"
+        assert result.returncode == code and there in (result.stdout + result.stderr)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gkachat.attention.features import Rope, ShortConv
-from gkachat.attention.kernels.gaussian_triton import contiguous_channels, rounded
+from gkachat.attention.kernels.gaussian_triton import contiguous_channels, on_device_of_first, rounded
 
 N_TAPS = tl.constexpr(ShortConv.TAPS)
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
@@ -191,6 +191,7 @@ def conv_tile(D: int) -> tuple[int, int]:
 
 
 @torch.library.custom_op("gkachat::features", mutates_args=())
+@on_device_of_first
 def features(
     x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -208,6 +209,7 @@ def features(
 
 
 @torch.library.custom_op("gkachat::features_backward", mutates_args=())
+@on_device_of_first
 def features_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

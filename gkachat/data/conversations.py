@@ -14,7 +14,7 @@ message. A hash of the question decides between train and val, so that no questi
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -45,7 +45,10 @@ class ChatSplit:
     documents: Documents
     n_shards: int = 1
 
-    def shard(self, index: int) -> Documents | None:
+    def n_written(self) -> None:
+        """Return None: all shards are there."""
+
+    def shard(self, index: int, proceed: Callable[[], bool] = lambda: True) -> Documents | None:
         return self.documents if index == 0 else None
 
     def __iter__(self) -> Iterator[Documents]:

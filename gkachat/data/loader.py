@@ -9,7 +9,7 @@ packs each by itself (packing.py), so that later shards may still be being writt
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
@@ -147,9 +147,15 @@ class Prefetcher:
 
 
 def val_batches(
-    split: Split, *, sequence_len: int, batch_rows: int, bos: int, packing: str = "cut", tokens: int | None = None
+    split: Iterable[Documents],
+    *,
+    sequence_len: int,
+    batch_rows: int,
+    bos: int,
+    packing: str = "cut",
+    tokens: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield the whole split once, in a fixed order. `tokens` limits it to the rows that hold that many tokens."""
+    """Yield all shards of a split once, in a fixed order. `tokens` limits it to the rows that hold that many tokens."""
 
     def all_rows() -> Iterator[Row]:
         for index, documents in enumerate(split):

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +104,16 @@ class Split:
         if self.n_shards is None and not timeout:
             raise ValueError(f"{directory} is not complete; run scripts.data_prep again to finish it")
 
-    def shard(self, index: int) -> Documents | None:
-        """Return the documents of a shard, or None after the last one.
+    def n_written(self) -> int | None:
+        """Return the number of shards that are there by now, or None if they are all that there will be."""
+        self._read_manifest()
+        written = takewhile(lambda index: f"{self.split}_{index:05d}" in self._records, count())
+        return sum(1 for _ in written) if self.n_shards is None else None
+
+    def shard(self, index: int, proceed: Callable[[], bool] = lambda: True) -> Documents | None:
+        """Return the documents of a shard, or None after the last one, or where `proceed` ends the wait for it.
+
+        `proceed` is called about once a second while the shard is not written yet.
 
         Raises TimeoutError if the shard is not written in time, ValueError if it is damaged.
         """
@@ -119,6 +128,8 @@ class Split:
                 raise TimeoutError(
                     f"{self.directory}: no {name} after {self.timeout:.0f} s of waiting; is scripts.data_prep running?"
                 )
+            if not proceed():
+                return None
             time.sleep(min(1.0, self.timeout))
         record = self._records[name]
         offsets = _read_array(self.directory, record, "idx").astype(np.int64)

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from gkachat.config import ChatConfig
+from gkachat.data import tasks
 from gkachat.data.conversations import ChatSplit, load_conversations, tokenize_conversations
 from gkachat.data.shards import Documents
 from gkachat.files import flush, read_json, sha256, write_text
@@ -40,11 +41,15 @@ def prepare(
     key = _key(config, seed, facts, tokenizer, sequence_len)
     target = directory / key
     directory.mkdir(parents=True, exist_ok=True)
-    with _lock(directory / f".{key}.lock"):
+    with _lock(directory / f".{key}.lock") as locked:
         if not target.exists():
+            if locked:
+                for left in directory.glob(f".{key}.*.tmp"):  # by a process that was killed
+                    shutil.rmtree(left)
             print(f"tokenizing conversations into {target}", flush=True)
             conversations = load_conversations(config, seed, facts)
             _write(target, *tokenize_conversations(conversations, tokenizer, sequence_len, config.val_fraction))
+            print(f"conversations are in {target}", flush=True)
     return _open(target)
 
 
@@ -55,23 +60,33 @@ def _key(config: ChatConfig, seed: int, facts: dict[str, str], tokenizer: Tokeni
         "val_fraction": config.val_fraction, "seed": seed, "facts": facts if config.source == "generated" else {},
         "tokenizer": tokenizer.sha256, "sequence_len": sequence_len,
     }  # fmt: skip
+    if config.source == "generated":
+        depends_on["generator"] = sha256(Path(tasks.__file__))
     return f"{config.source}-{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]}"
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock, which a process that ends gives back. Without locks, each process makes its own files."""
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold a lock, which a process that ends gives back. Yield False on a file system without locks.
+
+    There each process makes its own files.
+    """
     lock = FileLock(path)
-    with suppress(NotImplementedError, OSError):  # this file system has no locks
-        lock.acquire()
+    with suppress(NotImplementedError, OSError):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            print(f"waiting for the process that tokenizes conversations ({path})", flush=True)
+            lock.acquire()
     try:
-        yield
+        yield lock.is_locked
     finally:
         lock.release()
 
 
 def _write(target: Path, splits: dict[str, ChatSplit], counts: dict[str, int]) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed and had the same number
     temporary.mkdir()
     try:
         for name, split in splits.items():
@@ -83,8 +98,11 @@ def _write(target: Path, splits: dict[str, ChatSplit], counts: dict[str, int]) -
                 flush(temporary / f"{name}_{what}.npy")
         hashes = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
         write_text(temporary / META, json.dumps({"counts": counts, "sha256": hashes}, indent=1) + "\n")
-        if not target.exists():
+        try:
             os.replace(temporary, target)
+        except OSError:
+            if not target.exists():  # otherwise another process, without locks, has made the same files
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

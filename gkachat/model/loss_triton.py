@@ -19,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gkachat.attention.features import cast
-from gkachat.attention.kernels.gaussian_triton import rounded
+from gkachat.attention.kernels.gaussian_triton import on_device_of_first, rounded
 from gkachat.model.loss import IGNORE, LOGIT_CAP
 
 LOGITS_PER_CHUNK = 2**28  # 512 MiB in bfloat16; each chunk also reads the weight twice, and reads and writes dweight
-BLOCK, WARPS = 8192, 16  # three rows on a multiprocessor, so that the second reading of a row finds it in a cache
+# Two rows on a multiprocessor, three without gradients: a cache keeps them for their second reading.
+BLOCK, WARPS = 8192, 16
 ALIGNMENT = 64  # rows of logits start at multiples of it, as fast products and wide loads demand
 
 CAP = tl.constexpr(LOGIT_CAP)
@@ -70,14 +71,15 @@ def loss_kernel(LOGITS, TARGETS, LOSSES, stride, V, BLOCK: tl.constexpr, GRADIEN
 
 
 @torch.library.custom_op("gkachat::head_loss", mutates_args=())
+@on_device_of_first
 def head_loss_sum(x: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of the losses in nats, float32, and its gradients with respect to x and weight.
 
     x is (N, C), weight (V, C), targets (N,) with -1 where nothing is scored. Without gradients, both are empty.
     """
     (N, C), V = x.shape, weight.size(0)
-    W = cast(weight, x.dtype)
-    rows = min(N, max(1, LOGITS_PER_CHUNK // V))
+    W, targets = cast(weight, x.dtype), targets.contiguous()
+    rows = max(1, min(N, LOGITS_PER_CHUNK // V))
     buffer = x.new_empty(rows, triton.cdiv(V, ALIGNMENT) * ALIGNMENT)
     losses = x.new_empty(N, dtype=torch.float32)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if with_gradients else x.new_empty(0)
@@ -116,9 +118,12 @@ def _(x, weight, targets, with_gradients):
 def _save(ctx, inputs, output) -> None:
     _, dx, dweight = output
     ctx.save_for_backward(dx, dweight)
+    ctx.set_materialize_grads(False)  # zeros for the outputs dx and dweight would take as much memory as both
 
 
-def _backward(ctx, dtotal: Tensor, *_):
+def _backward(ctx, dtotal: Tensor | None, *_):
+    if dtotal is None:
+        return None, None, None, None
     dx, dweight = ctx.saved_tensors
     return dx * dtotal, dweight * dtotal, None, None
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from itertools import takewhile
+from itertools import count, islice, takewhile
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from gkachat.data.shards import Split
 from gkachat.model.gpt import GPT
 from gkachat.model.stats import model_stats
 from gkachat.tokenizer import Tokenizer
-from gkachat.train.distributed import World
+from gkachat.train.distributed import World, broadcast_from_rank0
 
 BpbSums = Callable[[nn.Module, Iterable[Batch], np.ndarray], tuple[float, int]]
 """(model, batches, token_bytes) -> nats and bytes: gkachat.eval.bpb.bpb_sums, passed in as eval builds on train."""
@@ -46,7 +46,8 @@ class LanguageTask:
                 f"model.vocab_size: given {config.model.vocab_size}, expected {tokenizer.vocab_size} or more: "
                 "the tokenizer has so many tokens"
             )
-        self.config, self.tokenizer, self.bpb_sums, self.world = config, tokenizer, bpb_sums, world
+        self.config, self.tokenizer, self.bpb_sums = config, tokenizer, bpb_sums
+        self.device, self.world = device, world
         self.stats = model_stats(config.model)
         self.splits = {"val_bpb": val, "train_bpb": train}
         self.loader = Loader(
@@ -66,31 +67,42 @@ class LanguageTask:
         """Return this rank's inputs and targets (rows, T) of a step, and the number of targets over all ranks."""
         return self.prefetcher.get(step)
 
-    def evaluate(self, model: GPT, rows: int, proceed: Callable[[], bool]) -> dict[str, tuple[float, float]]:
-        """Return nats, and bytes times ln 2, of this rank's share of val and train: their quotient is bits per byte."""
+    def evaluate(self, step: int, model: GPT, rows: int, proceed: Callable[[], bool]) -> dict[str, tuple[float, float]]:
+        """Return nats, and bytes times ln 2, of this rank's share of val and train: their quotient is bits per byte.
+
+        At step 0 only shards that exist are read, so that training can begin. Later evaluations wait for those that
+        `train.eval_tokens` tokens are in.
+        """
         found = {}
         for name in self.metrics:
-            if name not in self.eval_batches:  # planning the rows of a large corpus takes seconds
-                self.eval_batches[name] = self._read_eval_batches(name, rows, proceed)
-            batches = takewhile(lambda _: proceed(), self.eval_batches[name])
-            nats, n_bytes = self.bpb_sums(model, batches, self.tokenizer.token_bytes())
+            if (batches := self.eval_batches.get(name)) is None:
+                batches = self._read_eval_batches(step, name, rows, proceed)
+            nats, n_bytes = self.bpb_sums(model, takewhile(lambda _: proceed(), batches), self.tokenizer.token_bytes())
             found[name] = nats, math.log(2) * n_bytes
         return found
 
-    def _read_eval_batches(self, name: str, rows: int, proceed: Callable[[], bool]) -> list[Batch]:
+    def _read_eval_batches(self, step: int, name: str, rows: int, proceed: Callable[[], bool]) -> list[Batch]:
+        split, n_shards = self.splits[name], None
+        if step == 0:  # rank 0 decides for all, since a shard may be finished between their looks; 0: all shards
+            written = split.n_written()
+            written = 0 if written is None else max(1, written)
+            n_shards = broadcast_from_rank0(written, self.world, self.device) or None
+        shards = (split.shard(index, proceed) for index in count())
         batches = val_batches(
-            self.splits[name],
+            islice(takewhile(lambda documents: documents is not None, shards), n_shards),
             sequence_len=self.config.model.sequence_len,
             batch_rows=rows,
             bos=self.tokenizer.bos,
             packing=self.config.data.loader,
             tokens=self.config.train.eval_tokens,
         )
-        mine = []
-        for index, batch in enumerate(batches):
-            proceed()  # shards may still be in the making: waiting for each counts as progress
-            if index % self.world.size == self.world.rank:
-                mine.append(batch)
+        mine = [
+            batch
+            for index, batch in enumerate(takewhile(lambda _: proceed(), batches))
+            if index % self.world.size == self.world.rank
+        ]
+        if n_shards is None and proceed():  # planning the rows of a large corpus takes seconds
+            self.eval_batches[name] = mine
         return mine
 
     def describe(self) -> str:

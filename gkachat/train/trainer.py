@@ -50,7 +50,9 @@ class Task(Protocol):
     def batch(self, step: int) -> tuple[tuple[Tensor, Tensor], int]:
         """Return this rank's inputs and targets of a step, and the number of targets (not -1) over all ranks."""
 
-    def evaluate(self, model: Transformer, rows: int, proceed: Callable[[], bool]) -> dict[str, tuple[float, float]]:
+    def evaluate(
+        self, step: int, model: Transformer, rows: int, proceed: Callable[[], bool]
+    ) -> dict[str, tuple[float, float]]:
         """Return a (sum, weight) for each metric over this rank's share of the data, `rows` at a time.
 
         The metric is the sum over all ranks divided by the weight over all ranks. `proceed` is called between batches,
@@ -235,7 +237,7 @@ class Trainer:
         proceed()
         with self.timers("evaluation"):
             try:
-                found = self.task.evaluate(self.eval_forward, self.eval_rows, proceed)
+                found = self.task.evaluate(self.step, self.eval_forward, self.eval_rows, proceed)
             except Exception as error:
                 if self.step == 0:
                     raise

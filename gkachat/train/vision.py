@@ -61,7 +61,7 @@ class ImageTask:
         return self.batches.get(step)
 
     @torch.no_grad()
-    def evaluate(self, model: ViT, rows: int, proceed: Callable[[], bool]) -> dict[str, tuple[float, float]]:
+    def evaluate(self, step: int, model: ViT, rows: int, proceed: Callable[[], bool]) -> dict[str, tuple[float, float]]:
         """Return nats, top-1 hits and top-5 hits of this rank's share of val, each with the number of images."""
         model.eval()
         device = model.positions.device

@@ -1,6 +1,7 @@
 """Speed and memory at depth 20: attention kernels, training steps in turns, the largest step, and profiles."""
 
 import gc
+from contextlib import suppress
 
 import torch
 from torch.autograd import DeviceType
@@ -13,6 +14,7 @@ from scripts import bench_attention, bench_step
 from scripts.gpu_steps import Check, Save, Sizes
 
 KERNELS_SHOWN = 25
+WARM_MEMORY_SHARE = 0.2  # of the GPU's memory, for a step that is only compiled while others run
 KERNEL_COLUMNS = {"kernel": "{kernel}", "calls": "{calls}", "ms": "{ms:.3f}", "share": "{share:.3f}"}
 
 
@@ -25,19 +27,31 @@ def config(sizes: Sizes, attention: str) -> GPTConfig:
 
 
 def compiled_step(check: Check, attention: str, rows: int, save: Save) -> tuple:
-    """Return bench_step's training step at depth 20, and its model."""
+    """Return bench_step's training step at depth 20, and its model.
+
+    The backward is compiled before the forward runs, so that a step that warms holds its activations only for a moment.
+    The option is part of the key of the caches on disk, so that all steps must set it.
+    """
     device, dtype = check.start(save)
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     return bench_step.training_step(config(check.sizes, attention), rows, device, dtype, check.sizes.compile)
 
 
 def warm(check: Check, attention: str, save: Save) -> None:
-    """Take one step, which leaves its compiled kernels in the caches on disk for the steps that are timed.
-
-    The backward is compiled before the forward runs, so that activations are held only for a moment.
-    """
-    torch._functorch.config.force_non_lazy_backward_lowering = True
+    """Take one step, which leaves its compiled kernels in the caches on disk for the steps that are timed."""
     step, _ = compiled_step(check, attention, check.sizes.rows, save)
     step()
+    save(compiled=True)
+
+
+def warm_memory(check: Check, _: str, save: Save) -> None:
+    """Compile the step of `memory`. It then ends where its activations need more than its share of the GPU."""
+    device, _ = check.start(save)
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(WARM_MEMORY_SHARE, device)
+    step, _ = compiled_step(check, "softmax", check.sizes.configured_rows, save)
+    with suppress(torch.OutOfMemoryError):
+        step()
     save(compiled=True)
 
 
@@ -78,14 +92,12 @@ def memory(check: Check, _: str, save: Save) -> None:
     """Measure the peak memory of softmax's step at its configured rows, optimizers included."""
     step, _ = compiled_step(check, "softmax", check.sizes.configured_rows, save)
     device, _ = check.start(save)
-    for _ in range(3):
+    for taken in range(1, 4):
         step()
-    gib = peak_memory(device) / 2**30
-    reserved = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None
-    save(
-        peak_gib=gib, reserved_gib=reserved,
-        page=f"{check.sizes.configured_rows} rows: peak {gib:.1f} GiB allocated, {reserved or gib:.1f} GiB reserved\n",
-    )  # fmt: skip
+        gib = peak_memory(device) / 2**30
+        reserved = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None
+        shown = f"peak {gib:.1f} GiB allocated, {reserved or gib:.1f} GiB reserved, after {taken} of 3 steps"
+        save(peak_gib=gib, reserved_gib=reserved, page=f"{check.sizes.configured_rows} rows: {shown}\n")
 
 
 def profiles(check: Check, _: str, save: Save) -> None:

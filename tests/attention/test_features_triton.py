@@ -1,13 +1,8 @@
 """Convolved features in Triton, in its interpreter, against their definition in float64; and their code for a GPU."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, live_model
+from conftest import live_model
 
 pytest.importorskip("triton")
 
@@ -82,14 +77,11 @@ def test_a_compiled_layer_is_one_graph_with_equal_outputs_and_gradients():
 
 def test_the_choice_and_its_reason_are_in_the_lines_that_training_prints():
     assert choose_features(128, torch.device("cuda"), torch.bfloat16).name == "triton"
+    assert "the dtype is torch.float16" in choose_features(128, torch.device("cuda"), torch.float16).reason
     assert "heads have 512 channels" in choose_features(512, torch.device("cuda"), torch.bfloat16).reason
     assert "layers 0, 1: features torch (no triton kernel: the device is cpu)" in live_model("gka_plus").kernel_lines()
 
 
-def test_the_kernels_compile_for_a_gpu_without_spills():
-    command = [sys.executable, "tests/fused_resources.py", "features"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment.pop("TRITON_INTERPRET", None)
-    out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    rows = [json.loads(line) for line in out.splitlines()]
-    assert len(rows) == 24 and [row for row in rows if row["spilled"]] == []
+def test_the_kernels_compile_for_a_gpu_without_spills(compiled_resources):
+    rows = compiled_resources("tests/fused_resources.py", "features")
+    assert len(rows) == 18 and [row for row in rows if row["spilled"]] == []

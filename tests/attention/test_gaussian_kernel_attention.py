@@ -192,6 +192,26 @@ def test_inputs_need_not_be_contiguous(backend, dtype, layout):
 
 
 @FAST
+@pytest.mark.parametrize("sigma", [torch.tensor(5.0).expand(2), torch.tensor([[5.0, 0.1], [7.0, 0.1]])[:, 0]])
+def test_bandwidths_need_not_be_contiguous(backend, sigma):
+    x, _ = inputs(torch.float32, T=40)
+    check(x, sigma.detach().requires_grad_(), backend)
+
+
+@FAST
+@CAUSAL
+def test_a_window_may_be_as_large_as_an_integer(backend, causal):
+    check(*inputs(torch.float32, T=70), backend, window=2**31 - 1, causal=causal)
+
+
+@FAST
+@pytest.mark.parametrize(("B", "T"), [(0, 5), (2, 0)])
+def test_an_empty_batch_or_text_gives_nothing(backend, B, T):
+    y, dx, dsigma, _ = run(*inputs(torch.float32, B=B, T=T), backend)
+    assert y.shape == dx.shape == (B, T, 2, 64) and not dsigma.any()
+
+
+@FAST
 def test_gradients_need_not_be_contiguous(backend):
     dy = torch.randn(1, 2, 100, 64).transpose(1, 2)
     check(*inputs(torch.float32), backend, dy=dy, window=30)

@@ -80,7 +80,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(attention, definition
     attn = drawn_layer(attention, **options)
     x, dy = torch.randn(2, B, T, H * D, dtype=torch.float64)
     rope, idx, results = tuple(t.double() for t in rope_table(T, D)), torch.randint(16, (B, T)), []
-    mask = visible(T, 128, include_self=attn.include_self)
+    mask = visible(T, 129, include_self=attn.include_self)
     has_key = mask.any(1, keepdim=True)
 
     def defined(x):

@@ -75,6 +75,18 @@ def test_too_little_disk_is_an_error_before_anything_is_written(run):
     assert not (run.home / "tokens").exists()
 
 
+def test_a_corpus_that_another_process_writes_is_left_alone(run):
+    run(tok_train)
+    with (
+        data_prep.lock(run.tokens),
+        pytest.raises(FileExistsError, match=r"mirror-v512 is being written by another scripts\.data_prep"),
+    ):
+        run(data_prep)
+    assert not run.tokens.exists()
+    run(data_prep)
+    assert read_manifest(run.tokens).complete
+
+
 def test_a_damaged_corpus_of_files_is_repaired(run, tmp_path, capsys):
     texts = [f"document {i}: " + "kept in a shard " * 10 for i in range(100)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, texts[0], ""]))

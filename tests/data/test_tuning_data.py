@@ -1,6 +1,8 @@
 """Conversations are tokenized once, whoever needs them."""
 
+import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ def read(tmp_path, tokenizer, monkeypatch):
         return tuning.prepare(tmp_path / "conversations", config, seed, facts, tokenizer, sequence_len)
 
     read.times, read.directory = 0, tmp_path / "conversations"
+    read.key = lambda: tuning._key(CONFIG, 1, FACTS, tokenizer, 128)
     monkeypatch.setattr(tuning, "load_conversations", load)
     return read
 
@@ -79,6 +82,52 @@ def test_damaged_files_are_named(read):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"is damaged \(train_mask\.npy does not match its hash\); delete it"):
         read()
+
+
+def test_what_a_killed_process_left_is_removed(read):
+    read.directory.mkdir()
+    key = read.key()
+    for number in (1, os.getpid()):
+        (read.directory / f".{key}.{number}.tmp").mkdir()
+        (read.directory / f".{key}.{number}.tmp" / "train_mask.npy").touch()
+    read()
+    assert {path.name for path in read.directory.iterdir()} <= {key, f".{key}.lock"}
+
+
+def test_without_locks_the_first_process_that_finishes_wins(read, monkeypatch):
+    monkeypatch.setattr(tuning.FileLock, "acquire", lambda self, **_: (_ for _ in ()).throw(NotImplementedError))
+    write, written = tuning._write, []
+
+    def write_after_another(target, *args):
+        if not written:
+            written.append(target)
+            write(target, *args)
+            (target / "first").touch()
+        write(target, *args)
+
+    monkeypatch.setattr(tuning, "_write", write_after_another)
+    read()
+    assert (written[0] / "first").exists() and [*read.directory.glob(".*.tmp")] == []
+
+
+def test_a_process_that_waits_says_so(read, capsys):
+    lock = tuning.FileLock(read.directory / f".{read.key()}.lock", thread_local=False)
+    read.directory.mkdir()
+    lock.acquire()
+    thread = threading.Thread(target=read)
+    thread.start()
+    while "waiting for the process that tokenizes" not in capsys.readouterr().out:
+        time.sleep(0.02)
+    lock.release()
+    thread.join()
+    assert read.times == 1
+
+
+def test_another_generator_makes_other_files(read, tmp_path, monkeypatch):
+    key = read.key()
+    monkeypatch.setattr(tuning.tasks, "__file__", str(tmp_path / "tasks.py"))
+    (tmp_path / "tasks.py").write_text("changed")
+    assert read.key() != key
 
 
 def test_a_source_that_fails_leaves_nothing_behind(read):

@@ -21,6 +21,11 @@ def test_driver_functions_have_second_versions():
     assert build.driver_functions(header) == {"cuInit", "cuInit_v2", "cuMemFree_v2"}
 
 
+def test_a_step_that_echoes_shows_its_output_and_keeps_it(tmp_path, capsys):
+    step = steps.run_step(tmp_path, "data_prep", ["echo", "train_00000 5 tokens"], {}, tmp_path, echo=True)
+    assert step.code == 0 and capsys.readouterr().out == step.output == "train_00000 5 tokens\n"
+
+
 def test_nothing_is_generated_twice():
     assert build.stubs({"a", "b", "c"}, defined={"b"}) == "long a(void) { return 0; }\nlong c(void) { return 0; }\n"
 

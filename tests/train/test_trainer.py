@@ -14,14 +14,58 @@ from gkachat.attention.linear import Linear
 from gkachat.checkpoint import checkpoint_steps, load_model, open_checkpoint
 from gkachat.config import ATTENTIONS, ConfigError
 from gkachat.config_file import load_config
+from gkachat.data import shards
+from gkachat.data.shards import write_shards
 from gkachat.eval.bpb import evaluate_bpb
 from gkachat.model.gpt import GPT, GPTConfig
+from gkachat.tokenizer import Tokenizer
+from gkachat.train import language
 from gkachat.train.metrics import read_metrics
 from gkachat.train.setup import use_fp8
 
 
 def trainer(*options):
     return make_trainer("configs/laptop.toml", *TINY, *options)
+
+
+def test_the_first_evaluation_reads_what_exists_and_later_ones_wait_for_the_rest(tiny_home, monkeypatch):
+    """A corpus in the making: two val shards of four, with fewer tokens than an evaluation reads."""
+    (tiny_home / "tokens").unlink()
+    path = tiny_home / "tokens" / "python-source-v512" / "manifest.json"
+    texts = [(split, f"text {i} for {split} ") for i in range(400) for split in ("train", "train", "val")]
+    tokenizer = Tokenizer.load(tiny_home / "tokenizer" / path.parent.name)
+    list(write_shards(texts, tokenizer, path.parent, source={}, shard_chars=4000))
+    whole = path.read_text()
+    manifest = json.loads(whole)
+    manifest["shards"] = [shard for shard in manifest["shards"] if shard["name"] not in ("val_00002", "val_00003")]
+    sizes = [shard["tokens"] for shard in manifest["shards"] if shard["split"] == "val"]
+    path.write_text(json.dumps(manifest | {"complete": False}))
+    made = trainer(f"--train.eval_tokens={2 * sum(sizes)}")
+    task, model = made.task, made.model
+    told, read = [], []
+    monkeypatch.setattr(language, "broadcast_from_rank0", lambda n, *_: told.append(n) or n)
+
+    def count_tokens(model, batches, token_bytes):
+        read.append(sum(int((targets >= 0).sum()) for _, targets in batches))
+        return 1.0, 1
+
+    task.bpb_sums = count_tokens
+    task.evaluate(0, model, 4, lambda: True)
+    # a target more for each document that follows another in its row
+    assert told[0] == 2 and sum(sizes) <= read[0] < 1.2 * sum(sizes) and not task.eval_batches
+
+    monkeypatch.setattr(language, "broadcast_from_rank0", lambda n, *_: 1)  # what rank 0 saw
+    task.evaluate(0, model, 4, lambda: True)
+    assert sizes[0] <= read[2] < 1.2 * sizes[0]
+
+    slept = []
+    monkeypatch.setattr(shards.time, "sleep", slept.append)
+    task.evaluate(4, model, 4, lambda: not slept)  # a signal while it waits
+    assert slept and "val_bpb" not in task.eval_batches
+
+    path.write_text(whole)
+    task.evaluate(4, model, 4, lambda: True)
+    assert read[-2] > 1.5 * sum(sizes) and task.eval_batches.keys() == {"val_bpb", "train_bpb"}
 
 
 def train(*options):

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gkachat.attention.kernels import decode
-from gkachat.attention.kernels.gaussian_triton import contiguous_channels, rounded
+from gkachat.attention.kernels.gaussian_triton import contiguous_channels, on_device_of_first, rounded
 from gkachat.attention.qkv import QKV, KVSlice
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are taken in base 2
@@ -165,6 +165,7 @@ def attend(qkv: QKV, slices: Sequence[KVSlice], multiprocessors: int = 132) -> T
 # An operator of its own, since torch.compile would write the kernels anew. It prints a global -inf as a name that does
 # not exist, types a Python number as float64, and fails to order the launches where S is a symbol.
 @torch.library.custom_op("gkachat::decode_attention", mutates_args=())
+@on_device_of_first
 def decode_attention(
     q: Tensor,
     keys: list[Tensor],
@@ -189,7 +190,7 @@ def decode_attention(
         n_splits += -(-tiles // tiles_per_split)
     mean = q.new_empty(B, H, n_splits, D, dtype=torch.float32)
     lse = q.new_empty(B, H, n_splits, dtype=torch.float32)
-    q = contiguous_channels(q)
+    q, sigma = contiguous_channels(q), None if sigma is None else sigma.contiguous()
     for (k, v, mask, norms, cos_S, sin_S), keys_per_split, first_split, splits in launches:
         k = contiguous_channels(k).expand(B, -1, -1, -1)
         shared_kv = v is None

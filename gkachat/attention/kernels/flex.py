@@ -20,7 +20,7 @@ class FlexAttention:
     """Causal window attention, compiled for few lengths: a text is padded at its end, which no earlier token sees.
 
     Uncompiled, FlexAttention would form all T x T scores, and torch.compile gives up after some 8 shapes. The lengths
-    of `padded_length` are at most 1 + log2(sequence_len / 128), and one graph serves any number of rows above 1.
+    of `padded_length` are at most 1 + ceil(log2(sequence_len / 128)), and one graph serves any number of rows above 1.
     """
 
     def __init__(self, window: int, sequence_len: int, device: torch.device):
@@ -32,7 +32,8 @@ class FlexAttention:
         def sees(b, h, i, j):
             return (i >= j) & (i - j < self.window)
 
-        return create_block_mask(sees, None, None, T, T, device=self.device)
+        with torch.inference_mode(False):  # training can save no tensor that inference made
+            return create_block_mask(sees, None, None, T, T, device=self.device)
 
     def attend(self, qkv: QKV) -> Tensor:
         """Return softmax attention over the window, (B, T, H, D)."""

@@ -27,7 +27,8 @@ Axes: B batch, T time, H heads, D head_dim; i are queries, j are keys.
 """
 
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 
 import torch
 import triton
@@ -312,8 +313,9 @@ def backward_kernel(
 PAD = 128  # a multiple of every block
 ROWS = 64  # block of the kernels that work row by row
 # Candidates (BM, BN, warps, pipeline stages) that the autotuner times on first use, by dtype and D. Triton 3.6 and 3.7
-# compile all of them for sm_90 without spills (results/kernels_sm90.md). float32 products are made of three in TF32,
-# which take registers, so that their blocks are small.
+# compile all of them for sm_90 without spills, as test_gaussian_triton.py checks; results/kernels_sm90.md has figures
+# of bfloat16 with the causal mask. float32 products are made of three in TF32, which take registers, so that their
+# blocks are small.
 FORWARD = {
     (torch.bfloat16, 64): [(128, 128, 8, 2), (128, 64, 8, 3)],
     (torch.bfloat16, 128): [(128, 128, 8, 2), (128, 64, 8, 3)],
@@ -359,13 +361,24 @@ def _tuned(kernel, candidates: tuple[tuple[int, int, int, int], ...], dtype: tor
     return triton.autotune(configs, key=key, reset_to_zero=added_to)(kernel)
 
 
+def on_device_of_first(operator: Callable) -> Callable:
+    """Return an operator that launches its kernels on the device of its first tensor, whichever device is current."""
+
+    @wraps(operator)
+    def launch(first: Tensor, *args):
+        with torch.cuda.device_of(first):
+            return operator(first, *args)
+
+    return launch
+
+
 def contiguous_channels(t: Tensor) -> Tensor:
-    """Return x if the channels of each head are contiguous, as the kernels read them, and otherwise a copy."""
+    """Return t if the channels of each head are contiguous, as the kernels read them, and otherwise a copy."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """Return x, or a contiguous copy where a tensor descriptor could not describe it: it counts in 16 bytes."""
+    """Return t, or a contiguous copy where a tensor descriptor could not describe it: it counts in 16 bytes."""
     steps = [t.data_ptr(), *(stride * t.element_size() for stride in t.stride()[:-1])]
     fits = t.stride(-1) == 1 and min(t.stride()) > 0 and all(step % 16 == 0 for step in steps)
     return t if fits else t.clone(memory_format=torch.contiguous_format)
@@ -377,6 +390,7 @@ def _descriptor(t: Tensor) -> TensorDescriptor:
 
 
 @torch.library.custom_op("gkachat::gka", mutates_args=())
+@on_device_of_first
 def gka(
     x: Tensor, f: Tensor | None, sigma: Tensor, window: int, include_self: bool, causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -385,11 +399,13 @@ def gka(
     x and f are (B, T, H, D), where f None stands for x; sigma is (H,) float32.
     """
     B, T, H, D = x.shape
-    x = _aligned(x)
+    x, sigma = _aligned(x), sigma.contiguous()
     features = x if f is None else _aligned(f)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     T_pad = triton.cdiv(T, PAD) * PAD
     lse, bias = (x.new_empty(B, H, length, dtype=torch.float32) for length in (T, T_pad))
+    if x.numel() == 0:
+        return y, lse
     bias_kernel[(B * H * T_pad // ROWS,)](features, sigma, bias, *features.stride()[:3], T, T_pad, H, D=D, BLOCK=ROWS)
     kernel = _tuned(forward_kernel, _candidates(FORWARD, x.dtype, D), x.dtype)
     kernel[lambda meta: (B * H * triton.cdiv(T, meta["BM"]),)](
@@ -400,13 +416,16 @@ def gka(
 
 
 @torch.library.custom_op("gkachat::gka_backward", mutates_args=())
+@on_device_of_first
 def gka_backward(
     dy: Tensor, x: Tensor, f: Tensor | None, sigma: Tensor, y: Tensor, lse: Tensor,
     window: int, include_self: bool, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x, f (empty where f is None) and sigma."""
+    if x.numel() == 0:
+        return torch.empty_like(y), y.new_empty(0) if f is None else torch.empty_like(y), torch.zeros_like(sigma)
     B, T, H, D = x.shape
-    x, dy = _aligned(x), _aligned(dy)
+    x, dy, sigma = _aligned(x), _aligned(dy), sigma.contiguous()
     separate_f = f is not None
     features = _aligned(f) if separate_f else x
     T_pad = triton.cdiv(T, PAD) * PAD
@@ -463,5 +482,6 @@ def attend(qkv: QKV, *, window: int | None, causal: bool, include_self: bool) ->
     Rotated features are a tensor of their own, since rotating them in the kernel takes too much shared memory.
     """
     f = None if qkv.k is qkv.v else qkv.k
-    window = qkv.v.size(1) if window is None else window
+    T = qkv.v.size(1)
+    window = T if window is None else min(window, T)  # sums of positions and a window have 32 bits
     return gka(qkv.v, f, qkv.sigma.float(), window, include_self, causal)[0]

@@ -95,6 +95,13 @@ def test_it_agrees_with_the_kernel_in_pytorch(dtype, shared_kv):
     assert (got.double() - plain.double()).norm() <= 4 * TOLERANCE[dtype] * plain.double().norm()
 
 
+def test_bandwidths_need_not_be_contiguous():
+    q, slices = query(torch.float32, 2, 3, 16), [drawn_slice(torch.float32, 2, 3, 40, 16, (40, 9), shared_kv=True)]
+    for sigma in (torch.tensor(3.0).expand(3), torch.tensor([[2.0, 0.1], [3.0, 0.1], [4.0, 0.1]])[:, 0]):
+        got, expected = (attend(QKV(q, q, q, sigma=s), slices) for s in (sigma, sigma.contiguous()))
+        assert torch.equal(got, expected)
+
+
 def test_a_row_that_sees_nothing_gives_zeros_and_disturbs_no_other():
     q = query(torch.float32, 3, 2, 16)
     slices = [drawn_slice(torch.float32, 3, 2, S, 16, (0, 0, S), shared_kv=True, seed=S) for S in (30, 150)]

@@ -57,6 +57,14 @@ def test_twelve_lengths_and_three_batch_sizes_take_two_compilations():
     assert set(flex.masks) == {128, 256}
 
 
+def test_training_can_save_a_mask_that_inference_made_first():
+    flex = FlexAttention(40, 256, CPU)
+    flex.compiled = lambda q, k, v, **options: q
+    with torch.inference_mode():
+        flex.attend(drawn(1, 100))
+    assert not any(t.is_inference() for t in flex.masks[128].as_tuple() if torch.is_tensor(t))
+
+
 def flex_model():
     """A model whose short layers run FlexAttention, and the logits (2, 256, V) of its usual kernels."""
     model, idx = live_model(sequence_len=256), torch.arange(512).view(2, 256) % 64

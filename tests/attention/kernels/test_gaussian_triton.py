@@ -3,15 +3,10 @@
 tests/attention/test_gaussian_kernel_attention.py holds it against float64.
 """
 
-import json
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
@@ -114,19 +109,10 @@ def test_any_number_of_rows_and_heads_fits_the_grids(monkeypatch):
     assert grids == [(row_blocks,), (70_000,), (row_blocks,), (70_000,), (row_blocks,)]
 
 
-@pytest.fixture(scope="module", params=["installed", "3.6"])
-def resources(request):
-    """Figures of all kernels with the Triton of torch 2.13, which pip installs, and with the one before."""
-    path = str(ROOT)
-    if request.param == "3.6":
-        if not (ROOT / ".venv/triton-3.6").is_dir():
-            pytest.skip("no Triton 3.6 in .venv/triton-3.6; tests/run.sh installs it where there is a network")
-        path += os.pathsep + str(ROOT / ".venv/triton-3.6")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
-    command = [sys.executable, "tests/attention/kernels/kernel_resources.py"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def resources(compiled_resources):
+    """Figures of the kernels of GKA and of decoding."""
+    return compiled_resources("tests/attention/kernels/kernel_resources.py")
 
 
 def test_compiled_for_a_hopper_no_register_spills_and_no_product_waits_for_another(resources):
@@ -139,6 +125,6 @@ def test_compiled_for_a_hopper_products_and_loads_use_its_units(resources):
     assert all(row["products"] and row["loads"] for row in rows if row["dtype"] == "bf16")
 
 
-def test_no_offset_is_a_product_in_32_bits(resources):
+def test_no_offset_of_gka_is_a_product_in_32_bits(resources):
     rows = [row for row in resources if "split" not in row["kernel"] and "combine" not in row["kernel"]]
     assert [row for row in rows if row["narrow"]] == []

@@ -1,14 +1,20 @@
 """What every Triton module must hold, so that its kernels work in a model that torch.compile compiles for a GPU."""
 
 import ast
+import contextlib
 import importlib
 import math
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
-tl = pytest.importorskip("triton.language")
+pytest.importorskip("triton")
+
+import triton.language as tl
+
+from gkachat.attention.kernels.gaussian_triton import on_device_of_first
 
 FILES = [path for path in sorted((ROOT / "gkachat").rglob("*.py")) if "@triton.jit" in path.read_text()]
 MODULES = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -50,6 +56,23 @@ def test_kernels_are_launched_by_operators(path: Path):
     tree = ast.parse(path.read_text())
     assert launches(tree), "no launch found: this test looks for kernel[grid](...)"
     assert launches(tree).keys() <= operators(tree)
+
+
+@MODULES
+def test_operators_launch_on_the_device_of_their_tensors(path: Path):
+    """Triton launches on the current device. Only with one GPU is that always the device of the tensors."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            if decorators and decorators[0].startswith(OPERATOR):
+                assert decorators[1:] == ["on_device_of_first"], node.name
+
+
+def test_an_operator_makes_the_device_of_its_first_tensor_current(monkeypatch):
+    seen, x = [], torch.ones(2)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: seen.append(t) or contextlib.nullcontext())
+    assert on_device_of_first(lambda a, b: (a, b))(x, 3) == (x, 3)
+    assert seen == [x]
 
 
 @MODULES
