@@ -68,7 +68,7 @@ def test_training_can_save_a_mask_that_inference_made_first():
 def flex_model():
     """A model whose short layers run FlexAttention, and the logits (2, 256, V) of its usual kernels."""
     model, idx = live_model(sequence_len=256), torch.arange(512).view(2, 256) % 64
-    assert [block.attn.window for block in model.blocks] == [128, None]
+    assert [block.attn.window for block in model.blocks] == [129, None]
     with torch.no_grad():
         expected = model(idx)
     model.blocks[0].attn.kernel = Kernel("flex", "a test", FlexAttention(128, 256, CPU).attend)
