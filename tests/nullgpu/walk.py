@@ -248,7 +248,7 @@ def row_of(part: str, step: Step) -> Row:
         measured.append(memory(*(max(max(r[key]) for r in step.reports) for key in ("allocated_gib", "reserved_gib"))))
     if graphs := max((report["graphs"].get("unique_graphs", 0) for report in step.reports), default=0):
         measured.append(f"{graphs} compiled graphs")
-    # torch.compile splits the graph at DistributedDataParallel's own calls by design, so that gradients travel meanwhile.
+    # torch.compile splits the graph at DistributedDataParallel's calls by design: gradients travel meanwhile.
     breaks = {why for report in step.reports for why in report["graph_breaks"]}
     breaks = {why for why in breaks if "DistributedDataParallel" not in why and "set_runtime_stats_and_log" not in why}
     if breaks:
