@@ -113,7 +113,7 @@ def rehash(path: Path) -> None:
 
 def targets(home: Path) -> dict[str, Target]:
     """`home` holds the TINY corpus and a run d2_gka."""
-    run_dir, [tokens_dir] = home / "runs" / "d2_gka", (home / "tokens").iterdir()
+    run_dir, [tokens_dir] = home / "runs" / "d2_gka", [p for p in (home / "tokens").iterdir() if p.is_dir()]
     [tokenizer_dir] = (home / "tokenizer").iterdir()
     tokenizer, checkpoint = Tokenizer.load(tokenizer_dir), step_dir(run_dir, checkpoint_steps(run_dir)[-1])
     optimizer = checkpoint / "optimizer_0-of-1.safetensors"
