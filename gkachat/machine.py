@@ -133,11 +133,21 @@ def _header_scheme() -> str:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of activations that `name` (a torch dtype, or auto) stands for on this device.
 
-    auto is bfloat16 on GPUs that compute in it, and float32 elsewhere: most CPUs have no bfloat16 arithmetic.
+    auto is bfloat16 on GPUs and CPUs that multiply it in hardware, and float32 elsewhere.
     """
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
+        fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else cpu_multiplies_bfloat16()
+        name = "bfloat16" if fast and device.type in ("cuda", "cpu") else "float32"
     return getattr(torch, name)
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Return whether this CPU has instructions that multiply bfloat16: AVX512-BF16, AMX, or BF16 of ARM.
+
+    False with a torch that cannot tell (`get_capabilities` came after 2.11).
+    """
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def device_name(device: torch.device) -> str:

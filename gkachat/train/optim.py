@@ -115,8 +115,8 @@ class Muon(torch.optim.Optimizer):
     """Muon with variance normalisation and cautious weight decay.
 
     Matrices of one shape form a parameter group. They become views of one stack, of which each rank steps a part. The
-    iteration runs in bfloat16 on cuda and in float32 elsewhere. The state of a parameter, `momentum` and `variance`,
-    exists on the rank that steps it.
+    iteration runs in `dtype`, float32 or bfloat16. The state of a parameter, `momentum` and `variance`, exists on the
+    rank that steps it.
     """
 
     found_inf: Tensor | None = None
@@ -131,9 +131,11 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool = True,
         variance_norm: bool = True,
         cautious: bool = True,
+        dtype: torch.dtype = torch.float32,
         world: World = World(),  # noqa: B008 (frozen)
     ):
-        self.world, self.nesterov, self.variance_norm, self.cautious = world, nesterov, variance_norm, cautious
+        self.world, self.dtype = world, dtype
+        self.nesterov, self.variance_norm, self.cautious = nesterov, variance_norm, cautious
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for p in params:
             by_shape[p.shape].append(p)
@@ -169,7 +171,7 @@ class Muon(torch.optim.Optimizer):
         grads = torch.where(ok > 0, grads, 0)
         stack.momentum.lerp_(grads, (1 - momentum) * ok)
         steps = grads.lerp_(stack.momentum, momentum) if self.nesterov else stack.momentum
-        steps = orthogonalize(steps, torch.bfloat16 if grads.is_cuda else torch.float32)
+        steps = orthogonalize(steps, self.dtype)
         if self.variance_norm:
             steps = equalize_variance(steps, stack.variance, (1 - VARIANCE_BETA) * ok)
         rows, columns = steps.shape[-2:]
@@ -281,6 +283,7 @@ def make_optimizers(
         nesterov=config.muon_nesterov,
         variance_norm=config.muon_variance_norm,
         cautious=config.muon_cautious,
+        dtype=model.compute_dtype,
         world=world,
     )
     lr = {

@@ -57,7 +57,12 @@ def window_attention(
 def window_attention_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, window: int, include_self: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v."""
+    """Return the gradients of q, k and v. They are computed in float32 at least.
+
+    torch's kernel takes half the time in float32 that it takes in bfloat16 (T 256, window 129, D 64; 0.7 at T 1,024).
+    """
+    dtype = q.dtype
+    dy, q, k, v, y = (t.to(lse.dtype) for t in (dy, q, k, v, y))
     dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
     for rows, keys, mask in _blocks(q.size(2), window, include_self, q):
         dq[:, :, rows], dk_part, dv_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -66,7 +71,7 @@ def window_attention_backward(
         )  # fmt: skip
         dk[:, :, keys] += dk_part
         dv[:, :, keys] += dv_part
-    return dq, dk, dv
+    return tuple(t.to(dtype) for t in (dq, dk, dv))
 
 
 @window_attention.register_fake
