@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gkachat.attention.features import Rope, ShortConv
-from gkachat.attention.kernels.gaussian_triton import contiguous_channels, on_device_of_first, rounded
+from gkachat.attention.kernels.gaussian_triton import contiguous_channels, on_device_of_first
+from gkachat.attention.kernels.gaussian_triton_kernels import rounded
 
 N_TAPS = tl.constexpr(ShortConv.TAPS)
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
