@@ -1,11 +1,11 @@
-"""Files that survive a crash: written under a temporary name, flushed to disk, then renamed into place."""
+"""Files that survive a crash: written under a temporary name, flushed to disk, then renamed into place; and locks."""
 
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,6 +73,29 @@ def read_json(path: Path, **types: type) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from None
     return tree
+
+
+def lock(target: Path, *, busy: str, wait: bool = False) -> AbstractContextManager[Any]:
+    """Lock a file or directory, which need not exist, by a file `.NAME.lock` beside it. Leaving the context unlocks it.
+
+    The end of the process unlocks it too. If another process holds the lock, raises FileExistsError with the text
+    `busy`; with `wait`, prints the text and waits. On a file system without locks nothing is locked, and the context
+    gives None where it gives the lock otherwise.
+    """
+    from filelock import FileLock, Timeout  # imported here because benchmarks import this module without the package
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file_lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        try:
+            return file_lock.acquire(blocking=False)
+        except Timeout:
+            if wait:
+                print(busy, flush=True)
+                return file_lock.acquire()
+    except (NotImplementedError, OSError):
+        return nullcontext()
+    raise FileExistsError(busy)
 
 
 def free_disk(path: Path) -> tuple[int, Path]:

@@ -6,16 +6,13 @@ python -m scripts.data_prep configs/laptop.toml
 import dataclasses
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from gkachat.config import home
 from gkachat.data.shards import MANIFEST, SPLITS, read_manifest, write_shards
 from gkachat.data.sources import Corpus
-from gkachat.files import free_disk
+from gkachat.files import free_disk, lock
 from gkachat.tokenizer import Tokenizer
 from scripts.cli import parse_config, run, with_progress
 
@@ -42,19 +39,6 @@ def announce_disk(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None
         )
 
 
-def lock(directory: Path) -> AbstractContextManager:
-    """Lock a corpus, so that two processes never write one manifest. Raises FileExistsError if it is locked."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(directory.with_name(f".{directory.name}.lock")).acquire(blocking=False)
-    except Timeout:
-        raise FileExistsError(
-            f"{directory} is being written by another scripts.data_prep: wait for it, or stop it"
-        ) from None
-    except (NotImplementedError, OSError):  # this file system has no locks
-        return nullcontext()
-
-
 def main() -> None:
     config, flags = parse_config(sys.argv[1:], __doc__, {"reread": "Read the source again although all shards exist."})
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
@@ -75,7 +59,8 @@ def main() -> None:
         dropped=lambda: {reason: n for reason, n in corpus.counts.items() if reason != "kept"},
         reread="reread" in flags,
     )
-    with lock(directory):
+    busy = f"{directory} is being written by another scripts.data_prep: wait for it, or stop it"
+    with lock(directory, busy=busy):  # two processes must never write one manifest
         for shard, reused in shards:
             seconds, told = time.perf_counter() - start, ", was there" if reused else ""
             print(f"{shard.name} {shard.tokens:,} tokens{told} | {seconds:.0f} s", flush=True)

@@ -59,24 +59,22 @@ def features() -> list[tuple]:
     found = []
     for dtype in ("bf16", "fp32"):
         for D in (64, 128, 256):
-            (rows, half), (conv_rows, width) = module.norm_tile(D), module.conv_tile(D)
-            norm = {"BT": rows, "HALF": half}
-            conv = {"BT": conv_rows, "BD": width, "ROWS": module.CONV_ROWS}
-            for kernel, constants, warps in (
-                (module.forward_kernel, norm, 4),
-                (module.norm_backward_kernel, norm, 4),
-                (module.conv_backward_kernel, conv, module.CONV_WARPS),
+            (rows, half), (chunks, width) = module.forward_tile(D), module.backward_tile(D)
+            backward = {"D": D, "BD": width, "CHUNKS": chunks, "CHUNK": module.CHUNK}
+            for kernel, constants in (
+                (module.forward_kernel, {"BT": rows, "HALF": half}),
+                (module.backward_kernel, backward),
             ):
                 types = {}
                 for name in kernel.arg_names:
                     if name.startswith("stride") or name == "D":
                         types[name] = "i32/16"
                     elif (name.isupper() and len(name) > 1) or name in "XQKV":
-                        single = name in ("WQ", "WK", "WV", "COS", "SIN", "DW")
+                        single = name in ("WQ", "WK", "WV", "GAIN", "COS", "SIN", "DW", "DGAIN")
                         types[name] = f"*{'fp32' if single else dtype}/16"
                     else:
                         types[name] = "i32"
-                found.append((kernel, types, constants, warps))
+                found.append((kernel, types, constants, 4))
     return found
 
 

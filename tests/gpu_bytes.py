@@ -136,15 +136,16 @@ def inside_operators() -> dict[str, Counter]:
     loss_triton.loss_kernel = kernel
     found["gkachat.head_loss.default"] = counter.bytes
     H, D = C // 128, 128
-    x, table, weight = empty(B, T, H, D), empty(T, D // 2, dtype=torch.float32), empty(4, H, D, dtype=torch.float32)
+    x, gain = empty(B, T, H, D), empty(H, dtype=torch.float32)
+    table, weight = empty(T, D // 2, dtype=torch.float32), empty(4, H, D, dtype=torch.float32)
     for name, args in (("features", ()), ("features_backward", (x, x, x))):
         counter = Inside()
-        kernels = ("forward_kernel", "norm_backward_kernel", "conv_backward_kernel")
+        kernels = ("forward_kernel", "backward_kernel")
         saved = {kernel: getattr(features_triton, kernel) for kernel in kernels}
         for kernel in kernels:
             setattr(features_triton, kernel, counter.launch(-1))
         with counter:
-            getattr(features_triton, name)._init_fn(*args, x, weight, weight, weight, table, table)
+            getattr(features_triton, name)._init_fn(*args, x, weight, weight, weight, gain, table, table)
         for kernel, function in saved.items():
             setattr(features_triton, kernel, function)
         found[f"gkachat.{name}.default"] = counter.bytes

@@ -108,8 +108,11 @@ class Attention(nn.Module):
         q_BHTD, k_BHSD = reference.queries_and_keys(qkv)
         mask = reference.visible(x_BTC.size(1), self.window, self.config.causal, self.include_self, x_BTC.device)
         weights = reference.weights(self.scores(q_BHTD, k_BHSD, qkv), mask)
-        distances = None if qkv.sigma is None else reference.squared_distances(q_BHTD, k_BHSD)
-        return AttentionWeights(weights, qkv.v, distances)
+        return AttentionWeights(weights, qkv.v, self.squared_distances(q_BHTD, k_BHSD, qkv))
+
+    def squared_distances(self, q_BHTD: Tensor, k_BHSD: Tensor, qkv: QKV) -> Tensor | None:
+        """Return |q_i - k_j|^2, (B, H, T, S), in the units of the bandwidth; None for a layer without a bandwidth."""
+        return None if qkv.sigma is None else reference.squared_distances(q_BHTD, k_BHSD)
 
     def choose_kernels(self, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the training kernel and the decode kernel, once. Called whenever the model moves to a device."""

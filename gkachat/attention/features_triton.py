@@ -1,9 +1,10 @@
-"""Convolutions, rotation and norm of gka_plus in Triton: one pass over the block input forward, two backward.
+"""Convolutions, rotation and norm of gka_plus in Triton: one kernel forward, one backward.
 
-Forward, x is read once and q, k and v are written. Backward, the first kernel goes through norm and rotation: it
-convolves x again and writes the gradients of the convolutions of q and k. The second goes through the convolutions:
-it reads these, dv and x, and writes dx and its part of the weights' gradients, whose sum has a fixed order. A number of
-x in bfloat16 moves 8 bytes forward and 20 backward. Rows that several taps read come from a cache.
+Forward, x is read once and q, k and v are written. Rows that several taps read come from a cache. Backward, a row of a
+tile walks through a chunk of tokens, one at a time, and reads x, dq, dk and dv of each. The last rows of x and of dx
+stay in registers: what a tap reaches back to is neither read nor computed again, but for a few rows between chunks. The
+sums of the gradients of weights and gain have a fixed order. A number of x in bfloat16 moves 8 bytes forward and 10
+backward.
 
 Arithmetic is float32. `convolved_features` of features.py is the reference. Imported only where it is used.
 Axes: B batch, S input tokens, T output tokens (the last T of S), H heads, D head_dim, N taps.
@@ -15,12 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from gkachat.attention.features import Rope, ShortConv
-from gkachat.attention.kernels.gaussian_triton import contiguous_channels, on_device_of_first, rounded
+from gkachat.attention.kernels.gaussian_triton import contiguous_channels, on_device_of_first
+from gkachat.attention.kernels.gaussian_triton_kernels import rounded
 
 N_TAPS = tl.constexpr(ShortConv.TAPS)
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
-TILE = 1024  # numbers in a tile of the norm's kernels, half a head wide
-CONV_TILE, CONV_WARPS, CONV_ROWS = 512, 8, 256  # tile of the convolution's backward; rows that one program sums over
+TILE = 1024  # numbers in a tile of the forward, half a head wide
+WALK_TILE = 512  # numbers in a tile of the backward, a head wide: with 4 warps, a warp sums over a head of 128
+CHUNK = 64  # tokens that a row of the backward's tile walks through, and three of the next chunk
+
+
+@triton.jit
+def _place(H, n_blocks):
+    """Return the batch entry, the head and the block of tokens that this program works on."""
+    bh, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
+    return (bh // H).to(tl.int64), (bh % H).to(tl.int64), block
 
 
 @triton.jit
@@ -48,36 +58,29 @@ def _convolve(X, W, rows, columns, stride_t, stride_n, S, n_columns):
 
 
 @triton.jit
-def _inverse_norm(a, b, D):
-    """Return 1 / the root mean square of each row of (a, b)."""
-    return tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + EPS)[:, None]
-
-
-@triton.jit
-def _convolve_and_rotate(X, W, Q, rows, look, columns, cos, sin, stride_xt, S, T, H, D):
-    """Write the normalised, rotated convolution of one block."""
+def _convolve_and_rotate(X, W, Q, gain, rows, look, columns, cos, sin, stride_xt, S, T, H, D):
+    """Write the normalised, rotated convolution of one block, times gain."""
     a = _convolve(X, W, rows + look, columns, stride_xt, H * D, S, D // 2)
     b = _convolve(X + D // 2, W + D // 2, rows + look, columns, stride_xt, H * D, S, D // 2)
-    scale = _inverse_norm(a, b, D)
+    scale = gain * tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + EPS)[:, None]
     _store(Q, (a * cos + b * sin) * scale, rows, columns, H * D, T, D // 2)
     _store(Q + D // 2, (b * cos - a * sin) * scale, rows, columns, H * D, T, D // 2)
 
 
 @triton.jit
 def forward_kernel(
-    X, WQ, WK, WV, COS, SIN, Q, K, V, stride_xb, stride_xt, stride_xh, stride_cb, stride_ct, S, T, H, D, n_blocks,
+    X, WQ, WK, WV, GAIN, COS, SIN, Q, K, V, stride_xb, stride_xt, stride_xh, stride_cb, stride_ct, S, T, H, D, n_blocks,
     BT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Write q, k and v of one block of tokens of one head."""
-    bh, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
-    batch, head = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    batch, head, block = _place(H, n_blocks)
     rows, columns = block * BT + tl.arange(0, BT), tl.arange(0, HALF)
     X += batch * stride_xb + head * stride_xh
     cos = _load(COS + batch * stride_cb, rows, columns, stride_ct, T, D // 2)
     sin = _load(SIN + batch * stride_cb, rows, columns, stride_ct, T, D // 2)
-    weight, out = head * D, batch * T * H * D + head * D
-    _convolve_and_rotate(X, WQ + weight, Q + out, rows, S - T, columns, cos, sin, stride_xt, S, T, H, D)
-    _convolve_and_rotate(X, WK + weight, K + out, rows, S - T, columns, cos, sin, stride_xt, S, T, H, D)
+    weight, out, gain = head * D, batch * T * H * D + head * D, tl.load(GAIN + head)
+    _convolve_and_rotate(X, WQ + weight, Q + out, gain, rows, S - T, columns, cos, sin, stride_xt, S, T, H, D)
+    _convolve_and_rotate(X, WK + weight, K + out, 1.0, rows, S - T, columns, cos, sin, stride_xt, S, T, H, D)
     for half in tl.static_range(2):
         at = half * (D // 2)
         v = _convolve(X + at, WV + weight + at, rows + S - T, columns, stride_xt, H * D, S, D // 2)
@@ -85,55 +88,38 @@ def forward_kernel(
 
 
 @triton.jit
-def _through_norm(X, W, DQ, DC, rows, look, columns, cos, sin, stride_xt, stride_dt, S, T, H, D):
-    """Write the gradient of a convolution c: with u = dq rotated back and r = 1 / rms(c), r (u - r^2 c mean(u c))."""
-    a = _convolve(X, W, rows + look, columns, stride_xt, H * D, S, D // 2)
-    b = _convolve(X + D // 2, W + D // 2, rows + look, columns, stride_xt, H * D, S, D // 2)
-    d_a = _load(DQ, rows, columns, stride_dt, T, D // 2)
-    d_b = _load(DQ + D // 2, rows, columns, stride_dt, T, D // 2)
-    u_a, u_b = d_a * cos - d_b * sin, d_b * cos + d_a * sin
-    scale = _inverse_norm(a, b, D)
-    along = scale * scale * ((tl.sum(u_a * a, 1) + tl.sum(u_b * b, 1)) / D)[:, None]
-    _store(DC, scale * (u_a - along * a), rows, columns, H * D, T, D // 2)
-    _store(DC + D // 2, scale * (u_b - along * b), rows, columns, H * D, T, D // 2)
+def _load_taps(W, columns, stride_n, D):
+    """Return the weights of the four taps, each (1, BD)."""
+    seen = columns < D
+    w_0 = tl.load(W + columns, mask=seen, other=0.0).to(tl.float32)[None, :]
+    w_1 = tl.load(W + stride_n + columns, mask=seen, other=0.0).to(tl.float32)[None, :]
+    w_2 = tl.load(W + 2 * stride_n + columns, mask=seen, other=0.0).to(tl.float32)[None, :]
+    w_3 = tl.load(W + 3 * stride_n + columns, mask=seen, other=0.0).to(tl.float32)[None, :]
+    return w_0, w_1, w_2, w_3
 
 
 @triton.jit
-def norm_backward_kernel(
-    X, WQ, WK, COS, SIN, DQ, DK, DCQ, DCK, stride_xb, stride_xt, stride_xh, stride_cb, stride_ct,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, S, T, H, D, n_blocks,
-    BT: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """Write the gradients of the convolutions of q and k, for one block of tokens of one head."""
-    bh, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
-    batch, head = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    rows, columns = block * BT + tl.arange(0, BT), tl.arange(0, HALF)
-    X += batch * stride_xb + head * stride_xh
-    DQ += batch * stride_qb + head * stride_qh
-    DK += batch * stride_kb + head * stride_kh
-    cos = _load(COS + batch * stride_cb, rows, columns, stride_ct, T, D // 2)
-    sin = _load(SIN + batch * stride_cb, rows, columns, stride_ct, T, D // 2)
-    weight, out = head * D, batch * T * H * D + head * D
-    _through_norm(X, WQ + weight, DQ, DCQ + out, rows, S - T, columns, cos, sin, stride_xt, stride_qt, S, T, H, D)
-    _through_norm(X, WK + weight, DK, DCK + out, rows, S - T, columns, cos, sin, stride_xt, stride_kt, S, T, H, D)
+def _through_norm(c, DQ, rows, columns, partner, cos, sin, gain, stride_t, T, D):
+    """Return the gradient of a convolution c, and each row's part of the gradient of gain.
+
+    With u = dq rotated back and r = 1 / rms(c) they are gain r (u - r^2 c mean(u c)) and r sum(u c).
+    """
+    u = _load(DQ, rows, columns, stride_t, T, D) * cos + _load(DQ, rows, partner, stride_t, T, D) * sin
+    r = tl.rsqrt(tl.sum(c * c, 1) / D + EPS)
+    along = r * tl.sum(u * c, 1)
+    return (gain * r)[:, None] * (u - (r * along / D)[:, None] * c), along
 
 
 @triton.jit
-def _through_taps(dx, dw_0, dw_1, dw_2, dw_3, x, DC, W, rows, columns, stride_t, stride_n, T, D):
-    """Add one convolution's part of dx, and x times its gradient to the sums of the four taps."""
-    for n in tl.static_range(N_TAPS):
-        w = tl.load(W + n * stride_n + columns, mask=columns < D, other=0.0).to(tl.float32)
-        dc = _load(DC, rows + n, columns, stride_t, T, D)
-        dx += w[None, :] * dc
-        if n == 0:
-            dw_0 += x * dc
-        elif n == 1:
-            dw_1 += x * dc
-        elif n == 2:
-            dw_2 += x * dc
-        else:
-            dw_3 += x * dc
-    return dx, dw_0, dw_1, dw_2, dw_3
+def _add_to_inputs(dx_0, dx_1, dx_2, dx_3, dc, w_0, w_1, w_2, w_3):
+    """Add a convolution's gradient dc to that of the four rows of x that it read."""
+    return dx_0 + w_0 * dc, dx_1 + w_1 * dc, dx_2 + w_2 * dc, dx_3 + w_3 * dc
+
+
+@triton.jit
+def _add_to_taps(dw_0, dw_1, dw_2, dw_3, dc, x_0, x_1, x_2, x_3):
+    """Add a convolution's gradient dc, times the four rows of x that it read, to that of the taps."""
+    return dw_0 + x_0 * dc, dw_1 + x_1 * dc, dw_2 + x_2 * dc, dw_3 + x_3 * dc
 
 
 @triton.jit
@@ -145,64 +131,99 @@ def _store_taps(DW, dw_0, dw_1, dw_2, dw_3, columns, D):
 
 
 @triton.jit
-def conv_backward_kernel(
-    X, WQ, WK, WV, DCQ, DCK, DV, DX, DW, stride_xb, stride_xt, stride_xh, stride_vb, stride_vt, stride_vh,
-    S, T, H, D, n_blocks, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+def backward_kernel(
+    X, WQ, WK, WV, GAIN, COS, SIN, DQ, DK, DV, DX, DW, DGAIN, stride_xb, stride_xt, stride_xh, stride_cb, stride_ct,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, S, T, H,
+    n_blocks, D: tl.constexpr, BD: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write dx of ROWS input tokens of one head, and their part of the weights' gradients."""
-    bh, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
-    batch, head = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    """Write dx of CHUNKS chunks of input tokens of one head, and their part of the gradients of weights and gain.
+
+    At each step of its walk a row of the tile has x_n and dx_n of n tokens before. dx_3 is complete.
+    """
+    batch, head, block = _place(H, n_blocks)
     columns = tl.arange(0, BD)
+    # Channel i rotates with its partner, i + D/2 or i - D/2. The sine's sign is that of the rotation back.
+    partner = tl.where(columns < D // 2, columns + D // 2, columns - D // 2)
+    sign = tl.where(columns < D // 2, -1.0, 1.0)[None, :]
     X += batch * stride_xb + head * stride_xh
+    DQ += batch * stride_qb + head * stride_qh
+    DK += batch * stride_kb + head * stride_kh
     DV += batch * stride_vb + head * stride_vh
     DX += batch * S * H * D + head * D
-    DCQ += batch * T * H * D + head * D
-    DCK += batch * T * H * D + head * D
-    q_0 = tl.zeros([BT, BD], tl.float32)
-    q_1, q_2, q_3, k_0, k_1, k_2, k_3, v_0, v_1, v_2, v_3 = q_0, q_0, q_0, q_0, q_0, q_0, q_0, q_0, q_0, q_0, q_0
-    for start in tl.range(block * ROWS, tl.minimum(block * ROWS + ROWS, S), BT, disable_licm=True):
-        rows = start + tl.arange(0, BT)
-        t = rows - (S - T)  # output token at each input row
-        x = _load(X, rows, columns, stride_xt, S, D)
-        dx = tl.zeros([BT, BD], tl.float32)
-        dx, q_0, q_1, q_2, q_3 = _through_taps(
-            dx, q_0, q_1, q_2, q_3, x, DCQ, WQ + head * D, t, columns, H * D, H * D, T, D)  # fmt: skip
-        dx, k_0, k_1, k_2, k_3 = _through_taps(
-            dx, k_0, k_1, k_2, k_3, x, DCK, WK + head * D, t, columns, H * D, H * D, T, D)  # fmt: skip
-        dx, v_0, v_1, v_2, v_3 = _through_taps(
-            dx, v_0, v_1, v_2, v_3, x, DV, WV + head * D, t, columns, stride_vt, H * D, T, D)  # fmt: skip
-        _store(DX, dx, rows, columns, H * D, S, D)
+    COS += batch * stride_cb
+    SIN += batch * stride_cb
+    gain = tl.load(GAIN + head)
+    wq_0, wq_1, wq_2, wq_3 = _load_taps(WQ + head * D, columns, H * D, D)
+    wk_0, wk_1, wk_2, wk_3 = _load_taps(WK + head * D, columns, H * D, D)
+    wv_0, wv_1, wv_2, wv_3 = _load_taps(WV + head * D, columns, H * D, D)
+    first = (block * CHUNKS + tl.arange(0, CHUNKS)) * CHUNK
+    x_1 = _load(X, first - 1, columns, stride_xt, S, D)
+    x_2 = _load(X, first - 2, columns, stride_xt, S, D)
+    x_3 = _load(X, first - 3, columns, stride_xt, S, D)
+    dx_1 = tl.zeros([CHUNKS, BD], tl.float32)
+    dx_2, dx_3 = dx_1, dx_1
+    q_0, q_1, q_2, q_3, k_0, k_1, k_2, k_3, v_0, v_1, v_2, v_3 = (
+        dx_1, dx_1, dx_1, dx_1, dx_1, dx_1, dx_1, dx_1, dx_1, dx_1, dx_1, dx_1)  # fmt: skip
+    dgain = tl.zeros([CHUNKS], tl.float32)
+    for step in tl.range(0, CHUNK + N_TAPS - 1, disable_licm=True):
+        rows = first + step
+        t = rows - (S - T)  # output token at each input row; before the first, dq, dk and dv count as 0
+        x_0 = _load(X, rows, columns, stride_xt, S, D)
+        cos = _load(COS, t, columns % (D // 2), stride_ct, T, D // 2)
+        sin = _load(SIN, t, columns % (D // 2), stride_ct, T, D // 2) * sign
+        dc_v = _load(DV, t, columns, stride_vt, T, D)
+        c = wq_0 * x_0 + wq_1 * x_1 + wq_2 * x_2 + wq_3 * x_3
+        dc_q, along = _through_norm(c, DQ, t, columns, partner, cos, sin, gain, stride_qt, T, D)
+        c = wk_0 * x_0 + wk_1 * x_1 + wk_2 * x_2 + wk_3 * x_3
+        dc_k, _ = _through_norm(c, DK, t, columns, partner, cos, sin, 1.0, stride_kt, T, D)
+        dx_0 = tl.zeros([CHUNKS, BD], tl.float32)
+        dx_0, dx_1, dx_2, dx_3 = _add_to_inputs(dx_0, dx_1, dx_2, dx_3, dc_q, wq_0, wq_1, wq_2, wq_3)
+        dx_0, dx_1, dx_2, dx_3 = _add_to_inputs(dx_0, dx_1, dx_2, dx_3, dc_k, wk_0, wk_1, wk_2, wk_3)
+        dx_0, dx_1, dx_2, dx_3 = _add_to_inputs(dx_0, dx_1, dx_2, dx_3, dc_v, wv_0, wv_1, wv_2, wv_3)
+        if step < CHUNK:  # the last three rows belong to the next chunk, which adds them
+            dgain += along
+            q_0, q_1, q_2, q_3 = _add_to_taps(q_0, q_1, q_2, q_3, dc_q, x_0, x_1, x_2, x_3)
+            k_0, k_1, k_2, k_3 = _add_to_taps(k_0, k_1, k_2, k_3, dc_k, x_0, x_1, x_2, x_3)
+            v_0, v_1, v_2, v_3 = _add_to_taps(v_0, v_1, v_2, v_3, dc_v, x_0, x_1, x_2, x_3)
+        if step >= N_TAPS - 1:
+            _store(DX, dx_3, rows - (N_TAPS - 1), columns, H * D, S, D)
+        x_1, x_2, x_3 = x_0, x_1, x_2
+        dx_1, dx_2, dx_3 = dx_0, dx_1, dx_2
     DW += tl.program_id(0).to(tl.int64) * 3 * N_TAPS * D
     _store_taps(DW, q_0, q_1, q_2, q_3, columns, D)
     _store_taps(DW + N_TAPS * D, k_0, k_1, k_2, k_3, columns, D)
     _store_taps(DW + 2 * N_TAPS * D, v_0, v_1, v_2, v_3, columns, D)
+    tl.store(DGAIN + tl.program_id(0), tl.sum(dgain, 0))
 
 
-def norm_tile(D: int) -> tuple[int, int]:
-    """Return rows and columns of a tile that holds half of each head."""
+def forward_tile(D: int) -> tuple[int, int]:
+    """Return rows and columns of a tile of the forward, which holds half of each head."""
     half = max(16, triton.next_power_of_2(D // 2))
     return TILE // half, half
 
 
-def conv_tile(D: int) -> tuple[int, int]:
-    """Return rows and columns of a tile of the convolution's backward."""
+def backward_tile(D: int) -> tuple[int, int]:
+    """Return rows, each with a chunk of its own, and columns of a tile of the backward."""
     width = max(16, triton.next_power_of_2(D))
-    return CONV_TILE // width, width
+    return WALK_TILE // width, width
 
 
 @torch.library.custom_op("gkachat::features", mutates_args=())
 @on_device_of_first
 def features(
-    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return q, k and v, each (B, T, H, D), of x (B, S, H, D), weights (4, H, D) and tables (T, D/2) or (B, T, D/2)."""
+    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, gain: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v, each (B, T, H, D).
+
+    x is (B, S, H, D), weights are (4, H, D), gain is (H,) float32, and tables are (T, D/2) or (B, T, D/2).
+    """
     (B, S, H, D), T = x.shape, cos.size(-2)
     x, cos, sin = contiguous_channels(x), cos.contiguous(), sin.contiguous()
     q, k, v = (x.new_empty(B, T, H, D) for _ in range(3))
-    BT, half = norm_tile(D)
+    BT, half = forward_tile(D)
     n_blocks = triton.cdiv(T, BT)
     forward_kernel[(n_blocks * B * H,)](
-        x, w_q.contiguous(), w_k.contiguous(), w_v.contiguous(), cos, sin, q, k, v, *x.stride()[:3],
+        x, w_q.contiguous(), w_k.contiguous(), w_v.contiguous(), gain.contiguous(), cos, sin, q, k, v, *x.stride()[:3],
         *_table_strides(cos), S, T, H, D, n_blocks, BT=BT, HALF=half,
     )  # fmt: skip
     return q, k, v
@@ -211,29 +232,26 @@ def features(
 @torch.library.custom_op("gkachat::features_backward", mutates_args=())
 @on_device_of_first
 def features_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x and of the three weights."""
+    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, gain: Tensor, cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of x, of the three weights and of gain."""
     (B, S, H, D), T = x.shape, cos.size(-2)
     x, dq, dk, dv = (contiguous_channels(t) for t in (x, dq, dk, dv))
     cos, sin, w_q, w_k, w_v = (t.contiguous() for t in (cos, sin, w_q, w_k, w_v))
-    dc_q, dc_k = (x.new_empty(B, T, H, D) for _ in range(2))
-    BT, half = norm_tile(D)
-    n_blocks = triton.cdiv(T, BT)
-    norm_backward_kernel[(n_blocks * B * H,)](
-        x, w_q, w_k, cos, sin, dq, dk, dc_q, dc_k, *x.stride()[:3], *_table_strides(cos),
-        *dq.stride()[:3], *dk.stride()[:3], S, T, H, D, n_blocks, BT=BT, HALF=half,
-    )  # fmt: skip
     dx = x.new_empty(B, S, H, D)
-    BT, width = conv_tile(D)
-    n_blocks = triton.cdiv(S, CONV_ROWS)
-    parts = x.new_empty(B, H, n_blocks, 3, ShortConv.TAPS, D, dtype=torch.float32)
-    conv_backward_kernel[(n_blocks * B * H,)](
-        x, w_q, w_k, w_v, dc_q, dc_k, dv, dx, parts, *x.stride()[:3], *dv.stride()[:3],
-        S, T, H, D, n_blocks, BT=BT, BD=width, ROWS=CONV_ROWS, num_warps=CONV_WARPS,
+    chunks, width = backward_tile(D)
+    n_blocks = triton.cdiv(S, chunks * CHUNK)
+    dw = x.new_empty(B, H, n_blocks, 3, ShortConv.TAPS, D, dtype=torch.float32)
+    dgain = x.new_empty(B, H, n_blocks, dtype=torch.float32)
+    backward_kernel[(n_blocks * B * H,)](
+        x, w_q, w_k, w_v, gain.contiguous(), cos, sin, dq, dk, dv, dx, dw, dgain, *x.stride()[:3], *_table_strides(cos),
+        *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], S, T, H, n_blocks,
+        D=D, BD=width, CHUNKS=chunks, CHUNK=CHUNK,
     )  # fmt: skip
-    dw = parts.sum((0, 2)).permute(1, 2, 0, 3)  # (3, N, H, D)
-    return dx, *(part.to(w_q.dtype, copy=True, memory_format=torch.contiguous_format) for part in dw)
+    dw = dw.sum((0, 2)).permute(1, 2, 0, 3)  # (3, N, H, D)
+    dw = (part.to(w_q.dtype, copy=True, memory_format=torch.contiguous_format) for part in dw)
+    return dx, *dw, dgain.sum((0, 2))
 
 
 def _table_strides(table: Tensor) -> tuple[int, int]:
@@ -241,14 +259,14 @@ def _table_strides(table: Tensor) -> tuple[int, int]:
 
 
 @features.register_fake
-def _(x, w_q, w_k, w_v, cos, sin):
+def _(x, w_q, w_k, w_v, gain, cos, sin):
     B, _, H, D = x.shape
     return tuple(x.new_empty(B, cos.size(-2), H, D) for _ in range(3))
 
 
 @features_backward.register_fake
-def _(dq, dk, dv, x, w_q, w_k, w_v, cos, sin):
-    return x.new_empty(x.shape), *(w.new_empty(w.shape) for w in (w_q, w_k, w_v))
+def _(dq, dk, dv, x, w_q, w_k, w_v, gain, cos, sin):
+    return tuple(t.new_empty(t.shape) for t in (x, w_q, w_k, w_v, gain))
 
 
 def _save(ctx, inputs, output) -> None:
@@ -262,6 +280,8 @@ def _backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
 features.register_autograd(_backward, setup_context=_save)
 
 
-def convolved_features(x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], rope: Rope) -> tuple[Tensor, ...]:
+def convolved_features(
+    x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor, rope: Rope
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return q, k and v of the last T tokens, each (B, T, H, D). T is that of the rope."""
-    return features(x_BSHD, *weights, *rope)
+    return features(x_BSHD, *weights, gain_H.float(), *rope)

@@ -12,19 +12,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from gkachat.config import ChatConfig
 from gkachat.data import tasks
 from gkachat.data.conversations import ChatSplit, load_conversations, tokenize_conversations
 from gkachat.data.shards import Documents
-from gkachat.files import flush, read_json, sha256, write_text
+from gkachat.files import flush, lock, read_json, sha256, write_text
 from gkachat.tokenizer import Tokenizer
 
 META = "meta.json"
@@ -40,10 +37,10 @@ def prepare(
     """
     key = _key(config, seed, facts, tokenizer, sequence_len)
     target = directory / key
-    directory.mkdir(parents=True, exist_ok=True)
-    with _lock(directory / f".{key}.lock") as locked:
+    busy = f"waiting for the process that tokenizes conversations into {target}"
+    with lock(target, busy=busy, wait=True) as held:
         if not target.exists():
-            if locked:
+            if held:  # without locks each process makes its own files
                 for left in directory.glob(f".{key}.*.tmp"):  # by a process that was killed
                     shutil.rmtree(left)
             print(f"tokenizing conversations into {target}", flush=True)
@@ -63,25 +60,6 @@ def _key(config: ChatConfig, seed: int, facts: dict[str, str], tokenizer: Tokeni
     if config.source == "generated":
         depends_on["generator"] = sha256(Path(tasks.__file__))
     return f"{config.source}-{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]}"
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Hold a lock, which a process that ends gives back. Yield False on a file system without locks.
-
-    There each process makes its own files.
-    """
-    lock = FileLock(path)
-    with suppress(NotImplementedError, OSError):
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            print(f"waiting for the process that tokenizes conversations ({path})", flush=True)
-            lock.acquire()
-    try:
-        yield lock.is_locked
-    finally:
-        lock.release()
 
 
 def _write(target: Path, splits: dict[str, ChatSplit], counts: dict[str, int]) -> None:

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gkachat.attention.features import cast
-from gkachat.attention.kernels.gaussian_triton import on_device_of_first, rounded
+from gkachat.attention.kernels.gaussian_triton import on_device_of_first
+from gkachat.attention.kernels.gaussian_triton_kernels import rounded
 from gkachat.model.loss import IGNORE, LOGIT_CAP
 
 LOGITS_PER_CHUNK = 2**28  # 512 MiB in bfloat16; each chunk also reads the weight twice, and reads and writes dweight

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch import nn
 
 from gkachat.checkpoint import check_format, checkpoint_steps
 from gkachat.config import Config, home
 from gkachat.config_file import load_config
+from gkachat.files import lock
 from gkachat.machine import check_compiler, device_name, pick_dtype
 from gkachat.model.gpt import Transformer
 from gkachat.train.distributed import World
@@ -53,7 +53,7 @@ def open_run(config: Config, world: World, *, resume: bool = False, overwrite: b
     directory = home() / "runs" / config.run_name
     if not world.is_rank0:
         return Run(directory, resume, lambda line: None, nullcontext())
-    lock = _lock_run(directory)
+    held = _lock_run(directory)
     steps = checkpoint_steps(directory)
     if (steps or (directory / "config.toml").exists()) and not (resume or overwrite):
         raise FileExistsError(
@@ -63,23 +63,16 @@ def open_run(config: Config, world: World, *, resume: bool = False, overwrite: b
     if resume and steps:
         check_format(directory)
         _check_options(directory, config)
-    return Run(directory, resume, print, lock)
+    return Run(directory, resume, print, held)
 
 
 def _lock_run(directory: Path) -> AbstractContextManager:
-    path, owner = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("lock", "owner"))
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(path).acquire(blocking=False)
-    except Timeout:
-        held_by = owner.read_text() if owner.exists() else "another process"
-        raise FileExistsError(
-            f"run {directory.name!r} is in use by {held_by}; wait for it, stop it, or choose another name"
-        ) from None
-    except (NotImplementedError, OSError):  # this file system has no locks
-        return nullcontext()
+    owner = directory.with_name(f".{directory.name}.owner")
+    by = owner.read_text() if owner.exists() else "another process"
+    busy = f"run {directory.name!r} is in use by {by}; wait for it, stop it, or choose another name"
+    held = lock(directory, busy=busy)
     owner.write_text(f"process {os.getpid()} on {platform.node()}")
-    return lock
+    return held
 
 
 def _check_options(directory: Path, config: Config) -> None:

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gkachat.attention.features import rope_table
+from gkachat.attention.gka import GaussianKernelAttention
+from gkachat.attention.kernels import reference
 from gkachat.attention.kernels.choose import KernelSpec, plain_kernels
 from gkachat.config import ATTENTIONS, Config, GKAConfig, GPTConfig
 from gkachat.model.gpt import GPT
@@ -250,7 +252,11 @@ def test_attention_weights_are_those_that_forward_applies(case, untrained):
     rows = found.weights.sum(dim=-1)
     torch.testing.assert_close(rows[:, :, 1:], torch.ones_like(rows[:, :, 1:]))
     assert (rows[:, :, 0] == 0).all() if not attn.include_self else (rows[:, :, 0] == 1).all()
-    assert (found.distances is None) == (attn.qkv(x, idx, rope).sigma is None)
+    assert (found.distances is not None) == hasattr(attn, "log_sigma")
+    if isinstance(attn, GaussianKernelAttention) and not untrained:  # in the bandwidth's units, whatever divides q
+        mask = reference.visible(T, attn.window, include_self=attn.include_self)
+        scores = -found.distances / (2 * attn.sigma.square()[:, None, None])
+        torch.testing.assert_close(reference.weights(scores, mask), found.weights, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

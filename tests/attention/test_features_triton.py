@@ -9,24 +9,25 @@ pytest.importorskip("triton")
 from gkachat.attention import features_triton
 from gkachat.attention.features import choose_features, convolved_features, rope_at, rope_table
 
-# Arithmetic is float32; q, k, v and dx are rounded to the dtype once, to 2^-9 of themselves in bfloat16. Backward, the
-# gradients of the convolutions are rounded as well, and four taps and three convolutions add up.
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3}
+# Arithmetic is float32; q, k, v and dx are rounded to the dtype once, to 2^-9 of themselves in bfloat16 at most, and
+# gradients of weights and gain are not rounded.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-3}
 
 
 def inputs(B, S, T, H, D, dtype, *, rows=False):
-    """A strided x, split into heads, with weights and tables; `rows`: positions of each row of the batch."""
+    """A strided x, split into heads, with weights, gain and tables; `rows`: positions of each row of the batch."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(B, S, H * D + 16, generator=generator)[..., : H * D].to(dtype).view(B, S, H, D)
     weights = [torch.randn(4, H, D, generator=generator) for _ in range(3)]
+    gain = torch.rand(H, generator=generator) + 0.1
     rope = rope_at(torch.arange(B)[:, None] * 7 + torch.arange(T), D) if rows else rope_table(T, D)
-    return x, weights, rope
+    return x, weights, gain, rope
 
 
 @pytest.mark.parametrize(
     ("B", "S", "T", "H", "D", "rows"),
     [
-        (1, 37, 37, 3, 64, False),  # several blocks of tokens
+        (1, 37, 37, 3, 64, False),  # several chunks of tokens, and several blocks of chunks
         (3, 2, 2, 1, 128, False),  # fewer tokens than taps
         (3, 4, 1, 3, 16, True),  # decoding: three tokens in front, positions by row
         (1, 21, 18, 1, 10, True),  # a head that fills no tile
@@ -35,27 +36,28 @@ def inputs(B, S, T, H, D, dtype, *, rows=False):
 )
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_features_and_gradients_are_those_of_the_definition(B, S, T, H, D, rows, dtype, monkeypatch):
-    monkeypatch.setattr(features_triton, "CONV_ROWS", 32)
-    x, weights, rope = inputs(B, S, T, H, D, dtype, rows=rows)
-    leaves = [t.detach().requires_grad_() for t in (x, *weights)]
-    out = features_triton.convolved_features(leaves[0], leaves[1:], rope)
+    monkeypatch.setattr(features_triton, "CHUNK", 4)
+    x, weights, gain, rope = inputs(B, S, T, H, D, dtype, rows=rows)
+    leaves = [t.detach().requires_grad_() for t in (x, *weights, gain)]
+    out = features_triton.convolved_features(leaves[0], leaves[1:4], leaves[4], rope)
     exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
-    exact = convolved_features(exact_leaves[0], exact_leaves[1:], tuple(t.double() for t in rope))
+    exact = convolved_features(exact_leaves[0], exact_leaves[1:4], exact_leaves[4], tuple(t.double() for t in rope))
     generator = torch.Generator().manual_seed(1)
     into = [torch.randn(B, H, T, D, generator=generator).to(dtype).transpose(1, 2) for _ in out]
     got = *out, *torch.autograd.grad(out, leaves, into)
     expected = *exact, *torch.autograd.grad(exact, exact_leaves, [t.double() for t in into])
-    for name, a, b in zip(("q", "k", "v", "dx", "dw_q", "dw_k", "dw_v"), got, expected, strict=True):
-        assert a.dtype == (torch.float32 if name.startswith("dw") else dtype) and a.shape == b.shape
+    names = ("q", "k", "v", "dx", "dw_q", "dw_k", "dw_v", "dgain")
+    for name, a, b in zip(names, got, expected, strict=True):
+        assert a.dtype == (torch.float32 if name.startswith(("dw", "dg")) else dtype) and a.shape == b.shape
         assert (a.double() - b).norm() <= TOLERANCE[dtype] * b.norm(), name
 
 
 def test_the_operators_are_registered_in_full():
-    x, weights, rope = inputs(1, 6, 5, 2, 16, torch.float32)
-    args = (x.contiguous(), *weights, *(t.contiguous() for t in rope))
+    x, weights, gain, rope = inputs(1, 6, 5, 2, 16, torch.float32)
+    args = (x.contiguous(), *weights, gain, *(t.contiguous() for t in rope))
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
-    leaves = tuple(t.requires_grad_() for t in args[:4])
-    torch.library.opcheck(features_triton.features, (*leaves, *args[4:]), test_utils=tests)
+    leaves = tuple(t.requires_grad_() for t in args[:5])
+    torch.library.opcheck(features_triton.features, (*leaves, *args[5:]), test_utils=tests)
     gradients = [torch.randn(1, 5, 2, 16) for _ in range(3)]
     args = tuple(t.detach() for t in args)
     torch.library.opcheck(features_triton.features_backward, (*gradients, *args), test_utils=tests[:2])
@@ -84,4 +86,4 @@ def test_the_choice_and_its_reason_are_in_the_lines_that_training_prints():
 
 def test_the_kernels_compile_for_a_gpu_without_spills(compiled_resources):
     rows = compiled_resources("tests/fused_resources.py", "features")
-    assert len(rows) == 18 and [row for row in rows if row["spilled"]] == []
+    assert len(rows) == 12 and [row for row in rows if row["spilled"]] == []

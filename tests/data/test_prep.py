@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 from gkachat.data.shards import read_manifest
+from gkachat.files import lock
 from gkachat.tokenizer import FILE_NAME
 from scripts import data_prep, tok_train
 
@@ -78,7 +79,7 @@ def test_too_little_disk_is_an_error_before_anything_is_written(run):
 def test_a_corpus_that_another_process_writes_is_left_alone(run):
     run(tok_train)
     with (
-        data_prep.lock(run.tokens),
+        lock(run.tokens, busy=""),
         pytest.raises(FileExistsError, match=r"mirror-v512 is being written by another scripts\.data_prep"),
     ):
         run(data_prep)

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from gkachat.config import ChatConfig
 from gkachat.data import tuning
@@ -95,7 +96,7 @@ def test_what_a_killed_process_left_is_removed(read):
 
 
 def test_without_locks_the_first_process_that_finishes_wins(read, monkeypatch):
-    monkeypatch.setattr(tuning.FileLock, "acquire", lambda self, **_: (_ for _ in ()).throw(NotImplementedError))
+    monkeypatch.setattr(FileLock, "acquire", lambda self, **_: (_ for _ in ()).throw(NotImplementedError))
     write, written = tuning._write, []
 
     def write_after_another(target, *args):
@@ -111,7 +112,7 @@ def test_without_locks_the_first_process_that_finishes_wins(read, monkeypatch):
 
 
 def test_a_process_that_waits_says_so(read, capsys):
-    lock = tuning.FileLock(read.directory / f".{read.key()}.lock", thread_local=False)
+    lock = FileLock(read.directory / f".{read.key()}.lock", thread_local=False)
     read.directory.mkdir()
     lock.acquire()
     thread = threading.Thread(target=read)

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gkachat.attention.kernels import decode
-from gkachat.attention.kernels.gaussian_triton import contiguous_channels, on_device_of_first, rounded
+from gkachat.attention.kernels.gaussian_triton import contiguous_channels, on_device_of_first
+from gkachat.attention.kernels.gaussian_triton_kernels import rounded
 from gkachat.attention.qkv import QKV, KVSlice
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are taken in base 2
