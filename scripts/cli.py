@@ -9,6 +9,7 @@ import argparse
 import functools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ def run(main: Callable[..., int | None], description: str | None = None) -> None
     With a description, tyro makes the arguments of `main` from the command line.
     """
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by scripts/__init__.py
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if description is not None:
             options = {
                 "prog": f"python -m scripts.{Path(sys.argv[0]).stem}",
