@@ -3,11 +3,9 @@
     timings = benchmark({"a": run_a, "b": run_b}, device, rounds=10)
     timings["b"].median / timings["a"].median
 
-Contestants take turns, A B A B, so that other load on the machine falls on all of them alike. The bench scripts run on
-GPU machines that have torch but none of this project's other dependencies, so their command line is argparse.
+Contestants take turns, A B A B, so that other load on the machine falls on all of them alike.
 """
 
-import argparse
 import datetime
 import importlib.metadata
 import json
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 
 from gkachat.files import write_text
-from gkachat.machine import commit, device_name, pick_device, pick_dtype, processor
+from gkachat.machine import commit, device_name, processor
 
 MIN_SAMPLE_SECONDS = 0.02  # shorter runs are repeated within a sample
 
@@ -139,35 +137,3 @@ def publish(title: str, result: dict[str, Any], table: str, device: torch.device
     published = {"command": command, "facts": where, **result}
     write_text(Path(out).with_suffix(".json"), json.dumps(published, indent=1) + "\n")
     write_text(Path(out).with_suffix(".md"), f"# {title}\n\n{table}\n`{command}`\n\n{where_line}\n")
-
-
-def benchmark_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser of the options that all bench scripts share; `parse_benchmark` uses it."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m scripts.{Path(sys.argv[0]).stem}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", default="auto", help="a torch device, or auto")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="of activations")
-    parser.add_argument("--rounds", type=positive, default=10, help="samples of each contestant")
-    parser.add_argument("--threads", type=positive, help="CPU threads; by default all")
-    parser.add_argument("--compile", action="store_true", help="compile what is timed with torch.compile")
-    parser.add_argument("--out", help="write OUT.json and OUT.md")
-    return parser
-
-
-def positive(text: str) -> int:
-    """Read a positive integer, as an argparse type."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"given {text!r}, expected a number above 0")
-    return int(text)
-
-
-def parse_benchmark(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, torch.device, torch.dtype]:
-    """Parse the command line; return its options with the device and dtype they select."""
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
-    return options, device, pick_dtype(options.dtype, device)

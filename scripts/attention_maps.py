@@ -9,11 +9,6 @@ from typing import Annotated
 
 import tyro
 
-from gkachat.checkpoint import find_run
-from gkachat.inspection.report import markdown, write_inspection
-from gkachat.inspection.statistics import inspect_run
-from gkachat.machine import pick_device
-from gkachat.train.metrics import upload
 from scripts.cli import run
 
 
@@ -43,6 +38,12 @@ def main(
         out: Directory to write to; by default attention_maps/ in the run's directory.
         wandb: Weights & Biases project that receives all files; empty: none.
     """
+    from gkachat.checkpoint import find_run
+    from gkachat.inspection.report import markdown, write_inspection
+    from gkachat.inspection.statistics import inspect_run
+    from gkachat.machine import pick_device
+    from gkachat.train.metrics import upload
+
     if text is not None and prompt is not None:
         raise ValueError("given --text and --prompt, expected one of them")
     run_dir = find_run(run_name)

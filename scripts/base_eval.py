@@ -6,21 +6,16 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_eval d20_gka
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from gkachat.checkpoint import find_run, load_model, tokens_dir
-from gkachat.eval.bpb import evaluate_corpus
-from gkachat.eval.bundle import fetch_bundle
-from gkachat.eval.core import evaluate_core
-from gkachat.eval.results import DIRECTORY, write_result
-from gkachat.inference.quantize import compiled_on_gpu, for_inference
-from gkachat.machine import commit, pick_device, pick_dtype
-from gkachat.model.gpt import GPT
-from gkachat.tokenizer import Tokenizer
-from gkachat.train.distributed import World, barrier, destroy_process_group, init_process_group
 from scripts.cli import run
+
+if TYPE_CHECKING:
+    from gkachat.model.gpt import GPT
+    from gkachat.tokenizer import Tokenizer
+    from gkachat.train.distributed import World
 
 TIMEOUT = 600.0  # as run.timeout; no watchdog runs here, and a collective fails after 31 minutes (init_process_group)
 
@@ -48,6 +43,11 @@ def main(
         max_per_task: core: rows of each task; by default all.
         tokens: core: tokens in a batch; device memory follows it.
     """
+    from gkachat.checkpoint import find_run, load_model
+    from gkachat.inference.quantize import for_inference
+    from gkachat.machine import pick_device, pick_dtype
+    from gkachat.train.distributed import destroy_process_group, init_process_group
+
     run_dir, chosen = find_run(run_name), pick_device(device)
     world = init_process_group(chosen.type, TIMEOUT)
     try:
@@ -61,7 +61,12 @@ def main(
         destroy_process_group()
 
 
-def bpb(run_dir: Path, model: GPT, tokenizer: Tokenizer, meta: dict[str, Any], world: World) -> None:
+def bpb(run_dir: Path, model: "GPT", tokenizer: "Tokenizer", meta: dict[str, Any], world: "World") -> None:
+    from gkachat.checkpoint import tokens_dir
+    from gkachat.eval.bpb import evaluate_corpus
+    from gkachat.eval.results import write_result
+    from gkachat.inference.quantize import compiled_on_gpu
+
     loader = meta["config"]["data"]["loader"]
     result = evaluate_corpus(compiled_on_gpu(model), tokenizer, tokens_dir(meta), loader, world)
     if not world.is_rank0:
@@ -75,15 +80,21 @@ def bpb(run_dir: Path, model: GPT, tokenizer: Tokenizer, meta: dict[str, Any], w
 
 def core(
     run_dir: Path,
-    model: GPT,
-    tokenizer: Tokenizer,
+    model: "GPT",
+    tokenizer: "Tokenizer",
     meta: dict[str, Any],
-    world: World,
+    world: "World",
     bundle: Path | None,
     max_per_task: int | None,
     tokens: int | None,
 ) -> None:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from gkachat.eval.bundle import fetch_bundle
+    from gkachat.eval.core import evaluate_core
+    from gkachat.eval.results import DIRECTORY, write_result
+    from gkachat.machine import commit
+    from gkachat.train.distributed import barrier
 
     if bundle is None and world.is_rank0:
         fetch_bundle()

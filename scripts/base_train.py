@@ -11,7 +11,6 @@ from scripts.cli import RUN_FLAGS, parse_config, run
 
 def main() -> None:
     config, flags = parse_config(sys.argv[1:], __doc__, RUN_FLAGS)
-    # Importing torch takes seconds, which --help need not wait for.
     from gkachat.config import home
     from gkachat.data.shards import Split
     from gkachat.eval.bpb import bpb_sums

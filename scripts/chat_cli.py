@@ -15,17 +15,18 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gkachat.checkpoint import CHECKPOINTS
 from gkachat.config import home
-from gkachat.data.conversations import Messages, check_messages
+from gkachat.data.conversations import Messages, check_history, check_messages
 from gkachat.files import read_json, write_text
-from gkachat.inference.chat import ChatSession, check_history
-from gkachat.inference.sampling import Sampling
 from scripts.cli import run
+
+if TYPE_CHECKING:
+    from gkachat.inference.chat import ChatSession
+    from gkachat.inference.sampling import Sampling
 
 
 def main(
@@ -60,6 +61,9 @@ def main(
         device: Torch device, or auto.
         int8: Store matrices in int8, which takes less memory.
     """
+    from gkachat.inference.chat import ChatSession
+    from gkachat.inference.sampling import Sampling
+
     names = [run_name or newest_run(), *([compare] if compare else [])]
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     sessions = [ChatSession.from_run(name, step=step, device=device, int8=int8) for name in names]
@@ -77,7 +81,7 @@ def main(
 class Chat:
     """Sends each message to one or two sessions, and prints their answers."""
 
-    def __init__(self, sessions: list[ChatSession], sampling: Sampling, as_json: bool):
+    def __init__(self, sessions: "list[ChatSession]", sampling: "Sampling", as_json: bool):
         self.sessions, self.sampling, self.as_json = sessions, sampling, as_json
 
     def loop(self, at_terminal: bool) -> None:
@@ -215,6 +219,8 @@ def print_side_by_side(names: Sequence[str], answers: Sequence[Iterator[str]]) -
 
 def newest_run() -> str:
     """Return the name of the run with the newest checkpoint. Raises FileNotFoundError if there is none."""
+    from gkachat.checkpoint import CHECKPOINTS
+
     runs = (path.parent for path in (home() / "runs").glob("*/tokenizer.json"))  # only language models have one
     checkpoints = [step for run in runs for step in run.glob(f"{CHECKPOINTS}/step_*")]
     if not checkpoints:

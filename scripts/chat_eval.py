@@ -11,17 +11,13 @@ from typing import Annotated
 
 import tyro
 
-from gkachat.checkpoint import find_run, load_model
-from gkachat.eval.chat import MAX_QUESTIONS, TASKS, evaluate_chat
-from gkachat.eval.results import write_result
-from gkachat.inference.quantize import for_inference
-from gkachat.machine import pick_device, pick_dtype
+from gkachat.data.tasks import MAX_QUESTIONS, SCORED_TASKS
 from scripts.cli import run
 
 
 def main(
     run_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
-    tasks: tuple[str, ...] = TASKS,
+    tasks: tuple[str, ...] = SCORED_TASKS,
     limit: int = MAX_QUESTIONS,
     batch_size: int = 16,
     step: int | None = None,
@@ -37,6 +33,12 @@ def main(
         step: Step of the checkpoint; by default the last one.
         device: A torch device, or auto.
     """
+    from gkachat.checkpoint import find_run, load_model
+    from gkachat.eval.chat import evaluate_chat
+    from gkachat.eval.results import write_result
+    from gkachat.inference.quantize import for_inference
+    from gkachat.machine import pick_device, pick_dtype
+
     run_dir, chosen = find_run(run_name), pick_device(device)
     model, tokenizer, meta = load_model(run_dir, chosen, step)
     if "chat" not in meta["config"]:

@@ -57,7 +57,6 @@ def main() -> None:
     base, args, flags = split_args(sys.argv[1:], "RUN", __doc__, RUN_FLAGS, TuningConfig)
     if base is None:
         raise ValueError("given no run, expected the name or directory of the one to tune")
-    # Importing torch takes seconds, which --help need not wait for.
     from gkachat.checkpoint import MODEL, check_format, find_run, load_tokenizer, load_weights, open_checkpoint
     from gkachat.data.loader import count_rows
     from gkachat.data.tuning import prepare

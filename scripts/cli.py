@@ -1,15 +1,25 @@
-"""Helpers of the scripts: a config from the command line, its help, and errors as one line."""
+"""Helpers of the scripts: a config from the command line, its help, and errors as one line.
 
+Importing torch takes seconds, for which neither `--help` nor a mistyped option need wait. A script's module therefore
+imports what reads its options, and its `main` imports the rest once they are read. Types that come with torch, in the
+signatures of a script's other functions, are imported under `TYPE_CHECKING`.
+"""
+
+import argparse
 import functools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from gkachat.config import Config, ConfigError
 from gkachat.config_file import C, from_dict, load_config, parse_args, parse_overrides, read_toml
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -25,6 +35,8 @@ def run(main: Callable[..., int | None], description: str | None = None) -> None
     With a description, tyro makes the arguments of `main` from the command line.
     """
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by scripts/__init__.py
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if description is not None:
             options = {
                 "prog": f"python -m scripts.{Path(sys.argv[0]).stem}",
@@ -79,6 +91,45 @@ def split_args(
     if given >= {"resume", "overwrite"}:
         raise ValueError("given --resume and --overwrite, expected one of them")
     return path, args, given
+
+
+def benchmark_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that all bench scripts share; `parse_benchmark` uses it.
+
+    It is argparse's, because they run on GPU machines that have torch but none of the other dependencies.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m scripts.{Path(sys.argv[0]).stem}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="auto", help="a torch device, or auto")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="of activations")
+    parser.add_argument("--rounds", type=positive, default=10, help="samples of each contestant")
+    parser.add_argument("--threads", type=positive, help="CPU threads; by default all")
+    parser.add_argument("--compile", action="store_true", help="compile what is timed with torch.compile")
+    parser.add_argument("--out", help="write OUT.json and OUT.md")
+    return parser
+
+
+def positive(text: str) -> int:
+    """Read a positive integer, as an argparse type."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"given {text!r}, expected a number above 0")
+    return int(text)
+
+
+def parse_benchmark(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, "torch.device", "torch.dtype"]:
+    """Parse the command line; return its options with the device and dtype they select."""
+    options = parser.parse_args()
+    import torch
+
+    from gkachat.machine import pick_device, pick_dtype
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = pick_device(options.device)
+    return options, device, pick_dtype(options.dtype, device)
 
 
 def with_progress(items: Iterable[T], what: str, characters: Callable[[T], int], total: int | None) -> Iterator[T]:

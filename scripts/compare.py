@@ -10,12 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from gkachat.checkpoint import find_run
 from gkachat.config import home
-from gkachat.eval.compare import compare_runs, draw, markdown
-from gkachat.eval.results import write_report
-from gkachat.machine import commit, processor
-from gkachat.train.metrics import upload
 from scripts.cli import run
 
 
@@ -31,6 +26,12 @@ def main(
         out: Directory to write to; by default comparisons/<a>-<b> beside runs/.
         wandb: Weights & Biases project to send the table and all files to; by default none.
     """
+    from gkachat.checkpoint import find_run
+    from gkachat.eval.compare import compare_runs, draw, markdown
+    from gkachat.eval.results import write_report
+    from gkachat.machine import commit, processor
+    from gkachat.train.metrics import upload
+
     run_dirs = [find_run(name) for name in runs]
     comparison = compare_runs(run_dirs)
     title = "-".join(run_dir.resolve().name for run_dir in run_dirs)

@@ -44,7 +44,7 @@ def main(
     if plan:
         print(training_plan(config, overrides, plan))
         return
-    from gkachat.model.stats import compare_stats  # torch takes seconds, which --help need not wait for
+    from gkachat.model.stats import compare_stats
 
     loaded = load_config(config, overrides)
     shape = loaded.model

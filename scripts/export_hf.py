@@ -8,8 +8,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gkachat.checkpoint import find_run
-from gkachat.hf.export import export
 from scripts.cli import run
 
 
@@ -31,6 +29,9 @@ def main(
         max_shard_size: Size at which weights are split into several files.
         overwrite: Replace an earlier export.
     """
+    from gkachat.checkpoint import find_run
+    from gkachat.hf.export import export
+
     export(find_run(run_name), out, step=step, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     files = sorted(path.name for path in out.iterdir())
     print(f"written to {out}: {', '.join(files)}; README.md says how to load it (pip install transformers)")

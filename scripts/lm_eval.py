@@ -12,10 +12,6 @@ from typing import Annotated
 
 import tyro
 
-from gkachat.checkpoint import find_run, load_model
-from gkachat.eval.results import write_result
-from gkachat.inference.quantize import for_inference
-from gkachat.machine import pick_device, pick_dtype
 from scripts.cli import run
 
 
@@ -45,6 +41,11 @@ def main(
         step: Step of the checkpoint; by default the last one.
         device: A torch device, or auto.
     """
+    from gkachat.checkpoint import find_run, load_model
+    from gkachat.eval.results import write_result
+    from gkachat.inference.quantize import for_inference
+    from gkachat.machine import pick_device, pick_dtype
+
     run_dir, chosen = find_run(run_name), pick_device(device)
     if run_unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric itself asks for

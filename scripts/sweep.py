@@ -57,7 +57,7 @@ def main() -> int:
     path, overrides, _ = split_args(sys.argv[1:], "SWEEP.toml", __doc__, {})
     if path is None:
         raise ValueError("given no sweep file, expected one, as in python -m scripts.sweep configs/sweep_depth.toml")
-    import torch  # takes seconds, which --help need not wait for
+    import torch
 
     from gkachat.benchmark import facts
     from gkachat.machine import pick_device

@@ -8,12 +8,8 @@ import sysconfig
 from itertools import islice
 from pathlib import Path
 
-import tiktoken
-
-from gkachat.benchmark import table
 from gkachat.config import Config, home
 from gkachat.data.sources import Corpus
-from gkachat.tokenizer import Tokenizer
 from scripts.cli import parse_config, run
 
 SAMPLE_CHARS = 200_000
@@ -49,6 +45,11 @@ def kinds(config: Config) -> dict[str, str]:
 
 def main() -> None:
     config, _ = parse_config(sys.argv[1:], __doc__)
+    import tiktoken
+
+    from gkachat.benchmark import table
+    from gkachat.tokenizer import Tokenizer
+
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
     encoders = {"ours": tokenizer.encode}
     for name in ("gpt2", "cl100k_base"):

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
-from gkachat import checkpoint
 from gkachat.config import Config
 from gkachat.config_file import load_config, read_toml
 from gkachat.vision_config import VisionConfig
@@ -20,6 +18,10 @@ from scripts.cli import run
 
 def problems(run_dir: Path) -> Iterator[str]:
     """Yield one line for each problem: config, hashes, shapes, finite numbers, leftovers and metrics."""
+    import torch
+
+    from gkachat import checkpoint
+
     is_vision = False
     try:
         is_vision = "patch_size" in str(read_toml(run_dir / "config.toml").get("model"))
@@ -71,7 +73,9 @@ def main(run_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="R
     Args:
         run_name: Name or directory of a run.
     """
-    run_dir = checkpoint.find_run(run_name)
+    from gkachat.checkpoint import find_run
+
+    run_dir = find_run(run_name)
     found = list(problems(run_dir))
     for problem in found:
         print(problem)

@@ -11,12 +11,6 @@ import argparse
 import statistics
 from collections import defaultdict
 
-import torch
-
-from gkachat.benchmark import publish, table
-from gkachat.checkpoint import find_run, model_config, open_checkpoint
-from gkachat.model.vit import model_stats
-from gkachat.train.metrics import read_metrics
 from gkachat.vision_config import ViTConfig
 from scripts.cli import run
 
@@ -39,6 +33,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="names or directories of runs")
     parser.add_argument("--out", help="write OUT.json and OUT.md")
     options = parser.parse_args()
+    import torch
+
+    from gkachat.benchmark import publish, table
+    from gkachat.checkpoint import find_run, model_config, open_checkpoint
+    from gkachat.model.vit import model_stats
+    from gkachat.train.metrics import read_metrics
+
     runs_of: dict[ViTConfig, list[dict]] = defaultdict(list)
     for name in options.runs:
         run_dir = find_run(name)

@@ -12,7 +12,6 @@ from scripts.cli import RUN_FLAGS, parse_config, run
 
 def main() -> None:
     config, flags = parse_config(sys.argv[1:], __doc__, RUN_FLAGS, VisionConfig)
-    # Importing torch takes seconds, which --help need not wait for.
     from gkachat.data.images import load_images
     from gkachat.machine import pick_device
     from gkachat.model.vit import ViT

@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT
 
 from gkachat.benchmark import benchmark, table
-from scripts import bench_attention, cli
-from scripts.bench_attention import bound, naive, operators
+from scripts import cli
+from scripts.bench import attention as bench_attention
+from scripts.bench.attention import bound, naive, operators
 
 SIZES = {
     "bench_attention": ["--tokens", 48, "--heads", 2, "--head-dim", 16, "--windows", 8, "full", "--rounds", 2],
@@ -109,7 +110,8 @@ def test_bench_scripts_need_only_torch_and_numpy():
     """In a process of its own, where importing any other dependency fails."""
     others = ["tyro", "tomli_w", "wandb", "datasets", "tiktoken", "tokenizers", "transformers", "filelock", "scipy"]
     others += ["safetensors", "rich", "matplotlib", "yaml"]
-    code = f"import sys\nsys.modules |= dict.fromkeys({others})\nimport {', '.join(f'scripts.{s}' for s in SIZES)}"
+    modules = ", ".join(f"scripts.{script}, scripts.{script.replace('_', '.')}" for script in SIZES)
+    code = f"import sys\nsys.modules |= dict.fromkeys({others})\nimport {modules}"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

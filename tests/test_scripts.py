@@ -1,7 +1,9 @@
 """The scripts with right and with wrong input, the speedrun, and the commands of the README."""
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -13,6 +15,18 @@ from scripts.cli import RUN_FLAGS, parse_config
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if p.stem not in ("__init__", "cli"))
+SLOW = {
+    "torch",
+    "triton",
+    "datasets",
+    "wandb",
+    "matplotlib",
+    "scipy",
+    "tiktoken",
+    "tokenizers",
+    "transformers",
+    "pyarrow",
+}
 # A model and a token budget that train in seconds on the laptop corpus.
 SMALL = ["--model.depth=1", "--model.n_embd=64", "--train.baseline_tokens=8192", "--train.eval_tokens=512"]
 SPEEDRUN = [*SMALL, "--chat.conversations=300"]
@@ -34,17 +48,34 @@ def test_help_shows_every_field_with_its_value_in_the_file(tmp_path):
     assert "--resume Continue the run" in shown and "--optim.muon_cautious {true,false}" in shown
 
 
-def test_help_and_wrong_options_do_not_wait_for_torch():
-    code = """if True:
+def test_help_and_wrong_options_import_nothing_slow():
+    """In one process, so that the scripts share what they import."""
+    code = f"""if True:
         import runpy, sys
-        for script, word in {"base_train": "--help", "chat_sft": "--help", "cost": "--help", "sweep": "--x"}.items():
-            sys.argv = [script, word]
-            try:
-                runpy.run_module(f"scripts.{script}", run_name="__main__", alter_sys=True)
-            except SystemExit as exit:
-                assert bool(exit.code) == (word != "--help")
-        assert "torch" not in sys.modules"""
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+        slow = {SLOW}
+        for script in {SCRIPTS}:
+            for word in ("--help", "--nonsense"):
+                sys.argv = [script, word]
+                try:
+                    runpy.run_module("scripts." + script, run_name="__main__", alter_sys=True)
+                except SystemExit as exit:
+                    assert bool(exit.code) == (word == "--nonsense"), (script, word)
+                assert not slow & sys.modules.keys(), (script, word, slow & sys.modules.keys())"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("package", "ended"), [("tyro", (-signal.SIGINT, "")), ("torch", (130, "interrupted\n"))])
+def test_ctrl_c_while_a_script_imports_leaves_no_traceback(package, ended, tmp_path):
+    """The script imports tyro itself, and torch once it has read its options."""
+    (tmp_path / f"{package}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.base_eval", "none"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore SIGINT
+    )  # fmt: skip
+    _, error = process.communicate()
+    assert (process.returncode, error) == ended
 
 
 def test_importing_scripts_does_nothing():

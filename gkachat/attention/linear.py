@@ -1,4 +1,4 @@
-"""Linear layer without bias, which attention and MLP are built from."""
+"""Linear layer without bias, and embedding, which models are built from."""
 
 import math
 
@@ -14,6 +14,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """Table of learned vectors, looked up by id."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # torch would import its compiler, which takes as long as torch, to draw nothing
+            super().reset_parameters()
 
 
 def uniform_(weight: Tensor, std: float) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from gkachat.attention.linear import Linear, uniform_
+from gkachat.attention.linear import Embedding, Linear, uniform_
 from gkachat.config import GPTConfig
 
 GATE_CHANNELS = 12  # channels of the block input that the gates read
@@ -14,7 +14,7 @@ class ValueEmbedding(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.table = nn.Embedding(config.vocab_size, config.n_embd)
+        self.table = Embedding(config.vocab_size, config.n_embd)
         self.gate = Linear(GATE_CHANNELS, config.n_head)
 
     @staticmethod

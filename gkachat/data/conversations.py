@@ -129,6 +129,13 @@ def check_messages(messages: Any, where: str = "messages") -> Messages:
     return messages
 
 
+def check_history(messages: Any) -> list[dict[str, str]]:
+    """Return messages that a user message can follow. Raises ValueError for anything else."""
+    if not isinstance(messages, list):
+        raise ValueError(f"given {messages!r:.80}, expected a list of messages")
+    return list(check_messages([*messages, {"role": "user", "content": ""}]))[:-1]
+
+
 def render(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[bool]]:
     """Return the ids of a conversation, BOS first, and for each id whether the model learns it."""
     ids, mask, system = [tokenizer.bos], [False], ""

@@ -21,6 +21,9 @@ WORDS = tuple(
     hammer tunnel pillow rabbit kitten puppy horse sheep zebra elephant tiger parrot penguin turtle balloon bubble
     """.split()  # noqa: SIM905 (a list would take a line a word)
 )
+SCORED_TASKS = ("addition", "counting")
+"""Tasks that scripts.chat_eval asks. Their answers are right or wrong."""
+MAX_QUESTIONS = 200  # of a task that it asks by default
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 
 Turn = tuple[str, str, str]

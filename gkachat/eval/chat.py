@@ -14,15 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from gkachat.data.conversations import is_val, render_prompt
-from gkachat.data.tasks import answer_of, ask
+from gkachat.data.tasks import MAX_QUESTIONS, SCORED_TASKS, answer_of, ask
 from gkachat.eval.results import task_score
 from gkachat.inference.engine import Engine, Request
 from gkachat.inference.sampling import Sampling
 from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
 
-TASKS = ("addition", "counting")
-MAX_QUESTIONS = 200
 MAX_ANSWER_TOKENS = 512
 SEED = 1337
 
@@ -47,7 +45,7 @@ def held_out_questions(task: str, val_fraction: float, limit: int = MAX_QUESTION
 def evaluate_chat(
     model: GPT,
     tokenizer: Tokenizer,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = SCORED_TASKS,
     *,
     val_fraction: float,
     limit: int = MAX_QUESTIONS,
@@ -56,15 +54,15 @@ def evaluate_chat(
     """Ask held-out questions, with greedy decoding, and return {task: figures}.
 
     Args:
-        tasks: names from TASKS.
+        tasks: names from SCORED_TASKS.
         val_fraction, limit: see `held_out_questions`.
         rows: answers generated at a time.
 
     Figures are those of `task_score` (the baseline always gives the most frequent answer), `correct` (a bool per
     question) and `sha256` of the questions. Raises ValueError for an unknown task or a limit below 1.
     """
-    if not tasks or not set(tasks) <= set(TASKS):
-        raise ValueError(f"tasks: given {', '.join(tasks) or 'none'}, expected some of {', '.join(TASKS)}")
+    if not tasks or not set(tasks) <= set(SCORED_TASKS):
+        raise ValueError(f"tasks: given {', '.join(tasks) or 'none'}, expected some of {', '.join(SCORED_TASKS)}")
     if limit < 1:
         raise ValueError(f"limit: given {limit}, expected 1 or more")
     scores = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gkachat.checkpoint import find_run, load_model
-from gkachat.data.conversations import Messages, check_messages, render_prompt
+from gkachat.data.conversations import Messages, render_prompt
 from gkachat.inference.engine import Engine, Request
 from gkachat.inference.quantize import for_inference
 from gkachat.inference.sampling import Sampling
@@ -102,10 +102,3 @@ class ChatSession:
             tokenizer.bos,
             *(id for text in texts for id in self._answer_tokens.get(text) or tokenizer.encode(text)),
         ]
-
-
-def check_history(messages: Any) -> list[dict[str, str]]:
-    """Return messages that a user message can follow. Raises ValueError for anything else."""
-    if not isinstance(messages, list):
-        raise ValueError(f"given {messages!r:.80}, expected a list of messages")
-    return list(check_messages([*messages, {"role": "user", "content": ""}]))[:-1]

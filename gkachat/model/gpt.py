@@ -22,7 +22,7 @@ from gkachat.attention import attention_class
 from gkachat.attention.base import Groups
 from gkachat.attention.cache import Cache, CacheStep, LayerCache, LayerCacheSpec
 from gkachat.attention.features import Rope, rms_norm, rope_at, rope_table
-from gkachat.attention.linear import Linear, uniform_
+from gkachat.attention.linear import Embedding, Linear, uniform_
 from gkachat.config import GPTConfig
 from gkachat.model.loss import LOGIT_CAP, choose_head_loss, soft_cap
 
@@ -137,12 +137,15 @@ class Transformer(nn.Module):
 
 
 class GPT(Transformer):
-    """Autoregressive transformer. It can be built on any device, also "meta"; torch's seed determines the weights."""
+    """Autoregressive transformer. It can be built on any device; torch's seed determines the weights.
+
+    On the "meta" device nothing is computed: that would take torch seconds, to import its compiler.
+    """
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.residual_scale = nn.Parameter(torch.empty(config.depth))
@@ -150,12 +153,15 @@ class GPT(Transformer):
         self.smear = Smear(config) if config.smear else None
         self.backout = nn.Parameter(torch.empty(1)) if config.backout else None
         self.prepare(compute_dtype)
-        self.init_weights()
+        if not self.wte.weight.is_meta:
+            self.init_weights()
 
     def prepare(self, compute_dtype: torch.dtype) -> None:
         """Choose the attention kernels and the head's loss, and compute the rotation tables."""
         super().prepare(compute_dtype)
         self.head_loss = choose_head_loss(self.wte.weight.device, compute_dtype)
+        if self.wte.weight.is_meta:
+            return
         cos, sin = rope_table(self.config.sequence_len, self.config.head_dim, self.wte.weight.device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

@@ -33,7 +33,8 @@ class ViT(Transformer):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.head = Linear(C, config.classes)
         self.prepare(compute_dtype)
-        self.init_weights()
+        if not self.positions.is_meta:
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -11,7 +11,7 @@ from gkachat.eval.scoring import Group, score_texts
 from gkachat.inference.engine import Engine
 from gkachat.inference.quantize import for_inference
 from gkachat.model.gpt import GPT
-from scripts import bench_decode
+from scripts.bench import decode as bench_decode
 from scripts.gpu_steps import Check, Save, Sizes, carried
 from scripts.gpu_steps.numbers import Comparisons
 

@@ -10,7 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 from gkachat.benchmark import benchmark, measured_peaks, table
 from gkachat.config import ATTENTIONS, GPTConfig
 from gkachat.machine import device_name, peak_flops, peak_memory
-from scripts import bench_attention, bench_step
+from scripts.bench import attention as bench_attention
+from scripts.bench import step as bench_step
 from scripts.gpu_steps import Check, Save, Sizes
 
 KERNELS_SHOWN = 25

@@ -7,9 +7,9 @@ import torch
 from conftest import live_model, untrained_run
 
 from gkachat.data.conversations import is_val, render_prompt
-from gkachat.data.tasks import answer_of
+from gkachat.data.tasks import SCORED_TASKS, answer_of
 from gkachat.eval import chat
-from gkachat.eval.chat import TASKS, evaluate_chat, generate_replies, held_out_questions
+from gkachat.eval.chat import evaluate_chat, generate_replies, held_out_questions
 from gkachat.eval.results import read_results
 from gkachat.tokenizer import train_tokenizer
 from scripts import chat_eval
@@ -26,7 +26,7 @@ def model(request, tokenizer):
 
 
 def test_questions_are_always_the_same_ones_that_tuning_kept_out():
-    for task in TASKS:
+    for task in SCORED_TASKS:
         questions = held_out_questions(task, 0.05, 20)
         assert questions == held_out_questions(task, 0.05, 20) and len(dict(questions)) == 20
     for question, answer in held_out_questions("addition", 0.05, 50):
@@ -75,7 +75,7 @@ def test_unknown_tasks_and_a_limit_of_nothing_are_refused(model, tokenizer):
     for tasks, limit, words in (
         (["chess"], 1, "tasks: given chess, expected some of addition, counting"),
         ([], 1, "tasks: given none"),
-        (TASKS, 0, "limit: given 0"),
+        (SCORED_TASKS, 0, "limit: given 0"),
     ):
         with pytest.raises(ValueError, match=words):
             evaluate_chat(model, tokenizer, tasks, val_fraction=0.05, limit=limit)

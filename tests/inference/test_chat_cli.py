@@ -13,10 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, untrained_run
 
+from gkachat.config import ATTENTIONS
 from gkachat.data.conversations import render_prompt
 from gkachat.inference.chat import ChatSession
 from gkachat.inference.sampling import Sampling
-from gkachat.tokenizer import train_tokenizer
+from gkachat.tokenizer import Tokenizer, train_tokenizer
 from scripts import chat_cli
 
 TURNS = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(7)]
@@ -124,6 +125,26 @@ def test_compared_runs_are_named_in_front_of_their_answers(chat, tmp_path, monke
     monkeypatch.setenv("GKACHAT_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no run with a checkpoint"):
         chat(None)
+
+
+def test_the_first_answer_on_a_cpu_does_not_wait_for_torch_to_import_its_compiler(home, tmp_path):
+    tokenizer = Tokenizer.load(home / "runs" / "chat")
+    for attention in ATTENTIONS:  # head_dim 64 and two lengths of window, as larger models have
+        shape = {"depth": 2, "n_embd": 64, "head_dim": 64, "window_pattern": "SL"}
+        untrained_run(tmp_path, attention, tokenizer, attention=attention, **shape)
+    code = f"""if True:
+        import runpy, sys
+        for run in {list(ATTENTIONS)}:
+            sys.argv = ["chat_cli", run, "-p", "What is 2 + 3?", "--max-tokens", "2", "--device", "cpu"]
+            try:
+                runpy.run_module("scripts.chat_cli", run_name="__main__", alter_sys=True)
+            except SystemExit as exit:
+                assert not exit.code
+        compiler = {{"torch._dynamo", "torch._inductor", "torch.nn.attention.flex_attention", "sympy", "triton"}}
+        assert not compiler & sys.modules.keys(), compiler & sys.modules.keys()"""
+    env = {**os.environ, "GKACHAT_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_oldest_turns_are_left_out_whole_and_the_system_message_stays(session):

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from gkachat.attention.kernels import decode, flash, gaussian_sdpa, reference, sdpa, window_cpu
-from gkachat.attention.kernels.flex import FlexAttention
 
 HALF = (torch.bfloat16, torch.float16)
 TRITON_HEAD_DIMS = (64, 128)
 TRITON_DTYPES = (torch.bfloat16, torch.float32)
 GAUSSIAN_BACKENDS = ("sdpa", "triton", "reference")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # here: torch.compile cannot trace a search for packages
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def choose_decode_kernel(head_dim: int, device: torch.device, dtype: torch.dtype
     """Return the fastest kernel for new tokens that attend to a cache; `attend(qkv, slices)` gives (B, T, H, D)."""
     obstacles = _obstacles(
         (device.type != "cuda", f"the device is {device.type}"),
-        (not _has_package("triton"), "triton is not installed"),
+        (not HAS_TRITON, "triton is not installed"),
         (dtype not in (*HALF, torch.float32), f"the dtype is {dtype}"),
         (head_dim > 256, f"heads have {head_dim} channels, more than 256"),
     )
@@ -115,13 +115,15 @@ def _softmax_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype) 
     if window is None or not spec.causal:
         which = "full window" if window is None else f"window {window} on both sides, masked"
         return Kernel("sdpa", f"{which}; {why}", through_sdpa)
+    from gkachat.attention.kernels.flex import FlexAttention  # imports torch's compiler, which takes as long as torch
+
     flex = FlexAttention(window, spec.sequence_len, device)
     return Kernel("flex", f"window {window}; {why}", flex.attend)
 
 
 def _gaussian_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> Kernel:
     obstacles = _obstacles(
-        (not _has_package("triton"), "triton is not installed"),
+        (not HAS_TRITON, "triton is not installed"),
         (
             # Nothing runs on the meta device: models are counted there.
             device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1",
@@ -152,8 +154,3 @@ def _gaussian_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype)
 def _obstacles(*checks: tuple[bool, str]) -> list[str]:
     """Return the text of each check that is true."""
     return [text for holds, text in checks if holds]
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot trace a search for packages
-def _has_package(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import live_model
 
-from gkachat.attention.kernels import choose, decode, flash, reference
+from gkachat.attention.kernels import choose, decode, flash, flex, reference
 from gkachat.attention.kernels.choose import KernelSpec, choose_decode_kernel, choose_kernel
 from gkachat.config import GKAConfig, GPTConfig
 from gkachat.model.gpt import GPT
@@ -31,14 +31,15 @@ def pretend(monkeypatch):
         properties = types.SimpleNamespace(multi_processor_count=78)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in packages else None)
+        monkeypatch.setattr(choose, "HAS_TRITON", "triton" in packages)
         for name in packages:
             if name.startswith("flash"):
                 monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(flash_attn_func=f"function of {name}"))
         monkeypatch.setitem(sys.modules, "kernels", types.SimpleNamespace(get_kernel=get_kernel))
         monkeypatch.setattr(flash, "_trace", trace)
         flash.find.cache_clear()
-        flex = types.SimpleNamespace(attend=None)
-        monkeypatch.setattr(choose, "FlexAttention", lambda window, sequence_len, device: flex)
+        made = types.SimpleNamespace(attend=None)
+        monkeypatch.setattr(flex, "FlexAttention", lambda window, sequence_len, device: made)
 
     yield setting
     flash.find.cache_clear()
