@@ -56,14 +56,13 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, with_gradients: bool) -> Tensor:
         weight = cast(weight_VC, x_NC.dtype)
-        V, in_cache = weight.size(0), LOGITS_PER_PART
-        if x_NC.device.type == "cpu" and not torch.compiler.is_compiling():
-            in_cache = LOGITS_IN_CACHE
         scored_N = targets_N != IGNORE
         count = scored_N.sum()
         total = torch.zeros((), dtype=torch.float32, device=x_NC.device)
         dx, dweight = [], torch.zeros_like(weight_VC) if with_gradients else None
-        rows, few = max(1, LOGITS_PER_PART // V), max(1, in_cache // V)
+        few = rows = max(1, LOGITS_PER_PART // weight.size(0))
+        if x_NC.device.type == "cpu":  # a compiled graph holds every piece, so that there are 64 at most
+            few = max(1, LOGITS_IN_CACHE // weight.size(0), len(x_NC) // 64)
         for part in zip(x_NC.split(rows), targets_N.split(rows), scored_N.split(rows), strict=True):
             dlogits = []
             for x, targets, scored in zip(*(t.split(few) for t in part), strict=True):
