@@ -3,6 +3,7 @@
 git clone https://github.com/karpathy/nanochat && git -C nanochat checkout 92d63d4
 python tests/parity/train.py nanochat configs/laptop.toml --run.seed 42
 python tests/parity/train.py nanochat configs/laptop.toml --run.seed 42 --ours
+python tests/parity/train.py nanochat configs/level_d4.toml --run.compile true --train.baseline_tokens 2000000
 python tests/parity/train.py nanochat configs/laptop.toml --time eager
 
 The corpus and its tokenizer must exist (scripts.tok_train, scripts.data_prep). Batches, schedules, learning rates and
@@ -40,9 +41,9 @@ def main() -> None:
     parser.add_argument("--ours", action="store_true", help="train our model, with our optimizers, instead")
     parser.add_argument("--time", choices=["eager", "compiled"], help="only time steps of both, in turns")
     args, options = parser.parse_known_args()
-    if args.time != "compiled":
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nanochat's optimizer compiles itself otherwise
     config = load_config(args.config, options)
+    if args.time != "compiled" and not config.run.compile:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nanochat's optimizer compiles itself otherwise
 
     dtype = pick_dtype(config.run.dtype, pick_device(config.run.device))
     os.environ["NANOCHAT_DTYPE"] = str(dtype).removeprefix("torch.")  # read when nanochat is imported
@@ -108,12 +109,13 @@ def train(config: Config, trained: Trained) -> float:
         packing=packing, seed=config.run.seed,
     )  # fmt: skip
     model, steps, start = trained.model, n_steps(config), time.perf_counter()
+    forward = torch.compile(model, dynamic=False) if config.run.compile else model
     for step in range(steps):
         # AdamW's groups of nanochat have no momentum, so that this sets what nanochat's trainer sets.
         set_hyperparameters(trained.optimizers, step, config)
         batch, n_targets, total = loader.batch(step), loader.n_targets(step), 0.0
         for inputs, targets in zip(*(t.split(rows) for t in batch), strict=True):
-            loss = model(inputs, targets) * (int((targets >= 0).sum()) / n_targets)
+            loss = forward(inputs, targets) * (int((targets >= 0).sum()) / n_targets)
             loss.backward()
             total += loss.item()
         for optimizer in trained.optimizers:
