@@ -205,7 +205,8 @@ class GPTConfig:
     smear: bool = True
     """Add a gated share of the previous token's embedding to each token's. The share starts at 0."""
     backout: bool = True
-    """Subtract a learned share of the residual stream after the middle layer at the end. The share starts at 0.2."""
+    """Subtract a learned share of the residual stream after the middle layer at the end. The share starts at 0.2. A
+    model of fewer than 3 layers has none: its middle layer is its last, and the share would change nothing."""
     short_conv: bool = False
     """softmax: each channel of queries, keys and values mixes the last 4 tokens, as in gka_plus."""
     gka: GKAConfig = field(default_factory=GKAConfig)
@@ -242,6 +243,11 @@ class GPTConfig:
     @property
     def n_head(self) -> int:
         return self.n_embd // self.head_dim
+
+    @property
+    def backout_layer(self) -> int | None:
+        """Return the layer of which the backout subtracts a share, or None."""
+        return self.depth // 2 if self.backout and self.depth > 2 else None
 
     @property
     def uses_value_embeddings(self) -> bool:

@@ -34,6 +34,7 @@ TINY = [
     "--train.eval_every=4",
     "--train.eval_tokens=256",
     "--run.log_every=2",
+    "--run.dtype=float32",  # auto depends on the CPU
 ]
 
 

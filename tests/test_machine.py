@@ -71,7 +71,7 @@ def test_no_script_touches_a_gpu_before_it_selects_that_of_its_rank(script, corp
 
 def test_every_script_with_a_device_is_among_them():
     named = {path.stem for path in (ROOT / "scripts").glob("*.py") if "device" in path.read_text()}
-    no_gpu = {"compare", "cost", "preflight", "sweep", "vision_report", "verify_run"}
+    no_gpu = {"cli", "compare", "cost", "preflight", "sweep", "vision_report", "verify_run"}
     assert named - no_gpu - {"gpu_check"} <= DEVICES.keys()  # gpu_check's steps are processes of one GPU
 
 
@@ -153,9 +153,23 @@ def test_kernels_of_torch_alone_need_no_compiler(monkeypatch, tmp_path):
     assert build_model(lambda *args: model, config, torch.device("cuda")) is model
 
 
-def test_a_cpu_computes_in_float32_unless_told_otherwise():
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"neon": True, "bf16": True}, torch.bfloat16),
+        (None, torch.float32),  # a torch without get_capabilities
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_where_it_multiplies_it_in_hardware(monkeypatch, capabilities, expected):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    if capabilities is not None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     cpu = torch.device("cpu")
-    assert pick_dtype("auto", cpu) == torch.float32 and pick_dtype("bfloat16", cpu) == torch.bfloat16
+    assert pick_dtype("auto", cpu) == expected
+    assert pick_dtype("bfloat16", cpu) == torch.bfloat16 and pick_dtype("float32", cpu) == torch.float32
 
 
 def test_peaks_are_known_by_the_vendors_names():

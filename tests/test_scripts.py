@@ -44,7 +44,8 @@ def test_help_shows_usage_and_an_example(script, tmp_path):
 def test_help_shows_every_field_with_its_value_in_the_file(tmp_path):
     shown = run_script("base_train", "configs/laptop.toml", "--help", home=tmp_path).stdout
     shown = " ".join(shown.replace("│", "").split())
-    assert "--model.n_embd {none}|INT Width in channels. None: 64 * depth. (default: 192)" in shown
+    width = "Width in channels. None: 64 * depth, rounded up to whole heads of 128 (of head_dim, if that is set)."
+    assert f"--model.n_embd {{none}}|INT {width} (default: 192)" in shown
     assert "--resume Continue the run" in shown and "--optim.muon_cautious {true,false}" in shown
 
 

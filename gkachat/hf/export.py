@@ -132,7 +132,7 @@ def _settings(model: GPT, tokenizer: Tokenizer, meta: dict[str, Any], dtype: str
         "window": next(filter(None, windows), None),
         "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
         "smear": shape.smear,
-        "backout": shape.backout,
+        "backout": shape.backout_layer is not None,
         "value_embedding_layers": [
             layer for layer in range(shape.depth) if f"blocks.{layer}.attn.value_embedding.table.weight" in names
         ],

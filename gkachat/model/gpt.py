@@ -45,7 +45,7 @@ class Smear(nn.Module):
     def forward(self, x_BTC: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Return the smeared embeddings. With a cache, the embedding before the new tokens comes from it."""
         with_past_BTC = F.pad(x_BTC, (0, 0, 1, 0)) if cache is None else cache.with_lookback(x_BTC)
-        gate_BT1 = self.share.to(x_BTC.dtype) * torch.sigmoid(self.gate(x_BTC[..., : self.gate.in_features]))
+        gate_BT1 = self.share.to(x_BTC.dtype) * torch.sigmoid(self.gate(x_BTC[..., : self.gate.weight.size(1)]))
         return x_BTC + gate_BT1 * with_past_BTC[:, :-1]
 
 
@@ -151,7 +151,7 @@ class GPT(Transformer):
         self.residual_scale = nn.Parameter(torch.empty(config.depth))
         self.x0_mix = nn.Parameter(torch.empty(config.depth))
         self.smear = Smear(config) if config.smear else None
-        self.backout = nn.Parameter(torch.empty(1)) if config.backout else None
+        self.backout = nn.Parameter(torch.empty(1)) if config.backout_layer is not None else None
         self.prepare(compute_dtype)
         if not self.wte.weight.is_meta:
             self.init_weights()
@@ -213,7 +213,7 @@ class GPT(Transformer):
             scale, mix = self.residual_scale[index].to(x_BTC.dtype), self.x0_mix[index].to(x_BTC.dtype)
             x_BTC = scale * x_BTC + mix * x0_BTC
             x_BTC = self._run_block(block, x_BTC, idx, rope, None if cache is None else cache.layer(index))
-            if index == self.config.depth // 2:
+            if index == self.config.backout_layer:
                 middle_BTC = x_BTC
         if self.backout is not None:
             x_BTC = x_BTC - self.backout.to(x_BTC.dtype) * middle_BTC

@@ -11,7 +11,7 @@ from gkachat.inference.engine import Engine
 from gkachat.train.metrics import read_metrics
 
 TIMES = ("seconds", "tokens_per_second", "mfu")
-OPTIONS = ["configs/laptop.toml", *TINY, "--run.keep_last=99", "--train.baseline_tokens=4096", "--run.dtype=float32"]
+OPTIONS = ["configs/laptop.toml", *TINY, "--run.keep_last=99", "--train.baseline_tokens=4096"]
 
 
 def train(name, *options):

@@ -20,6 +20,7 @@ from gkachat.vision_config import VisionConfig
 from scripts import verify_run, vision_report
 
 TINY = ["--model.depth=2", "--model.n_embd=32", "--train.epochs=0.5", "--train.eval_every=6", "--train.warmup_steps=3"]
+TINY += ["--run.dtype=float32"]  # auto depends on the CPU
 
 
 def config(*options):

@@ -71,7 +71,7 @@ def flex_model():
     assert [block.attn.window for block in model.blocks] == [129, None]
     with torch.no_grad():
         expected = model(idx)
-    model.blocks[0].attn.kernel = Kernel("flex", "a test", FlexAttention(128, 256, CPU).attend)
+    model.blocks[0].attn.kernel = Kernel("flex", "a test", FlexAttention(129, 256, CPU).attend)
     return model, idx, expected
 
 
