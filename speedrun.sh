@@ -6,31 +6,48 @@
 #   bash speedrun.sh --overwrite     start anew (default: keep finished runs and continue interrupted ones)
 #   bash speedrun.sh --protocol equal-flops     token budgets: paper (default with GPUs), equal-tokens (default without),
 #                                               equal-ratio, equal-flops
-#   bash speedrun.sh --run.seed 43              options of all trainings
+#   bash speedrun.sh --run.seed 43              options of all trainings; --data and --tokenizer: of the corpus, too
 #   bash speedrun.sh --chat.epochs 2            options of all tunings
+#   bash speedrun.sh --help                     this text
 #
 # Everything is written under GKACHAT_HOME (default: ~/.cache/gkachat).
 set -eo pipefail  # not -u: macOS has bash 3.2, where it refuses empty arrays
 cd "$(dirname "${BASH_SOURCE[0]}")"
-resume=--resume train_options=() chat_options=() section=train_options
+resume=--resume train_options=() chat_options=() data_options=() section=train depth=
+for word in "$@"; do
+    case $word in -h | --help) sed -n '2,/^$/{/^#/!d; s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+done
 for word in "$@"; do
     case $word in --protocol | --protocol=*) word=--train.${word#--} ;; esac
     case $word in
         --overwrite) resume=--overwrite; continue ;;
-        --chat.*) section=chat_options ;;
-        --*) section=train_options ;;
+        --run.name | --run.name=* | --model.attention | --model.attention=*)
+            echo "speedrun: given $word, which it sets itself for each run; leave it out" >&2
+            exit 2 ;;
+        --chat.*) section=chat ;;
+        --data.* | --tokenizer.*) section=data ;;
+        --model.depth) section=depth ;;
+        --model.depth=*) section=train depth=${word#*=} ;;
+        --*) section=train ;;
+        *) [ "$section" != depth ] || depth=$word ;;
     esac
-    case $section in
-        train_options) train_options+=("$word") ;;
-        chat_options) chat_options+=("$word") ;;
-    esac
+    [ "$section" = chat ] && chat_options+=("$word") || train_options+=("$word")
+    [ "$section" != data ] || data_options+=("$word")
 done
+SECONDS=0 minutes=()
 source scripts/setup.sh
+set_up=$SECONDS
 export GKACHAT_HOME=${GKACHAT_HOME:-$HOME/.cache/gkachat}
 trap 'echo "speedrun: interrupted; run it again to continue" >&2; exit 130' INT
 
 trap '[ -z "$data_job" ] || kill "$data_job" 2>/dev/null || true' EXIT  # a job that has ended leaves the exit code
 data_job= data_log=$GKACHAT_HOME/data_prep.log data_step="tokenize the corpus"
+
+# Note the duration of a step, for the table at the end.
+took() {
+    minutes+=("$(printf '%3d:%02d  %s' $(($2 / 60)) $(($2 % 60)) "$1")")
+}
+took "set up" "$set_up"
 
 fail() {
     echo "speedrun: $1 failed (exit code $2)${3-}" >&2
@@ -44,8 +61,9 @@ check_data() {
         [ -n "${1-}" ] || return 0
         echo "== $data_step, the rest"
     fi
-    local job=$data_job status=0
+    local job=$data_job status=0 began=$SECONDS
     wait "$job" || status=$?
+    [ -z "${1-}" ] || took "$data_step, the rest" $((SECONDS - began))
     data_job=
     [ "$status" -eq 0 ] || fail "$data_step" "$status" "; its output is in $data_log"
 }
@@ -54,8 +72,10 @@ step() {
     local name=$1 status=0
     shift
     check_data
+    local began=$SECONDS
     echo "== $name"
     "$@" || status=$?
+    took "$name" $((SECONDS - began))
     if [ "$status" -ne 0 ]; then
         check_data  # its failure may be the reason
         fail "$name" "$status"
@@ -65,32 +85,34 @@ step() {
 attentions=($("$PYTHON" -c 'from gkachat.config import ATTENTIONS; print(*ATTENTIONS)'))
 gpus=$("$PYTHON" -c 'from gkachat.machine import count_gpus; from scripts.cli import run; run(lambda: print(count_gpus()))')
 if [ "$gpus" -gt 0 ]; then
-    config=configs/d20.toml runs=("${attentions[@]/#/d20_}")
+    config=configs/d20.toml depth=${depth:-20}
     launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$gpus" -m)
     train_options=(--train.protocol paper "${train_options[@]}")  # an option of the user comes later and wins
     chat_options=(--chat.source huggingface "${chat_options[@]}")
 else
-    config=configs/laptop.toml runs=("${attentions[@]/#/d4_}")
+    config=configs/laptop.toml depth=${depth:-4}
     launch=("$PYTHON" -m)
     chat_options=(--chat.conversations 24000 "${chat_options[@]}")
 fi
+
+runs=("${attentions[@]/#/d${depth}_}")
 
 step "check options, GPUs and disk" "$PYTHON" -m scripts.preflight "$config" "${train_options[@]}" "${chat_options[@]}"
 if [ "$gpus" -gt 0 ]; then
     step "count" "$PYTHON" -m scripts.cost --config "$config"
     step "estimate the hours of training" "$PYTHON" -m scripts.estimate "$config" --all "${train_options[@]}"
 fi
-step "train the tokenizer" "$PYTHON" -m scripts.tok_train "$config"
+step "train the tokenizer" "$PYTHON" -m scripts.tok_train "$config" "${data_options[@]}"
 if [ "$gpus" -gt 0 ]; then
     # Training reads the first shards while the later ones are made. Without a GPU both would need the same few cores.
     echo "== $data_step, in the background: $data_log"
     mkdir -p "$GKACHAT_HOME"
     : > "$data_log"  # both streams append: neither overwrites what the other wrote
-    nice "$PYTHON" -m scripts.data_prep "$config" >> "$data_log" 2> >(tee -a "$data_log" >&2) &
+    nice "$PYTHON" -m scripts.data_prep "$config" "${data_options[@]}" >> "$data_log" 2> >(tee -a "$data_log" >&2) &
     data_job=$!
     until grep -qs '^train_00000 ' "$data_log"; do check_data; [ -n "$data_job" ] || break; sleep 0.2; done
 else
-    step "$data_step" "$PYTHON" -m scripts.data_prep "$config"
+    step "$data_step" "$PYTHON" -m scripts.data_prep "$config" "${data_options[@]}"
 fi
 for i in "${!runs[@]}"; do
     step "train ${runs[i]}" "${launch[@]}" scripts.base_train "$config" "$resume" \
@@ -109,6 +131,10 @@ done
 
 [ "$GKACHAT_HOME" = "$HOME/.cache/gkachat" ] && prefix= || prefix="GKACHAT_HOME=$(printf %q "$GKACHAT_HOME") "
 chat="  $prefix$(printf %q "$PYTHON") -m scripts.chat_cli"
+echo
+echo "Minutes and seconds by step:"
+took "in all" "$SECONDS"
+printf '%s\n' "${minutes[@]}"
 echo
 echo "Talk to them, one at a time or two side by side:"
 for run in "${runs[@]}"; do echo "$chat ${run}_chat"; done

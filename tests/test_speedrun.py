@@ -129,6 +129,48 @@ def test_options_reach_all_trainings_the_estimate_or_all_tunings(commands, gpus,
     assert not any("--chat.epochs" in line or "--overwrite" in line for line in lines if "estimate" in line)
 
 
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_is_printed_and_nothing_is_set_up(option, tmp_path):
+    shutil.copy(ROOT / "speedrun.sh", tmp_path)
+    result = subprocess.run(["bash", tmp_path / "speedrun.sh", option], capture_output=True, text=True, check=True)
+    assert "bash speedrun.sh --overwrite" in result.stdout and "set -e" not in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["speedrun.sh"]
+
+
+@pytest.mark.parametrize("option", ["--run.name=x", "--run.name x", "--model.attention gka"])
+def test_what_the_speedrun_sets_itself_is_refused(option, tmp_path):
+    shutil.copy(ROOT / "speedrun.sh", tmp_path)
+    result = subprocess.run(["bash", tmp_path / "speedrun.sh", *option.split()], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"given {option.split()[0]}, which it sets itself" in result.stderr
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_options_of_the_corpus_reach_every_step_that_needs_them(commands, gpus):
+    given = "--data.files a.txt b.txt --data.source=files --tokenizer.vocab_size 600"
+    lines = commands(gpus, "--run.seed", "7", *given.split(), "--chat.epochs", "2")
+    for script in ("preflight", "tok_train", "data_prep", "base_train"):
+        found = [line for line in lines if f"scripts.{script} " in line]
+        assert found and all(given in line for line in found), script
+    assert not any("--run.seed" in line for line in lines if "tok_train" in line or "data_prep" in line)
+    assert not any("--data" in line for line in lines if "chat_sft" in line)
+
+
+@pytest.mark.parametrize("option", ["--model.depth 6", "--model.depth=6"])
+def test_runs_are_called_by_their_depth(commands, option):
+    lines = commands(0, *option.split(), "--run.seed", "7")
+    assert {f"scripts.base_eval d6_{attention}" for attention in ATTENTIONS} < {*lines}
+    assert all(" --run.name d6_" in line and option in line for line in trainings(lines))
+
+
+def test_minutes_by_step_are_printed_at_the_end(start):
+    output = start(0, hooks='if [[ "$*" == *tok_train* ]]; then sleep 1.2; fi').communicate(timeout=60)[0]
+    table = dict(reversed(line.strip().split("  ", 1)) for line in re.findall(r"^ +\d+:\d\d  .+$", output, flags=re.M))
+    assert [*table][:3] == ["set up", "check options, GPUs and disk", "train the tokenizer"]
+    assert [*table][-1] == "in all" and {f"train d4_{attention}" for attention in ATTENTIONS} < table.keys()
+    assert table["train the tokenizer"].strip() in ("0:01", "0:02") and table["in all"].strip() >= "0:01"
+
+
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_wrong_options_are_found_before_anything_is_made(commands, gpus):
     assert len(commands(gpus, "--train.protocol", "fair", broken="preflight*fair", code=3)) == 1
