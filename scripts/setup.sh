@@ -19,7 +19,8 @@ if ! cmp -s pyproject.toml "$setup_stamp" && ! cmp -s pyproject.toml .venv/insta
     }
     [ -x "$PYTHON" ] || "$setup_base" -m venv .venv || { echo "set-up: cannot make .venv" >&2; exit 1; }
     echo "== set-up: installing into .venv"
-    "$PYTHON" -m pip install --quiet --editable ".${setup_extra:+[$setup_extra]}" || {
+    # Python compiles each module when it is first imported. To compile all of them now takes as long as the downloads.
+    "$PYTHON" -m pip install --quiet --no-compile --editable ".${setup_extra:+[$setup_extra]}" || {
         echo "set-up: pip could not install gkachat${setup_extra:+[$setup_extra]}" >&2
         exit 1
     }
