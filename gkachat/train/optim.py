@@ -48,10 +48,8 @@ ADAMW = {
     "x0_mix": ((0.96, 0.95), 0.0),
     "residual_scale": ((0.8, 0.95), 0.05),
 }
-ADAMW_DEFAULT = (
-    (0.8, 0.95),
-    0.0,
-)  # smear and backout in nanochat; bandwidths, convolutions and positions, which it lacks
+# Smear and backout in nanochat; bandwidths, convolutions and positions, which it lacks.
+ADAMW_DEFAULT = ((0.8, 0.95), 0.0)
 SCALED_BY_WIDTH = ("embedding", "value_embeddings", "lm_head")  # rates that fall with the width, as (C / 768)^-1/2
 UNSCALED = ("smear", "backout")  # rates that do not follow the batch
 MIN_SHARDED_SIZE = 2**14  # elements; every rank steps smaller parameters whole
