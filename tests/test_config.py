@@ -125,7 +125,7 @@ def test_a_dataclass_is_built_from_a_dict():
         ("--data.subset none", "data", "subset", "none"),
         ("--run.name 007", "run", "name", "007"),
         ("--run.name=", "run", "name", ""),
-        ("--run.name=--x", "run", "name", "--x"),
+        ("--data.split=--x", "data", "split", "--x"),
         ("--data.revision=a=b", "data", "revision", "a=b"),
         ("--data.files a.txt b.txt --model.depth 2", "data", "files", ("a.txt", "b.txt")),
         ("--model.gka.rope true", "model", "gka", GKAConfig(rope=True)),

@@ -116,14 +116,15 @@ def test_files_are_read_line_by_line_and_a_bad_line_is_named(tmp_path):
     assert load(source="files", files=(str(path),)) == [("hi", talk("hi", "ho"))] * 2
     for line, fault in (
         (b"{", "line 2: not JSON"),
-        (b"[1]", r'line 2: expected an object \{"messages"'),
+        (b"1", r'line 2: given int, expected an object \{"messages"'),
+        (b"[" * 200_000, "line 2: not JSON"),
         (b'{"messages": [{"role": "user"}]}', "line 2, message 0: expected"),
         (b'{"messages": "\xff"}', "line 2: not UTF-8"),
     ):
         path.write_bytes(good + b"\n" + line + b"\n")
         with pytest.raises(ValueError, match=f"a.jsonl, {fault}"):
             load(source="files", files=(str(path),))
-    with pytest.raises(FileNotFoundError, match=r"chat.files: no file nowhere.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"chat\.files: nothing matches 'nowhere\.jsonl'"):
         load(source="files", files=("nowhere.jsonl",))
     with pytest.raises(ValueError, match="files: given"):
         load(source="files")

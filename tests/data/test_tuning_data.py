@@ -134,4 +134,6 @@ def test_another_generator_makes_other_files(read, tmp_path, monkeypatch):
 def test_a_source_that_fails_leaves_nothing_behind(read):
     with pytest.raises(FileNotFoundError):
         read(config=ChatConfig(source="files", files=("none.jsonl",)))
+    with pytest.raises(ValueError, match="no conversation for train"):
+        read(config=ChatConfig(conversations=1, val_fraction=0.999999))
     assert not any(path.is_dir() for path in read.directory.iterdir())

@@ -41,7 +41,8 @@ def chat(home, monkeypatch, capsys):
     monkeypatch.setenv("GKACHAT_HOME", str(home))
 
     def chat(run, *lines, **options):
-        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+        stdin = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         chat_cli.main(run, device="cpu", **{"max_tokens": 4} | options)
         return capsys.readouterr().out
 
