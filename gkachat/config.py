@@ -122,8 +122,8 @@ class DataConfig:
     text_column: str = "text"
     """Field or column that holds the text, in .jsonl, .parquet and Hugging Face data."""
     val_fraction: float = 0.01
-    """Fraction of documents held out for validation. A hash of the document decides. Where that leaves a split empty,
-    as with a single document, the last document is cut at a line end, and its end is held out."""
+    """Fraction of documents held out for validation. A hash of the document decides. Where that leaves a split
+    empty, as with a single document, the last document is cut at a line end, and its end is held out."""
     min_chars: int = 32
     """Documents with fewer characters are dropped. White space at the ends does not count."""
     max_chars: int | None = None

@@ -74,6 +74,7 @@ def main(
     if prompt is None:
         chat.loop(at_terminal=sys.stdin.isatty())
         return
+    prompt = prompt.replace("\r\n", "\n").removesuffix("\r")  # of a file with such line ends
     if not sessions[0].is_tuned and not as_json and not compare:
         print(prompt, end="")  # the answer continues it
     chat.ask(prompt)

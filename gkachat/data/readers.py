@@ -6,21 +6,20 @@
 A file is plain or compressed (.gz, .bz2, .xz, .zst). Upper and lower case in suffixes do not matter.
 """
 
-import bz2
 import fnmatch
 import glob
-import gzip
+import importlib
 import io
-import lzma
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from gkachat.text import CONVERT, decode, expand, lines, list_some, parse_json
+
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "pyarrow"}
+"""Suffixes of compressed files, and the modules that read them. Some Pythons are built without lzma."""
 
 T = TypeVar("T")
 Rows = Iterator[tuple[str, Any]]
@@ -59,7 +58,7 @@ def find_files(patterns: Sequence[str], suffixes: Sequence[str], option: str) ->
     Raises FileNotFoundError or ValueError that lists all patterns that match nothing and all files that cannot be read.
     """
     found, problems, missing = [], [], False
-    expected = f"expected one of {', '.join(suffixes)}, also compressed as {', '.join(OPENERS)}"
+    expected = f"expected one of {', '.join(suffixes)}, also compressed as {', '.join(PACKED)}"
     for pattern in patterns:
         path = expand(pattern)
         if os.path.isdir(path):
@@ -132,7 +131,7 @@ def _is_file(path: Path) -> bool:
 
 def kind_of(path: Path) -> str:
     """Return the suffix of a file in lower case, without that of its compression."""
-    packed = path.suffix.lower() in OPENERS
+    packed = path.suffix.lower() in PACKED
     return (path.with_suffix("") if packed else path).suffix.lower()
 
 
@@ -169,7 +168,7 @@ def read_parquet(path: Path, column: str) -> Rows:
 
     number = 0
     try:
-        if path.suffix.lower() in OPENERS:
+        if path.suffix.lower() in PACKED:
             raise OSError("unpack it first: parquet is compressed itself")
         file = pyarrow.parquet.ParquetFile(path)
         if column not in file.schema_arrow.names:  # as in a line of .jsonl, the names are what is there instead
@@ -198,18 +197,21 @@ READERS: dict[str, Callable[[Path, str], Rows]] = {
 def _open(path: Path) -> Iterator[BinaryIO]:
     """Open a file, compressed or not, for reading. Raises ValueError that names it where that fails."""
     try:
-        with OPENERS.get(path.suffix.lower(), partial(open, mode="rb"))(path) as file:
+        with _unpacked(path) as file:
             yield file
     except UnicodeDecodeError as error:  # of UTF-16 or UTF-32
         raise ValueError(f"{path}: not {error.encoding.upper()}; {CONVERT.format('ENCODING')}") from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # each way of packing has its own
         raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def _open_zstd(path: Path) -> BinaryIO:
-    import pyarrow  # the standard library reads it from Python 3.14 on
+def _unpacked(path: Path) -> BinaryIO:
+    suffix = path.suffix.lower()
+    if suffix == ".zst":  # in the standard library from Python 3.14 on
+        import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-
-
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    module = importlib.import_module(PACKED.get(suffix, "io"))
+    return module.open(path, "rb")
