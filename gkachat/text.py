@@ -53,12 +53,8 @@ def lines(file: BinaryIO) -> Iterable[bytes]:
 
 def parse_json(data: bytes | str) -> Any:
     """Return the value of a JSON text. Raises ValueError for anything else, however hostile it is, and for NaN."""
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"not JSON ({name} is no JSON number)")
-
     try:
-        return json.loads(decode(data) if isinstance(data, bytes) else data, parse_constant=refuse)
+        return JSON.decode(decode(data) if isinstance(data, bytes) else data)
     except RecursionError:
         raise ValueError("not JSON (nested too deeply)") from None
     except json.JSONDecodeError as error:
@@ -67,6 +63,13 @@ def parse_json(data: bytes | str) -> Any:
         if "integer string conversion" in str(error):
             raise ValueError("not JSON (a number of thousands of digits)") from None
         raise
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"not JSON ({name} is no JSON number)")
+
+
+JSON = json.JSONDecoder(parse_constant=_refuse)
 
 
 def is_text(*texts: str) -> bool:

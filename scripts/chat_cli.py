@@ -92,14 +92,14 @@ class Chat:
         Without a terminal, an error ends the loop too. With `as_json`, a line that has one is answered by an object
         with `error`, and ValueError that lists them is raised at the end.
         """
-        stdin, errors = None if at_terminal else iter(lines(sys.stdin.buffer)), []
+        stdin, errors, number = None if at_terminal else iter(lines(sys.stdin.buffer)), [], 0
         if at_terminal:
             for session in self.sessions:
                 does = "answers" if session.is_tuned else "continues the text so far"
                 print(f"{session.name}, step {session.step}, {session.engine.model.config.attention}: {does}.")
             self.help("")
         while True:
-            line = ""
+            line, number = "", number + 1
             try:
                 line = input("> ") if at_terminal else next_line(stdin)
                 if self.as_json and line.lstrip().startswith("{"):
@@ -119,7 +119,7 @@ class Chat:
                     raise
                 print("\n/quit or Ctrl-D ends.")
             except (OSError, ValueError) as error:
-                message = f"{line.strip():.80}: {error}"
+                message = f"{line.strip()[:80] or f'line {number}'}: {error}"
                 if at_terminal:
                     print(message)
                 elif self.as_json:

@@ -118,7 +118,8 @@ def mine(run, tmp_path):
 
 
 def test_one_text_file_is_a_corpus_with_both_splits(run, mine, tmp_path, capsys):
-    text = "".join(f"{' '.join(random.Random(i).choices(WORDS, k=9))}\n" for i in range(2000))
+    text = "at first no other line comes\n" * 1000  # more than tokenizer.doc_chars
+    text += "".join(f"{' '.join(random.Random(i).choices(WORDS, k=9))}\n" for i in range(2000))
     (tmp_path / "input.txt").write_bytes(codecs.BOM_UTF8 + text.encode())
     mine(tok_train)
     mine(data_prep)
@@ -141,7 +142,7 @@ def test_a_failed_preparation_is_not_in_the_way_of_another(run, mine, tmp_path):
     directory = run.home / "tokens" / "mine-v512"
     assert len(read_manifest(directory).shards) > 3
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    mine(data_prep, *options, "--data.val_fraction=0.2")
+    mine(data_prep, *options, "--data.val_fraction=0.2", "--data.shard_chars=6000")
     manifest = read_manifest(directory)
     assert manifest.complete and manifest.source["val_fraction"] == 0.2
     assert {path.stem for path in directory.glob("*_*")} == {shard.name for shard in manifest.shards}

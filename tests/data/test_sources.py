@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from gkachat.config import DataConfig
-from gkachat.data.sources import Corpus
+from gkachat.data.sources import Corpus, hash_64
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 HUB = {"source": "huggingface", "dataset": "org/set"}
@@ -331,6 +331,7 @@ def test_all_bad_files_are_reported_together(write, tmp_path):
     for i in range(4):
         write(f"{i}.jsonl", TEXTS)
     (tmp_path / "1.jsonl").write_bytes(GOOD + b"{")
+    write("2.jsonl", ["sound, and yet not to be read: a file before it is bad"])
     (tmp_path / "3.jsonl").write_bytes(b"{}\n{")
     seen = []
     with pytest.raises(ValueError, match=r"1\.jsonl, line 2: not JSON .*; \S*3\.jsonl, line 1: no text in") as error:
@@ -372,5 +373,10 @@ def test_a_corpus_that_hashes_leave_without_val_or_train_has_both_and_no_other_c
         corpus = corpus_of(write("a.jsonl", [*texts, last]), val_fraction=fraction)
         others = "train" if fraction < 0.5 else "val"
         assert list(corpus) == [*((others, text) for text in texts), *parts] and corpus.cut
+    in_train = [text for text in TEXTS if hash_64(text.encode()) > 0.5 * 2**64][:9]
+    assert list(corpus_of(write("a.jsonl", in_train), val_fraction=0.15))[-2:] == [
+        ("train", in_train[-2]),
+        ("val", in_train[-1]),  # less than the share that val should have
+    ]
     corpus = corpus_of(write("a.jsonl", TEXTS), val_fraction=0.3)
     assert list(corpus) == list(corpus.documents()) and not corpus.cut

@@ -129,6 +129,8 @@ def test_a_line_that_cannot_be_answered_does_not_end_the_session(chat, capsys):
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert ["error" in answer for answer in answers] == [False, *[True] * len(bad), False]
     assert "surrogate" in answers[1]["error"] and "not UTF-8" in answers[4]["error"] and "NUL" in answers[6]["error"]
+    with pytest.raises(ValueError, match=r"^line 2: NUL characters, as in UTF-16 without .*\(iconv"):
+        chat("base", b"\n\0N\0o")
 
 
 def test_line_ends_and_byte_order_marks_do_not_change_answers(chat):
