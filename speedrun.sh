@@ -38,6 +38,7 @@ SECONDS=0 minutes=()
 source scripts/setup.sh
 set_up=$SECONDS
 export GKACHAT_HOME=${GKACHAT_HOME:-$HOME/.cache/gkachat}
+case $GKACHAT_HOME in "~/"*) GKACHAT_HOME=$HOME/${GKACHAT_HOME#"~/"} ;; esac
 trap 'echo "speedrun: interrupted; run it again to continue" >&2; exit 130' INT
 
 trap '[ -z "$data_job" ] || kill "$data_job" 2>/dev/null || true' EXIT  # a job that has ended leaves the exit code

@@ -35,6 +35,7 @@ from gkachat.files import flush, read_json, sha256, write_text
 from gkachat.machine import commit
 from gkachat.model.gpt import GPT, Transformer
 from gkachat.model.vit import ViT
+from gkachat.text import expand
 from gkachat.tokenizer import Tokenizer
 from gkachat.vision_config import VisionConfig, ViTConfig
 
@@ -51,7 +52,7 @@ def find_run(name: str | Path) -> Path:
     Raises FileNotFoundError that lists the runs there are.
     """
     runs = home() / "runs"
-    for directory in (Path(name), runs / name):
+    for directory in (expand(name), runs / name):
         if (directory / "config.toml").exists():
             return directory
     known = sorted(path.parent.name for path in runs.glob("*/config.toml"))

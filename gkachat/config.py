@@ -17,8 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gkachat.text import expand
+
 HEAD_DIM = 128
 Protocol = Literal["equal-tokens", "equal-ratio", "paper", "equal-flops"]
+DIRECTORY_NAME = "a directory name, not a path, that does not start with - or ~"
 ATTENTIONS: dict[str, str | type] = {
     "softmax": "gkachat.attention.softmax:SoftmaxAttention",
     "gka": "gkachat.attention.gka:GaussianKernelAttention",
@@ -52,8 +55,8 @@ def at_least(least: int, config: Any, *names: str) -> Checks:
 
 
 def is_directory_name(name: str) -> bool:
-    """Return whether `name` can name a directory: it is not a path, `.` or `..`."""
-    return name not in (".", "..") and not set(name) & set("/\\")
+    """Return whether `name` can name a directory, also on a command line: it is no path, and no option."""
+    return name not in (".", "..") and not name.startswith(("-", "~")) and not set(name) & set("/\\\0")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            name=(is_directory_name(self.name), "a directory name, not a path"),
+            name=(is_directory_name(self.name), DIRECTORY_NAME),
             timeout=(self.timeout > 0, "above 0"),
             **at_least(0, self, "seed", "checkpoint_every", "keep_every"),
             **at_least(1, self, "log_every", "keep_last"),
@@ -107,7 +110,7 @@ class DataConfig:
     site_packages: bool = False
     """python-source: also read the installed packages."""
     files: tuple[str, ...] = ()
-    """files: paths or globs of .txt, .jsonl or .parquet files."""
+    """files: .txt, .jsonl or .parquet files, also compressed, directories, or globs."""
     dataset: str = "karpathy/climbmix-400b-shuffle"
     """huggingface: name of the dataset."""
     subset: str = ""
@@ -119,7 +122,8 @@ class DataConfig:
     text_column: str = "text"
     """Field or column that holds the text, in .jsonl, .parquet and Hugging Face data."""
     val_fraction: float = 0.01
-    """Fraction of documents held out for validation. A hash of the document decides."""
+    """Fraction of documents held out for validation. A hash of the document decides. Where that leaves a split
+    empty, as with a single document, the last document is cut at a line end, and its end is held out."""
     min_chars: int = 32
     """Documents with fewer characters are dropped. White space at the ends does not count."""
     max_chars: int | None = None
@@ -134,7 +138,7 @@ class DataConfig:
         require(
             self,
             files=(self.source != "files" or bool(self.files), "paths when source is files"),
-            name=(is_directory_name(self.name), "a directory name, not a path"),
+            name=(is_directory_name(self.name), DIRECTORY_NAME),
             val_fraction=(0 < self.val_fraction < 1, "above 0 and below 1"),
             **at_least(1, self, "min_chars", "max_chars"),
             **at_least(1024, self, "shard_chars"),
@@ -157,7 +161,8 @@ class TokenizerConfig:
     train_chars: int = 2_000_000_000
     """Characters of training text that the merges are learned from."""
     doc_chars: int = 10_000
-    """Characters used of each document, so that long documents do not dominate."""
+    """Characters used of each document, so that long documents do not dominate. Where these are fewer than a million,
+    documents are used whole."""
 
     def __post_init__(self) -> None:
         require(
@@ -408,7 +413,7 @@ class ChatConfig:
     source: Literal["generated", "files", "huggingface"] = "generated"
     """generated: small tasks made from run.seed. files: chat.files. huggingface: SmolTalk, MMLU and GSM8K."""
     files: tuple[str, ...] = ()
-    """files: .jsonl files with a {"messages": [...]} object per line."""
+    """files: .jsonl or .parquet files, directories or globs; each line or row has `messages`."""
     conversations: int | None = None
     """Maximum number of conversations. None: all there are, or 40,000 generated ones."""
     epochs: float = 1.0
@@ -435,4 +440,4 @@ class TuningConfig(Config):
 
 def home() -> Path:
     """Return the directory that everything is written under: $GKACHAT_HOME, or ~/.cache/gkachat."""
-    return Path(os.environ.get("GKACHAT_HOME") or Path.home() / ".cache" / "gkachat")
+    return expand(os.environ.get("GKACHAT_HOME") or "~/.cache/gkachat")

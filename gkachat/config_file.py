@@ -19,6 +19,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from gkachat.config import Config, ConfigError
+from gkachat.text import decode, expand
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -46,7 +47,7 @@ def load_config(
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Return the tables of a TOML file. Raises FileNotFoundError, or ConfigError if it is not TOML."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(decode(expand(path).read_bytes()))
     except FileNotFoundError:
         raise FileNotFoundError(f"no config file {path}; configs/ has the shipped ones") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or a number of thousands of digits
@@ -96,15 +97,15 @@ def parse_args(target: Callable[..., T], args: Sequence[str], **options: Any) ->
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(target, args=args, registry=_toml_words(), **options)
+            return tyro.cli(target, args=args, registry=_rules(), **options)
     except SystemExit as exit:
         if not exit.code:  # --help
             raise
         raise ConfigError([_first_line(box.getvalue())]) from None
 
 
-def _toml_words() -> Any:
-    """Return the tyro rules that read and show true, false and none as TOML and the docs write them."""
+def _rules() -> Any:
+    """Return the tyro rules of words and paths: true, false and none as TOML writes them, and ~ in a path expanded."""
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
     registry, words = ConstructorRegistry(), {bool: {"true": True, "false": False}, NoneType: {"none": None}}
@@ -119,6 +120,18 @@ def _toml_words() -> Any:
             is_instance=lambda value: type(value) is info.type,
             str_from_instance=lambda value: [str(value).lower()],
             choices=tuple(values),
+        )
+
+    @registry.primitive_rule
+    def path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda texts: expand(texts[0]),
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda value: [str(value)],
         )
 
     return registry

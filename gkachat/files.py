@@ -1,13 +1,14 @@
 """Files that survive a crash: written under a temporary name, flushed to disk, then renamed into place; and locks."""
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from gkachat.text import parse_json
 
 MAX_JSON_BYTES = 2**24
 
@@ -32,6 +33,15 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise OSError(f"cannot write {path}: {error.strerror or error}; its old content is untouched") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Make an OSError of writing, such as a full disk, name the path."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -64,13 +74,13 @@ def read_json(path: Path, **types: type) -> dict[str, Any]:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise ValueError(f"{size:,} bytes, expected {MAX_JSON_BYTES:,} at most")
-        tree = json.loads(path.read_text())
+        tree = parse_json(path.read_bytes())
         if not isinstance(tree, dict):
             raise ValueError("expected an object")
         for name, type_ in types.items():
             if not isinstance(tree.get(name), type_):
                 raise ValueError(f"expected {name} to be a {type_.__name__}")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from None
     return tree
 

@@ -31,7 +31,7 @@ import numpy as np
 
 from gkachat.benchmark import table
 from gkachat.checkpoint import checkpoint_steps
-from gkachat.config import ATTENTIONS, Config, ConfigError, home, is_directory_name, require
+from gkachat.config import ATTENTIONS, DIRECTORY_NAME, Config, ConfigError, home, is_directory_name, require
 from gkachat.config_file import from_dict, load_config, read_toml
 from gkachat.eval.compare import read_run
 from gkachat.eval.results import write_report
@@ -62,7 +62,7 @@ class SweepOptions:
     def __post_init__(self) -> None:
         require(
             self,
-            name=(bool(self.name) and is_directory_name(self.name), "a directory name"),
+            name=(bool(self.name) and is_directory_name(self.name), DIRECTORY_NAME),
             flops=(all(0 < budget < math.inf for budget in self.flops), "numbers above 0"),
         )
 

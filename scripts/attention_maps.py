@@ -39,6 +39,7 @@ def main(
         wandb: Weights & Biases project that receives all files; empty: none.
     """
     from gkachat.checkpoint import find_run
+    from gkachat.data.readers import read_text
     from gkachat.inspection.report import markdown, write_inspection
     from gkachat.inspection.statistics import inspect_run
     from gkachat.machine import pick_device
@@ -48,10 +49,7 @@ def main(
         raise ValueError("given --text and --prompt, expected one of them")
     run_dir = find_run(run_name)
     if text is not None:
-        try:
-            prompt = text.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{text} is not UTF-8 ({error.reason} at byte {error.start:,})") from None
+        prompt = read_text(text)
     inspection = inspect_run(
         run_dir, text=prompt, step=step, device=pick_device(device), documents=documents, tokens=tokens, heads=heads
     )

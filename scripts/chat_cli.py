@@ -6,7 +6,8 @@ python -m scripts.chat_cli d4_gka -p "def fibonacci("
 python -m scripts.chat_cli d4_gka_chat --json < messages.txt
 
 Without a terminal, each line of stdin is a message. With --json, each answer is a line with a JSON object. A line of
-stdin may then be {"messages": [...]}, which is answered by itself, apart from the conversation.
+stdin may then be {"messages": [...]}, which is answered by itself, apart from the conversation. A line that cannot be
+answered gives an object with `error`, and exit code 1 at the end.
 """
 
 import dataclasses
@@ -14,7 +15,6 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -22,6 +22,7 @@ import tyro
 from gkachat.config import home
 from gkachat.data.conversations import Messages, check_history, check_messages
 from gkachat.files import read_json, write_text
+from gkachat.text import check_text, decode, expand, lines, list_some, parse_json
 from scripts.cli import run
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def main(
     if prompt is None:
         chat.loop(at_terminal=sys.stdin.isatty())
         return
+    prompt = prompt.replace("\r\n", "\n").removesuffix("\r")  # of a file with such line ends
     if not sessions[0].is_tuned and not as_json and not compare:
         print(prompt, end="")  # the answer continues it
     chat.ask(prompt)
@@ -85,18 +87,23 @@ class Chat:
         self.sessions, self.sampling, self.as_json = sessions, sampling, as_json
 
     def loop(self, at_terminal: bool) -> None:
-        """Answer lines and run commands until the input ends. Without a terminal, an error ends the loop too."""
+        """Answer lines and run commands until the input ends.
+
+        Without a terminal, an error ends the loop too. With `as_json`, a line that has one is answered by an object
+        with `error`, and ValueError that lists them is raised at the end.
+        """
+        stdin, errors, number = None if at_terminal else iter(lines(sys.stdin.buffer)), [], 0
         if at_terminal:
             for session in self.sessions:
                 does = "answers" if session.is_tuned else "continues the text so far"
                 print(f"{session.name}, step {session.step}, {session.engine.model.config.attention}: {does}.")
             self.help("")
         while True:
-            line = ""
+            line, number = "", number + 1
             try:
-                line = input("> " if at_terminal else "")
+                line = input("> ") if at_terminal else next_line(stdin)
                 if self.as_json and line.lstrip().startswith("{"):
-                    self.answer(check_messages(json.loads(line).get("messages")))
+                    self.answer(check_messages(parse_json(line).get("messages")))
                 elif line.startswith("/"):
                     name, _, argument = line.strip().partition(" ")
                     command, _ = COMMANDS.get(name, COMMANDS["/help"])
@@ -104,25 +111,34 @@ class Chat:
                 else:
                     self.ask(line)
             except EOFError:  # the end of the input, or /quit
+                if errors:
+                    raise ValueError(list_some(errors)) from None
                 return
             except KeyboardInterrupt:  # at the prompt; _print_answers handles Ctrl-C during an answer
                 if not at_terminal:
                     raise
                 print("\n/quit or Ctrl-D ends.")
             except (OSError, ValueError) as error:
-                message = f"{line.strip():.80}: {error}"
-                if not at_terminal:
+                message = f"{line.strip()[:80] or f'line {number}'}: {error}"
+                if at_terminal:
+                    print(message)
+                elif self.as_json:
+                    errors.append(message)
+                    print(json.dumps({"prompt": line, "error": str(error)}, ensure_ascii=False), flush=True)
+                else:
                     raise ValueError(message) from None
-                print(message)
 
     def ask(self, text: str) -> None:
         """Print the answers to a message, and add both to the conversations."""
+        check_text(text)
         sampling = self.sampling
         self.sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)  # each turn has a seed of its own
         self._print_answers(text, [session.ask(text, sampling) for session in self.sessions])
 
     def answer(self, messages: Messages) -> None:
         """Print the answers to messages that are not part of the conversations."""
+        for message in messages:
+            check_text(message["content"])
         if messages[-1]["role"] != "user":
             raise ValueError(f"the last message: given role {messages[-1]['role']!r}, expected 'user'")
         answers = [session.answer(messages, self.sampling) for session in self.sessions]
@@ -136,14 +152,14 @@ class Chat:
         if not self.sessions[0].is_tuned:
             raise ValueError("this run was not tuned on conversations: it only continues text")
         for session in self.sessions:
-            session.system = argument
+            session.system = check_text(argument)
 
     def save(self, argument: str) -> None:
         histories = [session.messages for session in self.sessions]
-        write_text(Path(argument), json.dumps({"system": self.sessions[0].system, "histories": histories}) + "\n")
+        write_text(expand(argument), json.dumps({"system": self.sessions[0].system, "histories": histories}) + "\n")
 
     def load(self, argument: str) -> None:
-        stored = read_json(Path(argument), histories=list)
+        stored = read_json(expand(argument), histories=list)
         histories = [check_history(history) for history in stored["histories"]]
         if len(histories) != len(self.sessions):
             raise ValueError(f"the file has {len(histories)} conversations, expected {len(self.sessions)}")
@@ -196,6 +212,13 @@ COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str]] = {
     "/help": (Chat.help, "/help          show this list"),
     "/quit": (Chat.quit, "/quit          end, like Ctrl-D"),
 }
+
+
+def next_line(stdin: Iterator[bytes]) -> str:
+    """Return the next line of stdin without its end. Raises EOFError after the last, ValueError where it is no text."""
+    if (line := next(stdin, None)) is None:
+        raise EOFError
+    return decode(line).removesuffix("\n").removesuffix("\r")
 
 
 def print_side_by_side(names: Sequence[str], answers: Sequence[Iterator[str]]) -> None:

@@ -34,6 +34,9 @@ def run(main: Callable[..., int | None], description: str | None = None) -> None
 
     With a description, tyro makes the arguments of `main` from the command line.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as the process)
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by scripts/__init__.py
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -108,7 +111,7 @@ def benchmark_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=positive, default=10, help="samples of each contestant")
     parser.add_argument("--threads", type=positive, help="CPU threads; by default all")
     parser.add_argument("--compile", action="store_true", help="compile what is timed with torch.compile")
-    parser.add_argument("--out", help="write OUT.json and OUT.md")
+    parser.add_argument("--out", type=os.path.expanduser, help="write OUT.json and OUT.md")
     return parser
 
 

@@ -40,7 +40,8 @@ def announce_disk(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None
 
 
 def main() -> None:
-    config, flags = parse_config(sys.argv[1:], __doc__, {"reread": "Read the source again although all shards exist."})
+    flags = {"reread": "Read the source again although all shards exist, and replace those that differ."}
+    config, flags = parse_config(sys.argv[1:], __doc__, flags)
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
     directory = home() / "tokens" / config.data_name
     corpus, start = Corpus(config.data), time.perf_counter()
@@ -64,6 +65,8 @@ def main() -> None:
         for shard, reused in shards:
             seconds, told = time.perf_counter() - start, ", was there" if reused else ""
             print(f"{shard.name} {shard.tokens:,} tokens{told} | {seconds:.0f} s", flush=True)
+    if corpus.cut:
+        print("all documents fell into one split: the last was cut at a line end into train and val")
     manifest = read_manifest(directory)
     for split in SPLITS:
         docs, tokens, n_bytes = (manifest.total(split, what) for what in ("documents", "tokens", "bytes"))

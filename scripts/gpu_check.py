@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gkachat.files import atomic_write, write_text
+from gkachat.text import expand
 from scripts.cli import run
 
 ATTENTIONS = ("softmax", "gka", "gka_plus")
@@ -215,11 +216,11 @@ def main() -> int:
     )
     parser.add_argument("--prepare", action="store_true", help="write the carried folder, on a CPU, in some minutes")
     parser.add_argument("--seconds", type=float, default=480.0, help="of all steps together")
-    parser.add_argument("--out", type=Path, help="directory of the report and of the steps' JSON")
+    parser.add_argument("--out", type=expand, help="directory of the report and of the steps' JSON")
     names = [name for stage in PLAN for name in (*stage.background, *stage.steps)]
     parser.add_argument("--step", help="run only this step, in this process: " + ", ".join(names))
     parser.add_argument("--device", default="cuda", help="a torch device")
-    parser.add_argument("--carried", type=Path, default=CARRIED, help="the carried folder")
+    parser.add_argument("--carried", type=expand, default=CARRIED, help="the carried folder")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the check itself on a CPU")
     options = parser.parse_args()
     if not options.prepare and options.out is None:

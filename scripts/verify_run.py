@@ -3,7 +3,6 @@
 python -m scripts.verify_run d4_gka
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ import tyro
 
 from gkachat.config import Config
 from gkachat.config_file import load_config, read_toml
+from gkachat.text import parse_json
 from gkachat.vision_config import VisionConfig
 from scripts.cli import run
 
@@ -52,9 +52,9 @@ def problems(run_dir: Path) -> Iterator[str]:
 def _metrics_problems(run_dir: Path, steps: list[int]) -> Iterator[str]:
     """Yield a line for each record that cannot be read, comes twice or is out of order."""
     path, seen, last = run_dir / "metrics.jsonl", set(), -1
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             kind, step = record["kind"], record["step"]
         except (ValueError, TypeError, KeyError):
             yield f"metrics.jsonl, line {number}: not a record"

@@ -8,6 +8,7 @@ python -m scripts.vision_report digits_softmax_{0..4} digits_gka_{0..4} --out re
 """
 
 import argparse
+import os
 import statistics
 from collections import defaultdict
 
@@ -31,7 +32,7 @@ COLUMNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="names or directories of runs")
-    parser.add_argument("--out", help="write OUT.json and OUT.md")
+    parser.add_argument("--out", type=os.path.expanduser, help="write OUT.json and OUT.md")
     options = parser.parse_args()
     import torch
 

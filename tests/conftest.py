@@ -165,7 +165,7 @@ def run_script(script, *args, home, stdin=""):
         patch.setenv("GKACHAT_HOME", str(home))
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", [script, *map(str, args)])
-        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(stdin.encode()))))
         try:
             runpy.run_module(f"scripts.{script}", run_name="__main__", alter_sys=True)
         except SystemExit as exit:

@@ -19,7 +19,7 @@ from gkachat.config import (
     TrainConfig,
     home,
 )
-from gkachat.config_file import from_dict, load_config, read_toml, to_toml
+from gkachat.config_file import from_dict, load_config, parse_args, read_toml, to_toml
 from gkachat.sweep import load_sweep
 from gkachat.vision_config import VisionConfig, ViTConfig
 
@@ -125,7 +125,7 @@ def test_a_dataclass_is_built_from_a_dict():
         ("--data.subset none", "data", "subset", "none"),
         ("--run.name 007", "run", "name", "007"),
         ("--run.name=", "run", "name", ""),
-        ("--run.name=--x", "run", "name", "--x"),
+        ("--data.split=--x", "data", "split", "--x"),
         ("--data.revision=a=b", "data", "revision", "a=b"),
         ("--data.files a.txt b.txt --model.depth 2", "data", "files", ("a.txt", "b.txt")),
         ("--model.gka.rope true", "model", "gka", GKAConfig(rope=True)),
@@ -340,3 +340,32 @@ def test_home_is_taken_from_the_environment(monkeypatch, tmp_path):
     assert home() == tmp_path
     monkeypatch.delenv("GKACHAT_HOME")
     assert home() == Path.home() / ".cache" / "gkachat"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_config_with_a_byte_order_mark_and_line_ends_of_windows_is_read(tmp_path, encoding):
+    (tmp_path / "a.toml").write_bytes("[run]\r\nname = 'über'\r\n".encode(encoding))
+    assert load_config(tmp_path / "a.toml").run.name == "über"
+
+
+def test_a_tilde_in_home_and_paths_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GKACHAT_HOME", "~/own")
+    assert home() == tmp_path / "own"
+    monkeypatch.delenv("GKACHAT_HOME")
+    assert home() == tmp_path / ".cache" / "gkachat"
+    (tmp_path / "a.toml").write_text("[model]\ndepth = 3\n")
+    assert load_config("~/a.toml").model.depth == 3
+
+    def paths(out: Path, more: Path | None = None) -> tuple[Path, Path | None]:
+        return out, more
+
+    assert parse_args(paths, ["--out=~/x"]) == (tmp_path / "x", None)
+    assert parse_args(paths, ["--out", "y", "--more", "~/z"]) == (Path("y"), tmp_path / "z")
+
+
+@pytest.mark.parametrize("name", ["-x", "~x", "a/b", "..", "a\0b"])
+def test_a_name_that_is_a_path_or_looks_like_an_option_is_refused_when_it_is_made(name):
+    for section in (RunConfig, DataConfig):
+        with pytest.raises(ConfigError, match="expected a directory name, not a path, that does not start with - or ~"):
+            section(name=name)

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, TINY, run_script
 
 from gkachat.config import ATTENTIONS
-from scripts.cli import RUN_FLAGS, parse_config
+from scripts.cli import RUN_FLAGS, parse_config, run
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if p.stem not in ("__init__", "cli"))
@@ -96,6 +96,10 @@ def test_importing_scripts_does_nothing():
         ("base_train configs/laptop.toml --model.attention=fair", "given 'fair', expected 'softmax' or 'gka' or"),
         ("base_train configs/laptop.toml", "no tokenizer at"),
         ("base_train configs/laptop.toml --resume --overwrite", "expected one of them"),
+        (
+            "base_train configs/laptop.toml --run.name=-x",
+            "run.name: given '-x', expected a directory name, not a path, ",
+        ),
         ("data_prep configs/laptop.toml", "scripts.tok_train"),
         ("tok_train configs/laptop.toml --data.source=files --data.files=/no/*.txt", "nothing matches"),
         ("tok_eval configs/laptop.toml", "scripts.tok_train"),
@@ -125,6 +129,14 @@ def test_wrong_input_gets_one_line_and_a_failing_exit(words, named, tmp_path):
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert named in result.stderr
+
+
+def test_closed_standard_streams_are_as_dev_null(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)  # as Python has it
+    with pytest.raises(SystemExit) as exit:
+        run(lambda: len(sys.stdin.read()) + sys.stdout.isatty() + sys.stderr.isatty())
+    assert exit.value.code == 0
 
 
 def test_a_value_that_spells_a_flag_is_a_value():

@@ -24,11 +24,14 @@ from typing import Any
 import numpy as np
 
 from gkachat.config import ChatConfig
+from gkachat.data.readers import find_files, read_files
 from gkachat.data.shards import Documents
-from gkachat.data.sources import hash_64, in_val, read_jsonl, stream_dataset
+from gkachat.data.sources import hash_64, in_val, stream_dataset
 from gkachat.data.tasks import generated
+from gkachat.text import check_text, is_text
 from gkachat.tokenizer import Tokenizer
 
+CHAT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 CHUNK, CHUNKS_AHEAD = 64, 64  # conversations that a thread renders at a time, and how many of these are in work
 
 Messages = Sequence[dict[str, str]]
@@ -67,13 +70,24 @@ def load_conversations(config: ChatConfig, seed: int, facts: dict[str, str]) -> 
 def tokenize_conversations(
     conversations: Iterable[Conversation], tokenizer: Tokenizer, sequence_len: int, val_fraction: float
 ) -> tuple[dict[str, ChatSplit], dict[str, int]]:
-    """Return both splits, and counts of conversations. Raises ValueError if a split stays empty.
+    """Return both splits, and counts of conversations. Raises ValueError for fewer than two different questions.
 
-    A conversation that is longer than a row loses its end. It is dropped if none of the assistant's text is left.
+    Where the hashes put all questions into one split, the last of them goes to the other.
+    A conversation that is longer than a row loses its end. It is dropped if none of the assistant's text is left, or if
+    it is no text (`is_text`).
     """
-    ids, masks = ({"train": [], "val": []} for _ in range(2))
+    kept: dict[str, list[tuple[str, np.ndarray, np.ndarray]]] = {"train": [], "val": []}
     counts = {"conversations": 0, "truncated": 0, "dropped": 0}
-    for key, tokens, mask in _rendered(conversations, tokenizer):
+
+    def texts() -> Iterator[Conversation]:
+        for key, messages in conversations:
+            if is_text(*(message["content"] for message in messages)):
+                yield key, messages
+            else:
+                counts["conversations"] += 1
+                counts["dropped"] += 1
+
+    for key, tokens, mask in _rendered(texts(), tokenizer):
         counts["conversations"] += 1
         tokens, mask = tokens[1:], mask[1:]  # the loader puts BOS in front
         counts["truncated"] += len(tokens) > sequence_len
@@ -81,16 +95,19 @@ def tokenize_conversations(
         if not mask.any():
             counts["dropped"] += 1
             continue
-        split = "val" if is_val(key, val_fraction) else "train"
-        ids[split].append(tokens)
-        masks[split].append(mask)
+        kept["val" if is_val(key, val_fraction) else "train"].append((key, tokens, mask))
+    for split, other in (("train", "val"), ("val", "train")):
+        if not kept[split] and kept[other]:
+            last = kept[other][-1][0]
+            kept[split] = [row for row in kept[other] if row[0] == last]
+            kept[other] = [row for row in kept[other] if row[0] != last]
     splits = {}
-    for split in ids:
-        if not ids[split]:
-            raise ValueError(f"no conversation for {split} ({counts}): give more, or another chat.val_fraction")
-        tokens = np.concatenate(ids[split])
-        offsets = np.cumsum([0, *map(len, ids[split])])
-        splits[split] = ChatSplit(Documents(offsets, lambda tokens=tokens: tokens, np.concatenate(masks[split])))
+    for split, rows in kept.items():
+        if not rows:
+            raise ValueError(f"no conversation for {split} ({counts}): expected two different questions at least")
+        _, ids, masks = zip(*rows, strict=True)
+        tokens, offsets = np.concatenate(ids), np.cumsum([0, *map(len, ids)])
+        splits[split] = ChatSplit(Documents(offsets, lambda tokens=tokens: tokens, np.concatenate(masks)))
     return splits, counts
 
 
@@ -114,9 +131,13 @@ def _rendered(
 
 
 def check_messages(messages: Any, where: str = "messages") -> Messages:
-    """Return the messages. Raises ValueError unless user and assistant alternate after at most one system message."""
+    """Return the messages. Content that is a list of parts, as OpenAI has it, becomes one text.
+
+    Raises ValueError unless user and assistant alternate after at most one system message.
+    """
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(f"{where}: given {messages!r:.80}, expected a list of messages")
+    messages = [_join_parts(message, f"{where}, message {n}") for n, message in enumerate(messages)]
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise ValueError(f"{where}, message {number}: expected an object with texts 'role' and 'content'")
@@ -129,11 +150,25 @@ def check_messages(messages: Any, where: str = "messages") -> Messages:
     return messages
 
 
+def _join_parts(message: Any, where: str) -> Any:
+    """Return a message with its parts of text joined by line ends. Raises ValueError for parts of another type."""
+    if not isinstance(message, dict) or not isinstance(parts := message.get("content"), list):
+        return message
+    for number, part in enumerate(parts):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type", "text") != "text":
+            given = repr(part["type"]) if isinstance(part, dict) and "type" in part else f"{part!r:.80}"
+            raise ValueError(f"{where}, part {number}: given {given}, expected {{'type': 'text', 'text': ...}}")
+    return message | {"content": "\n".join(part["text"] for part in parts)}
+
+
 def check_history(messages: Any) -> list[dict[str, str]]:
     """Return messages that a user message can follow. Raises ValueError for anything else."""
     if not isinstance(messages, list):
         raise ValueError(f"given {messages!r:.80}, expected a list of messages")
-    return list(check_messages([*messages, {"role": "user", "content": ""}]))[:-1]
+    history = list(check_messages([*messages, {"role": "user", "content": ""}]))[:-1]
+    for message in history:
+        check_text(message["content"])
+    return history
 
 
 def render(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[bool]]:
@@ -157,7 +192,12 @@ def render_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
 
 def is_val(key: str, val_fraction: float) -> bool:
     """Return whether conversations with this key belong to val."""
-    return in_val(hash_64(key.encode(errors="replace")), val_fraction)
+    return in_val(hash_64(key.encode()), val_fraction)
+
+
+def chat_files(config: ChatConfig) -> list[Path]:
+    """Return the files that chat.files names. Raises FileNotFoundError or ValueError as `find_files` does."""
+    return find_files(config.files, CHAT_SUFFIXES, "chat.files")
 
 
 def _generated(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator[Conversation]:
@@ -165,13 +205,13 @@ def _generated(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator
 
 
 def _files(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator[Conversation]:
-    for name in config.files:
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"chat.files: no file {name}")
-        for where, row in read_jsonl(name):
-            if not isinstance(row, dict) or "messages" not in row:
-                raise ValueError(f'{where}: expected an object {{"messages": [...]}}')
-            yield _with_key(check_messages(row["messages"], where))
+    def check(row: Any, where: str) -> Conversation:
+        if not isinstance(row, dict) or "messages" not in row:
+            given = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f'{where}: given {given}, expected an object {{"messages": [...]}}')
+        return _with_key(check_messages(row["messages"], where))
+
+    return read_files(chat_files(config), "messages", check)
 
 
 def _huggingface(config: ChatConfig, seed: int, facts: dict[str, str]) -> Iterator[Conversation]:

@@ -4,6 +4,7 @@ A batch and its augmentation are a function of the seed and the step, so that a 
 Photographs are augmented by torchvision as in DeiT (arXiv 2012.12877, table 9; without its repeated augmentation).
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,7 @@ def _load_huggingface(data: ImageConfig, model: ViTConfig) -> Images:
     rows = {}
     for split in (data.train_split, data.val_split):
         try:
-            rows[split] = datasets.load_dataset(data.dataset, split=split)
+            rows[split] = datasets.load_dataset(os.path.expanduser(data.dataset), split=split)
         except Exception as error:  # each reader of `datasets` raises its own
             raise ValueError(f"data.dataset: cannot load {split!r} of {data.dataset!r}: {error}") from None
     features = rows[data.train_split].features

@@ -147,7 +147,11 @@ class Split:
         """Add the shards that were written since. A shard that is known already may not change any more."""
         manifest = read_manifest(self.directory)
         if manifest.tokenizer_sha256 != self.tokenizer.sha256:
-            raise ValueError(f"{self.directory} was made with another tokenizer; run scripts.data_prep again")
+            made, given = manifest.tokenizer_sha256[:12], self.tokenizer.sha256[:12]
+            raise ValueError(
+                f"{self.directory} was made with another tokenizer ({made}, given {given}); scripts.data_prep --reread "
+                f"makes it again with the one in tokenizer/{self.directory.name}"
+            )
         for shard in manifest.shards:
             if shard.split == self.split and shard.name not in self._records:
                 for suffix in DTYPES:
@@ -191,16 +195,24 @@ def write_shards(
         source: What the documents depend on. It is stored, and a later call must give the same.
         shard_chars: Characters of train text in a shard.
         dropped: Called at the end for the counts of dropped documents, which are stored.
-        reread: Read the documents even if the corpus is complete, and replace shards whose text has changed.
+        reread: Read the documents even if the corpus is complete, and replace what differs: shards whose text has
+            changed, or all shards of another source or tokenizer.
 
-    Raises ValueError if the directory was made from another source or tokenizer, or if a split stays empty.
+    Raises ValueError if a split stays empty, or if the directory holds a complete corpus of another source or
+    tokenizer. An unfinished one is replaced.
     """
     manifest = Manifest(source, tokenizer.sha256)
     finished: dict[str, Shard] = {}
     if (directory / MANIFEST).exists():
         before = read_manifest(directory)
-        if (before.source, before.tokenizer_sha256) != (source, tokenizer.sha256):
-            raise ValueError(f"{directory} was made from another source or tokenizer; delete it or set data.name")
+        if differences := _differences(before, manifest):
+            if before.complete and not reread:
+                raise ValueError(
+                    f"{directory} was made from another source or tokenizer ({'; '.join(differences)}): "
+                    "give --reread to make it again, or another data.name"
+                )
+            _remove(directory, before)  # one that was never finished is in nobody's way
+            before = manifest
         finished = {shard.name: shard for shard in before.shards if _is_intact(directory, shard)}
         if before.complete and len(finished) == len(before.shards) and not reread:
             yield from ((shard, True) for shard in before.shards)
@@ -247,6 +259,22 @@ def write_shards(
             raise ValueError(f"the {split} split is empty; give more documents, or another data.val_fraction")
     manifest.complete, manifest.dropped = True, dropped()
     manifest.save(directory)
+
+
+def _differences(before: Manifest, now: Manifest) -> list[str]:
+    """Return a line for each option, and for the tokenizer, that differs between two manifests."""
+    names = dict.fromkeys((*before.source, *now.source))
+    pairs = {f"data.{name}": (now.source.get(name), before.source.get(name)) for name in names}
+    pairs["tokenizer"] = (now.tokenizer_sha256[:12], before.tokenizer_sha256[:12])
+    return [f"{name}: given {new!r}, it has {old!r}" for name, (new, old) in pairs.items() if new != old]
+
+
+def _remove(directory: Path, manifest: Manifest) -> None:
+    """Remove a corpus, its manifest first."""
+    (directory / MANIFEST).unlink()
+    for shard in manifest.shards:
+        for suffix in DTYPES:
+            (directory / f"{Path(shard.name).name}.{suffix}").unlink(missing_ok=True)
 
 
 def _group_into_shards(documents: Iterable[tuple[str, str]], shard_chars: int) -> Iterator[tuple[str, list[str]]]:

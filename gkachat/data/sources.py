@@ -4,40 +4,77 @@
     for split, text in corpus: ...    # "train" or "val", document by document, in a fixed order
     corpus.counts                     # how many documents were kept, and how many were dropped for which reason
 
-A document is in train or in val by a hash of its text alone, so that neither order nor other documents matter.
+A document is in train or in val by a hash of its text alone, so that neither order nor other documents matter. Only
+where this would leave a split empty, the last document is cut in two.
 """
 
-import glob
 import hashlib
-import json
+import os
 import sysconfig
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from gkachat.config import DataConfig
+from gkachat.data.readers import READERS, find_files, read_files
+from gkachat.text import is_text
 
 
 class Corpus:
-    """Kept documents of a source, each with its split. Every iteration reads the source from its start."""
+    """Kept documents of a source, each with its split. Every iteration reads the source from its start.
+
+    Neither split is empty. Where the hashes put all documents into one split, as they do with a single document, the
+    last document is cut at a line end: its beginning is train, and its end is val. The part that the other split lacked
+    has its share of all characters, or the whole document where that is not more. `cut` says that this was done.
+    """
 
     def __init__(self, config: DataConfig):
         self.config = config
         self.counts: dict[str, int] = {}
+        self.cut = False
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Yield (split, text). Raises FileNotFoundError for missing files, ValueError for unreadable or empty ones."""
+        splits, n_documents, n_chars, self.cut = set(), 0, 0, False
+        last: tuple[str, str] | None = None
+        for split, text in self.documents():
+            if last is not None:
+                yield last
+            last = split, text
+            splits.add(split)
+            n_documents, n_chars = n_documents + 1, n_chars + len(text)
+        if last is None:
+            config = self.config
+            raise ValueError(
+                f"data.source {config.source} ({config.name}): no document was kept; dropped: {self.counts}"
+            )
+        if len(splits) == 2:
+            yield last
+            return
+        self.cut = True
+        (split, text), fraction = last, self.config.val_fraction
+        lacking = max(1, round((fraction if split == "train" else 1 - fraction) * n_chars))
+        lacking = min(lacking, len(text) - (n_documents == 1))
+        at = len(text) - lacking if split == "train" else lacking
+        at = _nearest_line_end(text, at)
+        yield from ((split, part) for split, part in (("train", text[:at]), ("val", text[at:])) if part)
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """Yield (split by hash, text) of each document that is kept, and count the others."""
         config, seen, n_chars = self.config, set(), 0
-        self.counts = counts = {"kept": 0, "near_empty": 0, "duplicate": 0, "not_utf8": 0}
+        self.counts = counts = {"kept": 0, "near_empty": 0, "duplicate": 0, "not_utf8": 0, "null": 0}
         for text in SOURCES[config.source](config, counts):
+            if text is None:
+                counts["null"] += 1
+                continue
             if len(text.strip()) < config.min_chars:
                 counts["near_empty"] += 1
                 continue
-            try:
-                digest = hash_64(text.encode())
-            except UnicodeEncodeError:  # JSON can spell half a surrogate pair
+            if not is_text(text):
                 counts["not_utf8"] += 1
                 continue
             # At 10 million documents, the chance that any two of them collide is one in 400,000.
+            digest = hash_64(text.encode())
             if digest in seen:
                 counts["duplicate"] += 1
                 continue
@@ -47,8 +84,13 @@ class Corpus:
             yield ("val" if in_val(digest, config.val_fraction) else "train"), text
             if config.max_chars is not None and n_chars >= config.max_chars:
                 return
-        if not counts["kept"]:
-            raise ValueError(f"data.source {config.source} ({config.name}): no document was kept; dropped: {counts}")
+
+
+def _nearest_line_end(text: str, at: int) -> int:
+    """Return the line end nearest to a position, or the position where there is none halfway to the text's ends."""
+    reach = min(at, len(text) - at) // 2
+    before, after = text.rfind("\n", at - reach, at) + 1, text.find("\n", at, at + reach) + 1
+    return min((end for end in (before, after) if end), key=lambda end: abs(end - at), default=at)
 
 
 def hash_64(data: bytes) -> int:
@@ -61,21 +103,6 @@ def in_val(digest: int, val_fraction: float) -> bool:
     return digest < val_fraction * 2**64
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, object]]:
-    """Yield ("path, line n", value) for each line that is not blank. Raises ValueError that names a bad line."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                yield where, json.loads(line.decode())
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 at byte {error.start} of the line") from None
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{where}: not JSON ({error}); is the file truncated?") from None
-
-
 def stream_dataset(
     name: str, subset: str | None, split: str, revision: str | None = None, shuffle_seed: int | None = None
 ) -> Iterator[dict]:
@@ -85,6 +112,7 @@ def stream_dataset(
     """
     import datasets
 
+    name = os.path.expanduser(name)  # it may be a local directory
     try:
         rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
         yield from rows if shuffle_seed is None else rows.shuffle(seed=shuffle_seed, buffer_size=10_000)
@@ -103,70 +131,32 @@ def _python_source(config: DataConfig, counts: dict[str, int]) -> Iterator[str]:
             if root == stdlib and {"site-packages", "dist-packages"} & set(path.parts):
                 continue
             try:
-                yield path.read_text(encoding="utf-8")
+                yield path.read_text(encoding="utf-8-sig")
             except UnicodeDecodeError:
                 counts["not_utf8"] += 1
 
 
-def _files(config: DataConfig, counts: dict[str, int]) -> Iterator[str]:
-    """Yield the documents of data.files: patterns in the given order, the files of each pattern sorted."""
-    for pattern in config.files:
-        path = Path(pattern).expanduser()
-        matches = [path] if path.is_file() else sorted(glob.glob(str(path), recursive=True))  # names may have brackets
-        paths = [match for match in map(Path, matches) if match.is_file()]
-        if not paths:
-            raise FileNotFoundError(f"data.files: nothing matches {pattern!r}")
-        for path in paths:
-            if path.suffix not in READERS:
-                raise ValueError(f"{path}: given {path.suffix or 'no suffix'}, expected one of {', '.join(READERS)}")
-            if path.stat().st_size == 0:
-                raise ValueError(f"{path}: the file is empty")
-            yield from READERS[path.suffix](path, config.text_column)
+def _files(config: DataConfig, counts: dict[str, int]) -> Iterator[str | None]:
+    """Return the documents of data.files."""
+    column = config.text_column
+    paths = find_files(config.files, tuple(READERS), "data.files")
+    return read_files(paths, column, partial(_text_of, column))
 
 
-def _huggingface(config: DataConfig, counts: dict[str, int]) -> Iterator[str]:
-    for row in stream_dataset(config.dataset, config.subset or None, config.split, config.revision):
-        yield _text_of(row, config.text_column, f"Hugging Face dataset {config.dataset!r}")
+def _huggingface(config: DataConfig, counts: dict[str, int]) -> Iterator[str | None]:
+    rows = stream_dataset(config.dataset, config.subset or None, config.split, config.revision)
+    for number, row in enumerate(rows, 1):
+        yield _text_of(config.text_column, row, f"Hugging Face dataset {config.dataset!r}, row {number}")
 
 
 SOURCES = {"python-source": _python_source, "files": _files, "huggingface": _huggingface}
 
 
-def _read_txt(path: Path, column: str) -> Iterator[str]:
-    """Yield the whole file as one document."""
-    try:
-        yield path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert it or leave it out") from None
-
-
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
-    for where, row in read_jsonl(path):
-        yield _text_of(row, column, where)
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if column not in file.schema_arrow.names:
-            raise ValueError(f"{path}: no column {column!r} (data.text_column); there are {file.schema_arrow.names}")
-        for batch in file.iter_batches(columns=[column]):
-            for text in batch.column(0).to_pylist():
-                yield _text_of({column: text}, column, str(path))
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not readable as parquet ({str(error).splitlines()[0]})") from None
-
-
-READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def _text_of(row: object, column: str, where: str) -> str:
+def _text_of(column: str, row: object, where: str) -> str | None:
+    """Return the text of a row, or None where it is null."""
     if not isinstance(row, dict) or column not in row:
         given = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"{where}: no text in {column!r} (data.text_column); given {given}")
-    if not isinstance(row[column], str):
+    if not isinstance(row[column], str | None):
         raise ValueError(f"{where}: {column!r} holds {type(row[column]).__name__}, expected text")
     return row[column]

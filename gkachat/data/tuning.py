@@ -19,9 +19,9 @@ import numpy as np
 
 from gkachat.config import ChatConfig
 from gkachat.data import tasks
-from gkachat.data.conversations import ChatSplit, load_conversations, tokenize_conversations
+from gkachat.data.conversations import ChatSplit, chat_files, load_conversations, tokenize_conversations
 from gkachat.data.shards import Documents
-from gkachat.files import flush, lock, read_json, sha256, write_text
+from gkachat.files import flush, lock, naming, read_json, sha256, write_text
 from gkachat.tokenizer import Tokenizer
 
 META = "meta.json"
@@ -51,7 +51,8 @@ def prepare(
 
 
 def _key(config: ChatConfig, seed: int, facts: dict[str, str], tokenizer: Tokenizer, sequence_len: int) -> str:
-    files = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in config.files if os.path.exists(name)]
+    paths = chat_files(config) if config.source == "files" else []
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     depends_on = {
         "format": FORMAT, "source": config.source, "files": files, "conversations": config.conversations,
         "val_fraction": config.val_fraction, "seed": seed, "facts": facts if config.source == "generated" else {},
@@ -65,22 +66,23 @@ def _key(config: ChatConfig, seed: int, facts: dict[str, str], tokenizer: Tokeni
 def _write(target: Path, splits: dict[str, ChatSplit], counts: dict[str, int]) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed and had the same number
-    temporary.mkdir()
     try:
-        for name, split in splits.items():
-            documents = split.documents
-            offsets = np.append(documents.start, documents.start[-1:] + documents.length[-1:])
-            arrays = {"tokens": documents.tokens, "offsets": offsets, "mask": documents.loss_mask}
-            for what, array in arrays.items():
-                np.save(temporary / f"{name}_{what}.npy", array)
-                flush(temporary / f"{name}_{what}.npy")
-        hashes = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-        write_text(temporary / META, json.dumps({"counts": counts, "sha256": hashes}, indent=1) + "\n")
-        try:
-            os.replace(temporary, target)
-        except OSError:
-            if not target.exists():  # otherwise another process, without locks, has made the same files
-                raise
+        with naming(target):
+            temporary.mkdir()
+            for name, split in splits.items():
+                documents = split.documents
+                offsets = np.append(documents.start, documents.start[-1:] + documents.length[-1:])
+                arrays = {"tokens": documents.tokens, "offsets": offsets, "mask": documents.loss_mask}
+                for what, array in arrays.items():
+                    np.save(temporary / f"{name}_{what}.npy", array)
+                    flush(temporary / f"{name}_{what}.npy")
+            hashes = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+            write_text(temporary / META, json.dumps({"counts": counts, "sha256": hashes}, indent=1) + "\n")
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                if not target.exists():  # otherwise another process, without locks, has made the same files
+                    raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gkachat.files import write_text
+from gkachat.files import naming, write_text
 
 WANDB_ID = "wandb_id"  # file of a run directory that holds the run's id on Weights & Biases
 # nanochat's name for a metric, and the factor from our unit to nanochat's. Other metrics keep their name.
@@ -53,8 +53,9 @@ class Metrics:
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one record. A float that is not finite is written as null, since JSON has no NaN."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+            self.file.flush()
         if self.wandb is not None:
             numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
             names = {key: WANDB_NAMES.get(key, (key, 1)) for key in numbers}
@@ -62,7 +63,8 @@ class Metrics:
 
     def flush_to_disk(self) -> None:
         """Make all records survive a power failure, as a checkpoint does."""
-        os.fsync(self.file.fileno())
+        with naming(self.path):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()

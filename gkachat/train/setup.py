@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gkachat.checkpoint import check_format, checkpoint_steps
+from gkachat.checkpoint import CHECKPOINTS, check_format, checkpoint_steps
 from gkachat.config import Config, home
 from gkachat.config_file import load_config
-from gkachat.files import lock
+from gkachat.files import lock, write_text
 from gkachat.machine import check_compiler, device_name, pick_dtype
 from gkachat.model.gpt import Transformer
 from gkachat.train.distributed import World
@@ -47,7 +47,7 @@ def open_run(config: Config, world: World, *, resume: bool = False, overwrite: b
         overwrite: delete the run of this name when training starts.
 
     Raises:
-        FileExistsError: the run exists and neither flag is given, or another process trains it.
+        FileExistsError: the run has checkpoints and neither flag is given, or another process trains it.
         ValueError: the run to resume was trained with other options, or written by an incompatible version.
     """
     directory = home() / "runs" / config.run_name
@@ -55,7 +55,8 @@ def open_run(config: Config, world: World, *, resume: bool = False, overwrite: b
         return Run(directory, resume, lambda line: None, nullcontext())
     held = _lock_run(directory)
     steps = checkpoint_steps(directory)
-    if (steps or (directory / "config.toml").exists()) and not (resume or overwrite):
+    damaged = any(directory.glob(f"{CHECKPOINTS}/damaged_*"))
+    if (steps or damaged) and not (resume or overwrite):  # one without checkpoints has failed, and is not in the way
         raise FileExistsError(
             f"run {directory.name!r} exists in {directory.parent}: give --resume to go on with it, "
             "--overwrite to start anew, or another --run.name"
@@ -71,7 +72,7 @@ def _lock_run(directory: Path) -> AbstractContextManager:
     by = owner.read_text() if owner.exists() else "another process"
     busy = f"run {directory.name!r} is in use by {by}; wait for it, stop it, or choose another name"
     held = lock(directory, busy=busy)
-    owner.write_text(f"process {os.getpid()} on {platform.node()}")
+    write_text(owner, f"process {os.getpid()} on {platform.node()}")
     return held
 
 

@@ -1,5 +1,6 @@
 """Conversations: their tokens, what the model learns from them, and where they come from."""
 
+import gzip
 import itertools
 import json
 import random
@@ -7,6 +8,7 @@ import re
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,6 +65,8 @@ def test_a_prompt_ends_with_assistant_start_and_text_never_becomes_a_special_tok
         ("hello", "expected a list of messages"),
         (talk("a", system="s")[:1], "a system message alone"),
         ([{"role": "assistant", "content": "a"}], "message 0: given role 'assistant', expected 'user'"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "message 0, part 0: given 'image_url', expected"),
+        ([{"role": "user", "content": ["a"]}], "message 0, part 0: given 'a', expected"),
         (talk("a") + talk("b"), "message 1: given role 'user', expected 'assistant'"),
         (talk("a", "b", system="s")[:1] * 2, "message 1: given role 'system', expected 'user'"),
         ([{"role": "user"}], "message 0: expected an object with texts"),
@@ -116,17 +120,56 @@ def test_files_are_read_line_by_line_and_a_bad_line_is_named(tmp_path):
     assert load(source="files", files=(str(path),)) == [("hi", talk("hi", "ho"))] * 2
     for line, fault in (
         (b"{", "line 2: not JSON"),
-        (b"[1]", r'line 2: expected an object \{"messages"'),
+        (b"1", r'line 2: given int, expected an object \{"messages"'),
+        (b"[" * 200_000, "line 2: not JSON"),
         (b'{"messages": [{"role": "user"}]}', "line 2, message 0: expected"),
         (b'{"messages": "\xff"}', "line 2: not UTF-8"),
     ):
         path.write_bytes(good + b"\n" + line + b"\n")
         with pytest.raises(ValueError, match=f"a.jsonl, {fault}"):
             load(source="files", files=(str(path),))
-    with pytest.raises(FileNotFoundError, match=r"chat.files: no file nowhere.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"chat\.files: nothing matches 'nowhere\.jsonl'"):
         load(source="files", files=("nowhere.jsonl",))
     with pytest.raises(ValueError, match="files: given"):
         load(source="files")
+
+
+def test_chat_files_come_as_people_have_them(tmp_path):
+    talks = [talk(f"{i}? \u00fc", f"{i}!") for i in range(3)]
+    lines = "\r\n".join(json.dumps({"messages": messages}, ensure_ascii=False) for messages in talks)
+    (tmp_path / "a.jsonl").write_bytes(lines.encode("utf-8-sig"))
+    (tmp_path / "b.JSON").write_bytes(lines.encode("utf-16"))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "messages": talks}), tmp_path / "d.parquet")
+    (tmp_path / "notes.txt").write_text("not read")
+    read = [messages for _, messages in load(source="files", files=(str(tmp_path), f"{tmp_path}/[ad].*"))]
+    assert read == talks * 6
+
+
+def test_content_in_parts_is_one_text():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"text": "c"}]}]
+    assert check_messages(messages) == talk("a\nb", "c")
+
+
+def test_conversations_that_are_no_text_are_dropped_and_counted_as_data_prep_does():
+    talks = [(str(i), talk("What?", "good")) for i in range(50)]
+    talks += [("bad", talk("What?", "half \ud83d")), ("\ud83d", talk("\ud83d", "a"))]
+    splits, counts = tokenize_conversations(talks, TOKENIZER, 64, 0.5)
+    assert counts == {"conversations": 52, "truncated": 0, "dropped": 2}
+    assert sum(len(split.documents.length) for split in splits.values()) == 50
+
+
+@pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
+def test_few_conversations_fill_both_splits_and_share_no_question(val_fraction):
+    talks = [(key, talk(key, "answer")) for key in ("a", "b", "c", "b", "c")]
+    splits, _ = tokenize_conversations(talks, TOKENIZER, 64, val_fraction)
+    texts = {name: TOKENIZER.decode(split.documents.tokens) for name, split in splits.items()}
+    moved, others = ("val", "train") if val_fraction < 0.5 else ("train", "val")
+    assert texts[moved].count("c<|user_end|>") == 2 and texts[moved].count("user_end") == 2
+    assert texts[others].count("user_end") == 3 and "c<|user_end|>" not in texts[others]
+    with pytest.raises(ValueError, match=r"no conversation for train .*expected two different questions"):
+        tokenize_conversations(talks[:1] * 3, TOKENIZER, 64, val_fraction)
 
 
 class Rows(list):

@@ -1,5 +1,6 @@
 """scripts.data_prep from end to end, on a local mirror laid out as a Hugging Face dataset of parquet files."""
 
+import codecs
 import json
 import os
 import random
@@ -11,9 +12,9 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
-from gkachat.data.shards import read_manifest
+from gkachat.data.shards import SPLITS, Split, read_manifest
 from gkachat.files import lock
-from gkachat.tokenizer import FILE_NAME
+from gkachat.tokenizer import FILE_NAME, Tokenizer
 from scripts import data_prep, tok_train
 
 WORDS = ["river", "stone", "lantern", "orchard", "gravel", "summit", "harbour", "meadow", "cellar", "bridge"]
@@ -98,8 +99,8 @@ def test_a_damaged_corpus_of_files_is_repaired(run, tmp_path, capsys):
     assert (run.home / "tokenizer" / "mine-v512" / FILE_NAME).exists()
     directory = run.home / "tokens" / "mine-v512"
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    assert read_manifest(directory).dropped == {"near_empty": 1, "duplicate": 1, "not_utf8": 0}
-    assert capsys.readouterr().out.endswith("dropped: 1 near empty, 1 duplicate, 0 not utf8\n")
+    assert read_manifest(directory).dropped == {"near_empty": 1, "duplicate": 1, "not_utf8": 0, "null": 0}
+    assert capsys.readouterr().out.endswith("dropped: 1 near empty, 1 duplicate, 0 not utf8, 0 null\n")
 
     (directory / "train_00001.bin").write_bytes(bytes(len(before["train_00001.bin"])))
     run(data_prep, *options)
@@ -107,3 +108,61 @@ def test_a_damaged_corpus_of_files_is_repaired(run, tmp_path, capsys):
     assert [line.split()[0] for line in lines if "was there" not in line] == ["train_00001"]
     assert len(lines) == len(read_manifest(directory).shards) > 2
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+@pytest.fixture
+def mine(run, tmp_path):
+    """Function that calls a script's main on files of one's own."""
+    options = ["--data.source=files", "--data.name=mine", f"--data.files={tmp_path}/input.txt"]
+    return lambda script, *more: run(script, *options, *more)
+
+
+def test_one_text_file_is_a_corpus_with_both_splits(run, mine, tmp_path, capsys):
+    text = "at first no other line comes\n" * 1000  # more than tokenizer.doc_chars
+    text += "".join(f"{' '.join(random.Random(i).choices(WORDS, k=9))}\n" for i in range(2000))
+    (tmp_path / "input.txt").write_bytes(codecs.BOM_UTF8 + text.encode())
+    mine(tok_train)
+    mine(data_prep)
+    assert "the last was cut at a line end into train and val" in capsys.readouterr().out
+    tokenizer, directory = Tokenizer.load(run.home / "tokenizer" / "mine-v512"), run.home / "tokens" / "mine-v512"
+    train, val = (next(iter(Split(directory, split, tokenizer))).tokens for split in SPLITS)
+    assert tokenizer.decode([*train, *val]) == text
+    assert 0.5 < len(val) / (0.01 * len(train)) < 2
+    assert [word in text and len(tokenizer.encode(f" {word}")) == 1 for word in WORDS] == [True] * len(WORDS)
+
+
+def test_a_failed_preparation_is_not_in_the_way_of_another(run, mine, tmp_path):
+    lines = [json.dumps({"text": f"{i} {' '.join(WORDS)}"}) for i in range(300)]
+    (tmp_path / "input.txt").write_text("words to learn from " * 9)
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{"]))
+    mine(tok_train)
+    options = [f"--data.files={tmp_path}/a.jsonl", "--data.shard_chars=2000"]
+    with pytest.raises(ValueError, match="line 301: not JSON"):
+        mine(data_prep, *options)
+    directory = run.home / "tokens" / "mine-v512"
+    assert len(read_manifest(directory).shards) > 3
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    mine(data_prep, *options, "--data.val_fraction=0.2", "--data.shard_chars=6000")
+    manifest = read_manifest(directory)
+    assert manifest.complete and manifest.source["val_fraction"] == 0.2
+    assert {path.stem for path in directory.glob("*_*")} == {shard.name for shard in manifest.shards}
+
+
+def test_the_advice_after_another_tokenizer_or_option_works(run, mine, tmp_path, capsys):
+    (tmp_path / "input.txt").write_text("\n".join(WORDS) * 30)
+    mine(tok_train)
+    mine(data_prep)
+    (tmp_path / "input.txt").write_text("\n".join(reversed(WORDS)) * 30)
+    mine(tok_train, "--overwrite")
+    assert "scripts.data_prep --reread makes it again" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"\(tokenizer: given '\w{12}', it has '\w{12}'\): give --reread"):
+        mine(data_prep)
+    tokenizer, directory = Tokenizer.load(run.home / "tokenizer" / "mine-v512"), run.home / "tokens" / "mine-v512"
+    with pytest.raises(ValueError, match=r"another tokenizer .*data_prep --reread .* the one in tokenizer/mine-v512"):
+        Split(directory, "train", tokenizer)
+    mine(data_prep, "--reread")
+    Split(directory, "train", tokenizer)
+    with pytest.raises(ValueError, match=r"\(data\.val_fraction: given 0\.5, it has 0\.01\): give --reread"):
+        mine(data_prep, "--data.val_fraction=0.5")
+    mine(data_prep, "--data.val_fraction=0.5", "--reread")
+    assert read_manifest(directory).source["val_fraction"] == 0.5

@@ -134,4 +134,16 @@ def test_another_generator_makes_other_files(read, tmp_path, monkeypatch):
 def test_a_source_that_fails_leaves_nothing_behind(read):
     with pytest.raises(FileNotFoundError):
         read(config=ChatConfig(source="files", files=("none.jsonl",)))
+    with pytest.raises(ValueError, match="no conversation for train"):
+        read(config=ChatConfig(conversations=1, val_fraction=0.999999))
+    assert not any(path.is_dir() for path in read.directory.iterdir())
+
+
+def test_a_full_disk_names_the_directory(read, monkeypatch):
+    def save(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", save)
+    with pytest.raises(OSError, match=r"cannot write \S*conversations/generated-\w+: No space left on device"):
+        read()
     assert not any(path.is_dir() for path in read.directory.iterdir())

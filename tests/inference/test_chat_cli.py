@@ -41,7 +41,8 @@ def chat(home, monkeypatch, capsys):
     monkeypatch.setenv("GKACHAT_HOME", str(home))
 
     def chat(run, *lines, **options):
-        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+        stdin = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(stdin))))
         chat_cli.main(run, device="cpu", **{"max_tokens": 4} | options)
         return capsys.readouterr().out
 
@@ -118,6 +119,38 @@ def test_scripts_get_json_and_may_give_whole_conversations(chat):
     ):
         with pytest.raises(ValueError, match=message):
             chat("chat", json.dumps(bad), as_json=True)
+
+
+def test_a_line_that_cannot_be_answered_does_not_end_the_session(chat, capsys):
+    half = {"messages": [{"role": "user", "content": "half \ud83d"}]}
+    bad = [json.dumps(half), "{", '{"messages": ' + "[" * 100_000, b"\xff", "/load /no/such/file", b"\0N\0o"]
+    with pytest.raises(ValueError, match=r"half of a surrogate pair, which is no text; \{: not JSON"):
+        chat("chat", "What?", *bad, "And?", as_json=True)
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ["error" in answer for answer in answers] == [False, *[True] * len(bad), False]
+    assert "surrogate" in answers[1]["error"] and "not UTF-8" in answers[4]["error"] and "NUL" in answers[6]["error"]
+    with pytest.raises(ValueError, match=r"^line 2: NUL characters, as in UTF-16 without .*\(iconv"):
+        chat("base", b"\n\0N\0o")
+
+
+def test_line_ends_and_byte_order_marks_do_not_change_answers(chat):
+    def answers(data):
+        out = chat("base", data, as_json=True, temperature=0, max_tokens=8)
+        return [(answer["prompt"], answer["answer"]) for answer in map(json.loads, out.splitlines())]
+
+    lines = 'import\n\n{"messages": [{"role": "user", "content": [{"type": "text", "text": "def"}]}]}\nüx\n'
+    expected = answers(lines.encode())
+    assert [prompt for prompt, _ in expected] == ["import", "", "def", "üx"]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        assert answers(lines.replace("\n", "\r\n").encode(encoding)) == expected
+
+
+def test_a_tilde_is_the_home_directory(home, chat, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own").symlink_to(home)
+    monkeypatch.setenv("GKACHAT_HOME", "~/own")
+    assert json.loads(chat("chat", "What?", "/save ~/talk.json", "/load ~/talk.json", as_json=True))["answer"]
+    assert chat("~/own/runs/chat", "What?") and (tmp_path / "talk.json").exists()
 
 
 def test_compared_runs_are_named_in_front_of_their_answers(chat, tmp_path, monkeypatch):

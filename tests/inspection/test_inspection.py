@@ -124,7 +124,7 @@ def test_invalid_requests_end_with_one_line(home, tmp_path):
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "empty").write_bytes(b"")
     for args, message in (
-        (["--text", tmp_path / "latin"], "is not UTF-8 (unexpected end of data at byte 3)"),
+        (["--text", tmp_path / "latin"], "latin: not UTF-8 at byte 3; convert it"),
         (["--text", tmp_path / "empty"], "the text is empty"),
         (["--text", tmp_path / "none"], "No such file"),
         (["--prompt", "x", "--text", tmp_path / "empty"], "expected one of them"),

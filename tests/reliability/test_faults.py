@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,11 +46,20 @@ def test_an_evaluation_that_fails_is_reported_and_training_goes_on(tiny_home, mo
     assert differing_bytes(whole.run.directory, hurt.run.directory) == 0
 
 
-def test_an_evaluation_that_fails_before_the_first_step_is_an_error(tiny_home, monkeypatch):
+def test_an_evaluation_that_fails_before_the_first_step_is_an_error_and_not_in_the_way(tiny_home, monkeypatch):
     made = trainer()
     fail_from(0, ValueError("no val"), made, monkeypatch)
     with pytest.raises(ValueError, match="no val"):
         made.fit(made.run)
+    again = trainer()
+    again.fit(again.run)
+    assert again.step == 8
+    with pytest.raises(FileExistsError, match="'d2_softmax' exists"):
+        trainer()
+    for path in (again.run.directory / "checkpoints").iterdir():  # set aside, not gone
+        path.rename(path.with_name(f"damaged_{path.name}"))
+    with pytest.raises(FileExistsError, match="'d2_softmax' exists"):
+        trainer()
 
 
 def test_a_checkpoint_is_written_before_every_evaluation(tiny_home, monkeypatch):
@@ -118,6 +128,20 @@ def test_a_disk_that_stays_full_is_an_error_that_leaves_the_earlier_checkpoints(
         made.fit(made.run)
     assert [p.name for p in (made.run.directory / "checkpoints").iterdir()] == ["step_000003"]
     assert load_model(made.run.directory)[2]["step"] == 3
+
+
+def test_a_full_disk_is_named_with_the_log_that_does_not_fit(tiny_home, monkeypatch):
+    made = trainer()
+
+    def full(text):
+        raise OSError(28, "No space left on device")
+
+    def fill():
+        made.metrics.file = SimpleNamespace(write=full, fileno=made.metrics.file.fileno)
+
+    monkeypatch.setattr(made, "report_start", fill)
+    with pytest.raises(OSError, match=r"cannot write \S*d2_softmax/metrics\.jsonl: No space left on device"):
+        made.fit(made.run)
 
 
 def test_a_directory_that_vanishes_is_an_error_at_the_end_and_not_before(tiny_home, monkeypatch):
@@ -220,6 +244,7 @@ DAMAGE = {
     "step": (damage_meta, "meta.json says step 9"),
     "leftover": (lambda d: (d / "checkpoints/.step_000009.tmp").mkdir(), "a leftover"),
     "metrics": (append("{\n"), "line 8: not a record"),
+    "brackets": (append("[" * 200_000), "line 8: not a record"),
     "twice": (append('{"kind": "eval", "step": 8}\n'), "eval of step 8 comes twice"),
     "no checkpoint": (lambda d: shutil.rmtree(d / "checkpoints"), "there is no checkpoint"),
 }
