@@ -155,8 +155,8 @@ def test_the_seed_decides_weights_and_data(finished, tiny_home):
 @pytest.mark.parametrize(
     ("option", "atol"),
     [
-        ("--train.device_batch_size=8", 2e-3),  # the sums of a step round differently
-        ("--train.device_batch_size=3", 2e-3),
+        ("--train.device_batch_size=8", 1e-2),  # the sums of a step round differently; AdamW steps are up to 0.6
+        ("--train.device_batch_size=3", 1e-2),
         ("--train.recompute_blocks=true", 0),
         ("--train.clip_norm=1e6", 0),
     ],
