@@ -21,7 +21,7 @@ for word in "$@"; do
     case $word in --protocol | --protocol=*) word=--train.${word#--} ;; esac
     case $word in
         --overwrite) resume=--overwrite; continue ;;
-        --run.name | --run.name=* | --model.attention | --model.attention=*)
+        --run.name | --run.name=* | --model.attention | --model.attention=* | --chat.base | --chat.base=*)
             echo "speedrun: given $word, which it sets itself for each run; leave it out" >&2
             exit 2 ;;
         --chat.*) section=chat ;;
@@ -35,8 +35,10 @@ for word in "$@"; do
     [ "$section" != data ] || data_options+=("$word")
 done
 SECONDS=0 minutes=()
+set -- "${train_options[@]}" "${chat_options[@]}"
+setup_check='import sys; from gkachat.config import TuningConfig; from scripts.cli import check_names, run
+run(lambda: check_names(sys.argv[1:], TuningConfig))'
 source scripts/setup.sh
-set_up=$SECONDS
 export GKACHAT_HOME=${GKACHAT_HOME:-$HOME/.cache/gkachat}
 case $GKACHAT_HOME in "~/"*) GKACHAT_HOME=$HOME/${GKACHAT_HOME#"~/"} ;; esac
 trap 'echo "speedrun: interrupted; run it again to continue" >&2; exit 130' INT
@@ -48,7 +50,6 @@ data_job= data_log=$GKACHAT_HOME/data_prep.log data_step="tokenize the corpus"
 took() {
     minutes+=("$(printf '%3d:%02d  %s' $(($2 / 60)) $(($2 % 60)) "$1")")
 }
-took "set up" "$set_up"
 
 fail() {
     echo "speedrun: $1 failed (exit code $2)${3-}" >&2
@@ -83,8 +84,10 @@ step() {
     fi
 }
 
-attentions=($("$PYTHON" -c 'from gkachat.config import ATTENTIONS; print(*ATTENTIONS)'))
-gpus=$("$PYTHON" -c 'from gkachat.machine import count_gpus; from scripts.cli import run; run(lambda: print(count_gpus()))')
+found=$("$PYTHON" -c 'from gkachat.machine import count_gpus; from gkachat.config import ATTENTIONS
+from scripts.cli import run; run(lambda: print(count_gpus(), *ATTENTIONS))')
+gpus=${found%% *} attentions=(${found#* })
+took "set up" "$SECONDS"
 if [ "$gpus" -gt 0 ]; then
     config=configs/d20.toml depth=${depth:-20}
     launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$gpus" -m)

@@ -1,6 +1,7 @@
 """The machine at hand: which device and dtype to use, what the device can do, and how results name it."""
 
 import glob
+import importlib.util
 import os
 import platform
 import resource
@@ -101,6 +102,12 @@ def unusable_gpus() -> str | None:
     except (RuntimeError, AssertionError) as error:
         return f"{there}: {str(error).splitlines()[0]}"
     return None
+
+
+def check_installed(package: str, extra: str) -> None:
+    """Raise ValueError unless a package that one of gkachat's extras brings is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{package} is not installed: pip install -e '.[{extra}]'")
 
 
 def check_compiler() -> None:

@@ -6,6 +6,8 @@ signatures of a script's other functions, are imported under `TYPE_CHECKING`.
 """
 
 import argparse
+import dataclasses
+import difflib
 import functools
 import os
 import re
@@ -13,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, get_type_hints
 
 from gkachat.config import Config, ConfigError
 from gkachat.config_file import C, from_dict, load_config, parse_args, parse_overrides, read_toml
@@ -94,6 +96,30 @@ def split_args(
     if given >= {"resume", "overwrite"}:
         raise ValueError("given --resume and --overwrite, expected one of them")
     return path, args, given
+
+
+def check_names(args: list[str], cls: type = Config) -> None:
+    """Raise ConfigError for a word that is no option of the config `cls`. Needs the standard library alone.
+
+    `parse_config` checks values too, for which tyro must be installed.
+    """
+    known = list(_option_names(cls, "--"))
+    if args and not args[0].startswith("-"):
+        raise ConfigError([f"given {args[0]!r}, expected options"])
+    for word in args:
+        name = word.partition("=")[0]
+        name = name[:2] + name[2:].replace("-", "_")  # as tyro reads it
+        if re.match(r"-+[A-Za-z]", name) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError([f"unrecognized option {word}" + (f" (did you mean {near[0]}?)" if near else "")])
+
+
+def _option_names(cls: type, prefix: str) -> Iterator[str]:
+    for name, kind in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _option_names(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def benchmark_parser(description: str) -> argparse.ArgumentParser:

@@ -67,12 +67,15 @@ def main() -> None:
     import torch
 
     from gkachat.benchmark import table
-    from gkachat.machine import check_compiler, count_gpus, device_name
+    from gkachat.machine import check_compiler, check_installed, count_gpus, device_name
     from gkachat.train.schedule import resolve
 
     gpus, prefix = count_gpus(), f"{config.run.name}_" if config.run.name else f"d{config.model.depth}_"
     if gpus and config.run.compile is not False:
         check_compiler()
+    for wanted, package, extra in ((config.run.wandb, "wandb", "wandb"), (config.run.fp8, "torchao", "fp8")):
+        if wanted:
+            check_installed(package, extra)
     configs = []
     for attention in ATTENTIONS:
         try:

@@ -40,12 +40,13 @@ def start(tmp_path):
     The command of a step is in $*, and is logged before. torch and nvidia-smi are stand-ins too.
     """
 
-    def start(gpus, *options, hooks="", **env):
+    def start(gpus, *options, hooks="", installed=True, **env):
         for name in ("scripts", ".venv/bin", "torch"):
             (tmp_path / name).mkdir(exist_ok=True, parents=True)
         for name in ("speedrun.sh", "scripts/setup.sh", "pyproject.toml"):
             shutil.copy(ROOT / name, tmp_path / name)
-        shutil.copy(ROOT / "pyproject.toml", tmp_path / ".venv" / "installed")
+        if installed:
+            shutil.copy(ROOT / "pyproject.toml", tmp_path / ".venv" / "installed")
         smi = "\n".join(["#!/bin/bash", *["echo '535.104.05, NVIDIA H100'"] * int(env.pop("smi", gpus))])
         python = f"""#!/bin/bash
             if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi
@@ -137,7 +138,29 @@ def test_help_is_printed_and_nothing_is_set_up(option, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["speedrun.sh"]
 
 
-@pytest.mark.parametrize("option", ["--run.name=x", "--run.name x", "--model.attention gka"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--fast", "unrecognized option --fast"),
+        ("--model.dpeth 6", "unrecognized option --model.dpeth (did you mean --model.depth?)"),
+        ("--data.max-chars 5 --model.gka.rop=true", "unrecognized option --model.gka.rop=true (did you mean"),
+        ("--chat.epoch=2", "unrecognized option --chat.epoch=2 (did you mean --chat.epochs?)"),
+        ("configs/d20.toml", "given 'configs/d20.toml', expected options"),
+    ],
+)
+@pytest.mark.parametrize("installed", [False, True])
+def test_unknown_options_are_one_line_before_anything_is_installed_or_run(start, tmp_path, option, message, installed):
+    """A new machine has the standard library alone."""
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/bash\n[ "$1" = -c ] && exec {sys.executable} -S "$@"\necho "$*" >> {tmp_path}/log\n')
+    bare.chmod(0o755)
+    process = start(0, "--overwrite", *option.split(), installed=installed, PYTHON=str(bare))
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and error.startswith(f"error: {message}") and error.count("\n") == 1, error
+    assert (tmp_path / "log").read_text() == ""
+
+
+@pytest.mark.parametrize("option", ["--run.name=x", "--run.name x", "--model.attention gka", "--chat.base=d4_gka"])
 def test_what_the_speedrun_sets_itself_is_refused(option, tmp_path):
     shutil.copy(ROOT / "speedrun.sh", tmp_path)
     result = subprocess.run(["bash", tmp_path / "speedrun.sh", *option.split()], capture_output=True, text=True)
@@ -273,6 +296,13 @@ def test_the_plan_names_every_run_and_writes_nothing(tmp_path):
     assert re.search(r"disk: about \d.*GiB are free at ", result.stdout)
     for attention in ATTENTIONS:
         assert re.search(rf"\| d2_{attention} \| [\d,]+ \| 320 \| 10 \|", result.stdout)
+
+
+@pytest.mark.parametrize(("option", "package"), [("--run.wandb=laptop", "wandb"), ("--run.fp8=true", "torchao")])
+def test_a_package_that_a_run_would_miss_later_is_missed_first(tmp_path, monkeypatch, option, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    result = preflight(tmp_path, option)
+    assert result.returncode == 1 and result.stderr.startswith(f"error: {package} is not installed: pip install -e ")
 
 
 def test_too_little_disk_is_an_error_and_what_is_there_counts(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gkachat.files import naming, write_text
+from gkachat.machine import check_installed
 
 WANDB_ID = "wandb_id"  # file of a run directory that holds the run's id on Weights & Biases
 # nanochat's name for a metric, and the factor from our unit to nanochat's. Other metrics keep their name.
@@ -74,6 +75,7 @@ class Metrics:
 
 def start_wandb(project: str, directory: Path, **options: Any) -> Any:
     """Start a Weights & Biases run that keeps its files in `directory`. Raises ValueError where that fails."""
+    check_installed("wandb", "wandb")
     import wandb
 
     try:
