@@ -172,9 +172,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.exists():
         raise FileNotFoundError(f"no tokenized corpus at {directory}; make one with python -m scripts.data_prep CONFIG")
     try:
-        tree = read_json(path)
-        if not isinstance(tree["tokenizer_sha256"], str):
-            raise TypeError(f"tokenizer_sha256: given {tree['tokenizer_sha256']!r}, expected a text")
+        tree = read_json(path, tokenizer_sha256=str)
         return Manifest(**tree | {"shards": [from_dict(Shard, shard) for shard in tree["shards"]]})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run scripts.data_prep again") from None
