@@ -64,22 +64,27 @@ class _HeadLoss(torch.autograd.Function):
         if x_NC.device.type == "cpu":  # a compiled graph holds every piece, so that there are 64 at most
             few = max(1, LOGITS_IN_CACHE // weight.size(0), len(x_NC) // 64)
         for part in zip(x_NC.split(rows), targets_N.split(rows), scored_N.split(rows), strict=True):
-            dlogits = []
+            dlogits_NV = x_NC.new_empty(len(part[0]), weight.size(0)) if with_gradients else None
+            done = 0
             for x, targets, scored in zip(*(t.split(few) for t in part), strict=True):
                 # In place wherever possible: allocating memory for each of these passes takes as long as the passes.
                 capped = ((x / LOGIT_CAP) @ weight.mT).float().tanh_()
-                log_p = (LOGIT_CAP * capped).log_softmax(dim=-1)
                 target = targets.clamp(min=0)[:, None]
-                total -= torch.where(scored, log_p.gather(-1, target)[:, 0], 0).sum()
+                # Capped logits are at most 15, so that the exponentials need no maximum subtracted to stay finite.
+                p = (LOGIT_CAP * capped).exp_()
+                p_sum = p.sum(dim=-1, keepdim=True)
+                capped_target = capped.gather(-1, target)
+                losses = p_sum.log() - LOGIT_CAP * capped_target
+                total += torch.where(scored, losses[:, 0], 0).sum()
                 if with_gradients:
-                    d = log_p.exp_()
-                    d.scatter_add_(-1, target, d.new_full((), -1.0).expand_as(target))
                     # Through the cap: the derivative of 15 tanh(u / 15) is 1 - tanh^2.
-                    d.mul_(capped.square_().neg_().add_(1)).mul_(scored[:, None])
-                    dlogits.append(cast(d, x.dtype))
-                    dx.append(dlogits[-1] @ weight)
+                    p.mul_(capped.square_().neg_().add_(1)).mul_(scored[:, None] / p_sum)
+                    p.scatter_add_(-1, target, (capped_target.square() - 1) * scored[:, None])
+                    dlogits = dlogits_NV[done : done + len(x)].copy_(p)
+                    dx.append(dlogits @ weight)
+                    done += len(x)
             if with_gradients:
-                dweight += torch.cat(dlogits).mT @ part[0]
+                dweight += dlogits_NV.mT @ part[0]
         if with_gradients:
             ctx.save_for_backward(torch.cat(dx), dweight, count)
         return total / count

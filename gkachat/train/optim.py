@@ -61,19 +61,17 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     Rows are scaled to a common norm first, and the result to the norm of an orthogonal matrix, sqrt(min(M, N)): its
     singular values end near 1. The iteration runs in `dtype`.
     """
-    matrix, rank = (-2, -1), min(matrices.shape[-2:])
-    X = matrices.to(dtype)
-    wide_X = X.float()
-    row_norms, norm = wide_X.norm(dim=-1, keepdim=True), wide_X.norm(dim=matrix, keepdim=True)
-    X = X * (norm * X.size(-2) ** -0.5 / row_norms.clamp(min=1e-6)).to(dtype)
-    tall = X.size(-2) > X.size(-1)
-    if tall:
+    matrix, (M, N) = (-2, -1), matrices.shape[-2:]
+    row_norms = torch.linalg.vector_norm(matrices, dim=-1, keepdim=True)
+    row_scales = torch.linalg.vector_norm(row_norms, dim=-2, keepdim=True) * M**-0.5 / row_norms.clamp(min=1e-6)
+    norm = torch.linalg.vector_norm(row_norms * row_scales, dim=-2, keepdim=True)  # smaller where a row is zero
+    X = (matrices * (row_scales / (norm * 1.01 + 1e-6))).to(dtype)  # 1 % room: rounding must not push a value above 1
+    if tall := M > N:
         X = X.mT
-    X = X / (X.norm(dim=matrix, keepdim=True) * 1.01 + 1e-6)  # 1 % room: rounding must not push a value above 1
     # The Gram matrix squares singular values; in bfloat16 the small ones would drown in rounding.
     use_gram = X.size(-1) >= 2 * X.size(-2) and dtype != torch.bfloat16
     X = (_polar_express_gram(X) if use_gram else _polar_express(X)).to(matrices.dtype)
-    X = X * (rank**0.5 / X.norm(dim=matrix, keepdim=True).clamp(min=1e-6))
+    X *= min(M, N) ** 0.5 / torch.linalg.vector_norm(X, dim=matrix, keepdim=True).clamp(min=1e-6)
     return X.mT if tall else X
 
 
@@ -102,11 +100,14 @@ def equalize_variance(steps: Tensor, variance: Tensor, weight: Tensor | float) -
     `variance` (n, M, 1) or (n, 1, N) is updated in place: it moves by `weight` towards the mean square of this step.
     Source: NorMuon, section 3.
     """
-    axis = -1 if steps.size(-2) >= steps.size(-1) else -2
-    variance.lerp_(steps.square().mean(dim=axis, keepdim=True), weight)
-    scaled = steps * (variance + 1e-10).rsqrt()
-    matrix = (-2, -1)
-    return scaled * (steps.norm(dim=matrix, keepdim=True) / (scaled.norm(dim=matrix, keepdim=True) + 1e-10))
+    axis, other = (-1, -2) if steps.size(-2) >= steps.size(-1) else (-2, -1)
+    mean_square = torch.linalg.vector_norm(steps, dim=axis, keepdim=True).square() / steps.size(axis)
+    variance.lerp_(mean_square, weight)
+    scale = (variance + 1e-10).rsqrt()
+    norm, scaled_norm = (
+        square.sum(dim=other, keepdim=True).sqrt() for square in (mean_square, mean_square * scale.square())
+    )
+    return steps * (scale * (norm / (scaled_norm + 1e-10)))
 
 
 class Muon(torch.optim.Optimizer):
@@ -166,19 +167,20 @@ class Muon(torch.optim.Optimizer):
         """Update the matrices of one stack; with `ok` 0 instead of 1, all products below come to no change."""
         momentum = group["momentum"]
         grads = torch.stack([p.grad for p in stack.own])
-        grads = torch.where(ok > 0, grads, 0)
+        grads.masked_fill_(ok == 0, 0)
         stack.momentum.lerp_(grads, (1 - momentum) * ok)
         steps = grads.lerp_(stack.momentum, momentum) if self.nesterov else stack.momentum
         steps = orthogonalize(steps, self.dtype)
         if self.variance_norm:
             steps = equalize_variance(steps, stack.variance, (1 - VARIANCE_BETA) * ok)
         rows, columns = steps.shape[-2:]
-        decay = group["weight_decay"] * stack.weights
-        if self.cautious:
-            decay *= steps * stack.weights >= 0
         # A tall matrix, whose rows are longer, then changes its output as much as a square one.
         lr = group["lr"] * max(1.0, rows / columns) ** 0.5
-        stack.weights.sub_(steps.add_(decay).mul_(lr * ok))
+        decayed = stack.weights
+        if self.cautious:
+            decayed = decayed * (steps * decayed).ge_(0)
+        steps.add_(decayed, alpha=group["weight_decay"])
+        stack.weights.addcmul_(steps, lr * ok, value=-1)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on this rank, in a world of the same size."""
