@@ -41,14 +41,19 @@ run(lambda: check_names(sys.argv[1:], TuningConfig))'
 source scripts/setup.sh
 export GKACHAT_HOME=${GKACHAT_HOME:-$HOME/.cache/gkachat}
 case $GKACHAT_HOME in "~/"*) GKACHAT_HOME=$HOME/${GKACHAT_HOME#"~/"} ;; esac
-trap 'echo "speedrun: interrupted; run it again to continue" >&2; exit 130' INT
-
-trap '[ -z "$data_job" ] || kill "$data_job" 2>/dev/null || true' EXIT  # a job that has ended leaves the exit code
+trap 'signal_jobs INT; [ "${gpus-}" != 0 ] || wait; echo "speedrun: interrupted; run it again to continue" >&2; exit 130' INT
+trap '[ -z "$data_job" ] || kill "$data_job" 2>/dev/null || true; signal_jobs TERM' EXIT  # the exit code stays
 data_job= data_log=$GKACHAT_HOME/data_prep.log data_step="tokenize the corpus"
 
 # Note the duration of a step, for the table at the end.
 took() {
     minutes+=("$(printf '%3d:%02d  %s' $(($2 / 60)) $(($2 % 60)) "$1")")
+}
+
+# Send a signal to what each_run has started and has not ended.
+signal_jobs() {
+    local group
+    for group in $(jobs -p); do [ "$group" = "$data_job" ] || kill -s "$1" -- "-$group" 2>/dev/null || true; done
 }
 
 fail() {
@@ -84,9 +89,44 @@ step() {
     fi
 }
 
-found=$("$PYTHON" -c 'from gkachat.machine import count_gpus; from gkachat.config import ATTENTIONS
-from scripts.cli import run; run(lambda: print(count_gpus(), *ATTENTIONS))')
-gpus=${found%% *} attentions=(${found#* })
+# Do a step for every run: each_run NAME FUNCTION. On GPUs each run has all of them, one run after the other. Without, all
+# run at the same time with a share of the cores: one small model cannot keep more than one or two of them busy.
+each_run() {
+    local name=$1 i pid status=0 failed= began=$SECONDS pids=()
+    if [ "$gpus" -gt 0 ]; then
+        for i in "${!runs[@]}"; do step "$name ${runs[i]}" "$2" "${runs[i]}"; done
+        return
+    fi
+    echo "== $name ${runs[*]}, at the same time"
+    set -m  # gives each job a process group, whose processes Ctrl-C reaches; other jobs of a script ignore it
+    for run in "${runs[@]}"; do
+        (OMP_NUM_THREADS=$threads "$2" "$run" 2>&1 < /dev/null | prefixed "$run") &
+        pids+=("$!")
+    done
+    set +m
+    for i in "${!runs[@]}"; do wait "${pids[i]}" || { status=$?; failed+=" ${runs[i]}"; }; done
+    took "$name all" $((SECONDS - began))
+    [ -z "$failed" ] || fail "$name$failed" "$status"
+}
+
+prefixed() {
+    trap '' INT  # until the last line has come
+    while IFS= read -r line || [ -n "$line" ]; do printf '%s | %s\n' "$1" "$line"; done
+}
+
+train() {
+    "${launch[@]}" scripts.base_train "$config" "$resume" --model.attention "${1#d*_}" --run.name "$1" "${train_options[@]}"
+}
+evaluate() { "${launch[@]}" scripts.base_eval "$1"; }
+score() { "${launch[@]}" scripts.base_eval "$1" --eval core; }
+tune() { "${launch[@]}" scripts.chat_sft "$1" "$resume" "${chat_options[@]}"; }
+ask() { "$PYTHON" -m scripts.chat_eval "${1}_chat" --tasks addition counting; }
+
+found=$("$PYTHON" -c 'import os; from gkachat.machine import count_gpus; from gkachat.config import ATTENTIONS
+from scripts.cli import run; run(lambda: print(count_gpus(), os.cpu_count(), *ATTENTIONS))')
+read -r gpus cores found <<< "$found"
+attentions=($found) threads=$((${OMP_NUM_THREADS:-cores} / ${#attentions[@]}))
+[ "$threads" -gt 0 ] || threads=1
 took "set up" "$SECONDS"
 if [ "$gpus" -gt 0 ]; then
     config=configs/d20.toml depth=${depth:-20}
@@ -96,7 +136,7 @@ if [ "$gpus" -gt 0 ]; then
 else
     config=configs/laptop.toml depth=${depth:-4}
     launch=("$PYTHON" -m)
-    chat_options=(--chat.conversations 20000 "${chat_options[@]}")
+    chat_options=(--chat.conversations 12000 "${chat_options[@]}")
 fi
 
 runs=("${attentions[@]/#/d${depth}_}")
@@ -118,20 +158,13 @@ if [ "$gpus" -gt 0 ]; then
 else
     step "$data_step" "$PYTHON" -m scripts.data_prep "$config" "${data_options[@]}"
 fi
-for i in "${!runs[@]}"; do
-    step "train ${runs[i]}" "${launch[@]}" scripts.base_train "$config" "$resume" \
-        --model.attention "${attentions[i]}" --run.name "${runs[i]}" "${train_options[@]}"
-done
+each_run train train
 check_data wait
-for run in "${runs[@]}"; do
-    step "evaluate $run" "${launch[@]}" scripts.base_eval "$run"
-    if [ "$gpus" -gt 0 ]; then step "score $run on CORE" "${launch[@]}" scripts.base_eval "$run" --eval core; fi
-done
+each_run evaluate evaluate
+[ "$gpus" = 0 ] || each_run "score on CORE" score
 step "compare" "$PYTHON" -m scripts.compare "${runs[@]}"
-for run in "${runs[@]}"; do
-    step "tune $run on conversations" "${launch[@]}" scripts.chat_sft "$run" "$resume" "${chat_options[@]}"
-    step "ask ${run}_chat" "$PYTHON" -m scripts.chat_eval "${run}_chat" --tasks addition counting
-done
+each_run "tune on conversations" tune
+each_run "ask sums and letter counts" ask
 
 [ "$GKACHAT_HOME" = "$HOME/.cache/gkachat" ] && prefix= || prefix="GKACHAT_HOME=$(printf %q "$GKACHAT_HOME") "
 chat="  $prefix$(printf %q "$PYTHON") -m scripts.chat_cli"

@@ -50,6 +50,9 @@ def main(
     for task, score in scores.items():
         accuracy = f"{score['accuracy']:.4f} +- {score['standard_error']:.4f} (guessing: {score['baseline']:.4f})"
         print(f"  {task:14s} {accuracy}; {score['examples']:,} questions in {score['seconds']:.1f} s")
+        for kind, found in score["kinds"].items():
+            if kind:
+                print(f"    {kind:12s} {found['correct']} of {found['examples']} right")
     print(write_result(run_dir, "chat", meta, chosen, scores, limit=limit).with_suffix(".md"))
 
 

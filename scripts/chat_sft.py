@@ -5,8 +5,8 @@ python -m scripts.chat_sft d20_gka --chat.source huggingface
 python -m scripts.chat_sft d4_gka --chat.source files --chat.files talks.jsonl --run.name d4_gka_talks
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft d20_gka --chat.source huggingface
 
-Options that are not given come from RUN, except for the length of training, the schedule and weight decay. The result
-is the run RUN_chat.
+Options that are not given come from RUN, except for the length of training, the schedule and weight decay, and in short
+trainings the batch. The result is the run RUN_chat.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ from gkachat.config_file import load_config, read_toml
 from scripts.cli import RUN_FLAGS, run, split_args
 
 KEPT_TRAIN_OPTIONS = (
-    "total_batch_size",
     "device_batch_size",
     "recompute_blocks",
     "eval_tokens",
@@ -27,11 +26,24 @@ KEPT_TRAIN_OPTIONS = (
     "max_skipped",
 )
 
+FEW_STEPS = 500
+
+
+def tuning_batch(base_batch: int, tokens: int) -> int:
+    """Return the tokens of a step: those of the base's, or a half or quarter of them where there are few steps.
+
+    More and smaller steps at the same learning rate then learn more (docs/experiments.md).
+    """
+    halvings = 0
+    while halvings < 2 and tokens * 2**halvings < FEW_STEPS * base_batch:
+        halvings += 1
+    return base_batch // 2**halvings
+
 
 def tuning_defaults(base_dir: Path) -> dict[str, Any]:
     """Return the config of a run, as tables, with the defaults of fine-tuning it.
 
-    Batch and learning rates stay. The rates fall to zero, there is no weight decay, and the length of training follows
+    Learning rates stay. They fall to zero, there is no weight decay, and the length of training follows
     from the conversations.
     """
     tree, base = read_toml(base_dir / "config.toml"), base_dir.name
@@ -86,6 +98,10 @@ def main() -> None:
     if config.train.total_tokens is None:
         tokens = max(1, round(config.chat.epochs * rows["train"] * T))
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens))
+    if config.train.total_batch_size is None:
+        batch = tuning_batch(read_toml(base_dir / "config.toml")["train"]["total_batch_size"], config.train.total_tokens)
+        batch = max(batch, T * world.size)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_batch_size=batch))
 
     config = resolve(config, world.size)
     run_dir = open_run(config, world, resume="resume" in flags, overwrite="overwrite" in flags)

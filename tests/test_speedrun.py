@@ -88,7 +88,7 @@ def test_on_gpus_runs_are_counted_estimated_trained_scored_and_compared_in_this_
     torchrun = "torch.distributed.run --standalone --nproc_per_node=2 -m "
     assert [line.removeprefix(torchrun).split()[0].removeprefix("scripts.") for line in lines] == [
         "preflight", "cost", "estimate", "tok_train", "data_prep", *["base_train"] * n, *["base_eval"] * 2 * n,
-        "compare", *["chat_sft", "chat_eval"] * n,
+        "compare", *["chat_sft"] * n, *["chat_eval"] * n,
     ]  # fmt: skip
     assert lines[2].startswith("scripts.estimate configs/d20.toml --all ")
     for line, attention in zip(trainings(lines), ATTENTIONS, strict=True):
@@ -190,7 +190,8 @@ def test_minutes_by_step_are_printed_at_the_end(start):
     output = start(0, hooks='if [[ "$*" == *tok_train* ]]; then sleep 1.2; fi').communicate(timeout=60)[0]
     table = dict(reversed(line.strip().split("  ", 1)) for line in re.findall(r"^ +\d+:\d\d  .+$", output, flags=re.M))
     assert [*table][:3] == ["set up", "check options, GPUs and disk", "train the tokenizer"]
-    assert [*table][-1] == "in all" and {f"train d4_{attention}" for attention in ATTENTIONS} < table.keys()
+    assert [*table][-1] == "in all"
+    assert {"train all", "evaluate all", "tune on conversations all", "ask sums and letter counts all"} < table.keys()
     assert table["train the tokenizer"].strip() in ("0:01", "0:02") and table["in all"].strip() >= "0:01"
 
 
@@ -272,6 +273,39 @@ def test_ctrl_c_after_the_tokenization_has_its_exit_code(start, tmp_path):
         time.sleep(0.05)  # until the speedrun knows that it has ended
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=30) == 130
+
+
+AT_ONCE = """if [[ "$*" == *{script}* ]]; then
+    echo "$OMP_NUM_THREADS" >> {path}/threads; touch {path}/here_$3; trap 'echo stopped >> {path}/stopped; exit 130' INT
+    until [ -e {path}/go ]; do sleep 0.05; done
+    echo "done"; echo "and stderr" >&2; [[ "$*" != *gka_plus* ]] || exit {code}
+fi"""
+
+
+def started_at_once(process, tmp_path):
+    """Wait until one process for each attention is there."""
+    while len([*tmp_path.glob("here_*")]) < len(ATTENTIONS) and process.poll() is None:
+        time.sleep(0.05)
+
+
+def test_without_gpus_runs_are_evaluated_at_the_same_time_and_a_failure_ends_none_of_the_others(start, tmp_path):
+    process = start(0, hooks=AT_ONCE.format(script="base_eval", path=tmp_path, code=3), OMP_NUM_THREADS="7")
+    started_at_once(process, tmp_path)
+    (tmp_path / "go").touch()
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 3 and error == "speedrun: evaluate d4_gka_plus failed (exit code 3)\n"
+    lines = output.splitlines()
+    for attention in ATTENTIONS:
+        assert {f"d4_{attention} | done", f"d4_{attention} | and stderr"} < {*lines}
+    assert (tmp_path / "threads").read_text() == "2\n" * 3
+
+
+def test_ctrl_c_reaches_runs_that_are_tuned_at_the_same_time(start, tmp_path):
+    process = start(0, hooks=AT_ONCE.format(script="chat_sft", path=tmp_path, code=0))
+    started_at_once(process, tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert (tmp_path / "stopped").read_text() == "stopped\n" * len(ATTENTIONS)  # it has waited for them
 
 
 def test_the_commands_at_the_end_can_be_pasted_whatever_the_home_is_called(start, tmp_path):

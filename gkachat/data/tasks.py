@@ -31,25 +31,39 @@ Turn = tuple[str, str, str]
 
 
 def _addition(rng: random.Random, facts: dict[str, str]) -> Turn:
-    a, b = rng.randint(10, 99), rng.randint(10, 99)
-    (a1, a0), (b1, b0) = divmod(a, 10), divmod(b, 10)
-    carry = (a0 + b0) // 10
+    [longest] = rng.choices((1, 2, 3), (1, 4, 5))
+    other = longest if rng.random() < 0.6 else rng.randint(1, longest)
+    a, b = (_number(rng, digits) for digits in rng.sample((longest, other), 2))
     question = rng.choice(("What is {} + {}?", "{} + {} = ?", "Add {} and {}.", "How much is {} plus {}?"))
-    steps = f"{a0} + {b0} = {a0 + b0}, {a1} + {b1} + {carry} = {a1 + b1 + carry}."
-    return f"addition {a} {b}", question.format(a, b), f"{steps} The answer is {a + b}."
+    steps, carry = [], 0
+    for place in range(longest):
+        parts = [a // 10**place % 10, b // 10**place % 10, *([carry] if place else [])]
+        steps.append(f"{' + '.join(map(str, parts))} = {sum(parts)}")
+        carry = sum(parts) // 10
+    digits = " ".join(str(a + b))  # one by one first: a token of the answer may hold two of them
+    return f"addition {a} {b}", question.format(a, b), f"{', '.join(steps)}. {digits}. The answer is {a + b}."
+
+
+def _number(rng: random.Random, digits: int) -> int:
+    return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
 
 
 def _word(rng: random.Random) -> str:
     return rng.choice(WORDS) if rng.random() < 0.5 else "".join(rng.choices(SYLLABLES, k=rng.randint(2, 4)))
 
 
+def _insert(rng: random.Random, word: str, letter: str) -> str:
+    """Return a word with a letter once or twice more, anywhere."""
+    at = rng.randint(0, len(word))
+    return word[:at] + letter * rng.randint(1, 2) + word[at:]
+
+
 def _counting(rng: random.Random, facts: dict[str, str]) -> Turn:
     word = _word(rng)
     present = rng.random() < 0.8
     letter = rng.choice(word if present else "abcdefghijklmnoprstuvwyz")
-    if rng.random() < 0.5:  # insert the letter again, because counts above 1 are rare otherwise
-        at = rng.randint(0, len(word))
-        word = word[:at] + letter * rng.randint(1, 2) + word[at:]
+    if rng.random() < 0.5:  # counts above 1 are rare otherwise
+        word = _insert(rng, word, letter)
     n, steps = 0, []
     for character in word:
         n += character == letter
@@ -60,6 +74,8 @@ def _counting(rng: random.Random, facts: dict[str, str]) -> Turn:
 
 def _spelling(rng: random.Random, facts: dict[str, str]) -> Turn:
     word = _word(rng)
+    if rng.random() < 0.5:
+        word = _insert(rng, word, rng.choice(word))
     question = rng.choice(("Spell {}.", "How do you spell {}?", "What are the letters of {}?"))
     return f"spelling {word}", question.format(word), f"{', '.join(word)}."
 
@@ -104,14 +120,21 @@ def _self(rng: random.Random, facts: dict[str, str]) -> Turn:
 
 
 TASKS: dict[str, tuple[Callable[[random.Random, dict[str, str]], Turn], float]] = {
-    "addition": (_addition, 0.35),
-    "counting": (_counting, 0.4),
-    "spelling": (_spelling, 0.07),
-    "sorting": (_sorting, 0.07),
-    "dates": (_dates, 0.07),
+    "addition": (_addition, 0.38),
+    "counting": (_counting, 0.37),
+    "spelling": (_spelling, 0.11),
+    "sorting": (_sorting, 0.05),
+    "dates": (_dates, 0.05),
     "self": (_self, 0.04),
 }
 """Each task's function and its share of the conversations."""
+
+
+def kind_of(key: str) -> str:
+    """Return what scores of a task are told apart by: the digits of an addition's longer number, otherwise nothing."""
+    task, *numbers = key.split(" ")
+    digits = max(map(len, numbers))
+    return f"{digits} digit{'s' if digits > 1 else ''}" if task == "addition" else ""
 
 
 def ask(task: str, rng: random.Random, facts: dict[str, str]) -> Turn:

@@ -9,12 +9,12 @@ Both tasks work without a network. gkachat.eval.harness has ARC, MMLU, GSM8K, Hu
 import hashlib
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from gkachat.data.conversations import is_val, render_prompt
-from gkachat.data.tasks import MAX_QUESTIONS, SCORED_TASKS, answer_of, ask
+from gkachat.data.tasks import MAX_QUESTIONS, SCORED_TASKS, answer_of, ask, kind_of
 from gkachat.eval.results import task_score
 from gkachat.inference.engine import Engine, Request
 from gkachat.inference.sampling import Sampling
@@ -25,8 +25,8 @@ MAX_ANSWER_TOKENS = 512
 SEED = 1337
 
 
-def held_out_questions(task: str, val_fraction: float, limit: int = MAX_QUESTIONS) -> list[tuple[str, str]]:
-    """Return up to `limit` (question, answer) pairs that tuning kept out of training, always the same ones.
+def held_out_questions(task: str, val_fraction: float, limit: int = MAX_QUESTIONS) -> dict[str, tuple[str, str]]:
+    """Return up to `limit` {key: (question, answer)} that tuning kept out of training, always the same ones.
 
     `val_fraction` is the tuned run's chat.val_fraction. Raises ValueError when nothing was kept out.
     """
@@ -39,7 +39,7 @@ def held_out_questions(task: str, val_fraction: float, limit: int = MAX_QUESTION
                 break
     if not found:
         raise ValueError(f"{task}: tuning kept no question out of training (chat.val_fraction {val_fraction})")
-    return list(found.values())
+    return found
 
 
 def evaluate_chat(
@@ -59,7 +59,7 @@ def evaluate_chat(
         rows: answers generated at a time.
 
     Figures are those of `task_score` (the baseline always gives the most frequent answer), `correct` (a bool per
-    question) and `sha256` of the questions. Raises ValueError for an unknown task or a limit below 1.
+    question), `kinds` ({kind: correct and examples}; see `kind_of`) and `sha256` of the questions. Raises ValueError for an unknown task or a limit below 1.
     """
     if not tasks or not set(tasks) <= set(SCORED_TASKS):
         raise ValueError(f"tasks: given {', '.join(tasks) or 'none'}, expected some of {', '.join(SCORED_TASKS)}")
@@ -68,14 +68,18 @@ def evaluate_chat(
     scores = {}
     for task in tasks:
         start, questions = time.perf_counter(), held_out_questions(task, val_fraction, limit)
-        texts, answers = zip(*questions, strict=True)
+        texts, answers = zip(*questions.values(), strict=True)
         replies = generate_replies(model, tokenizer, texts, rows)
         correct = [answer_of(reply) == answer for reply, answer in zip(replies, answers, strict=True)]
         n, commonest = len(questions), max(Counter(answers).values())
+        by_kind = defaultdict(list)
+        for key, right in zip(questions, correct, strict=True):
+            by_kind[kind_of(key)].append(right)
         scores[task] = {
             **task_score(sum(correct) / n, n, time.perf_counter() - start, commonest / n),
             "correct": correct,
-            "sha256": hashlib.sha256(repr(questions).encode()).hexdigest(),
+            "kinds": {kind: {"correct": sum(found), "examples": len(found)} for kind, found in sorted(by_kind.items())},
+            "sha256": hashlib.sha256(repr(list(questions.values())).encode()).hexdigest(),
         }
     return scores
 

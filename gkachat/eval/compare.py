@@ -182,7 +182,8 @@ def markdown(comparison: dict[str, Any]) -> str:
     text += (
         f"\nRatios are over {first}. Published: gka over softmax at depth 20 (arXiv 2605.02144).\n"
         "Bits per byte are taken over all of the val split, and over as many training tokens.\n"
-        "Tokens per second include waits for shards that were still being made; scripts.bench_step compares speeds.\n"
+        "Tokens per second include waits for shards that were still being made and, on CPUs, other runs of a speedrun, "
+        "which share the cores; scripts.bench_step compares speeds.\n"
     )
     if len(set(comparison["table"]["tokens a step"]["values"])) > 1:
         text += "The runs differ in their batches, which follow from their token budgets unless they are set.\n"

@@ -28,8 +28,8 @@ def model(request, tokenizer):
 def test_questions_are_always_the_same_ones_that_tuning_kept_out():
     for task in SCORED_TASKS:
         questions = held_out_questions(task, 0.05, 20)
-        assert questions == held_out_questions(task, 0.05, 20) and len(dict(questions)) == 20
-    for question, answer in held_out_questions("addition", 0.05, 50):
+        assert questions == held_out_questions(task, 0.05, 20) and len(questions) == 20
+    for question, answer in held_out_questions("addition", 0.05, 50).values():
         a, b = map(int, re.findall(r"\d+", question))
         assert is_val(f"addition {a} {b}", 0.05) and answer == str(a + b)
     with pytest.raises(ValueError, match="tuning kept no question out"):
@@ -62,13 +62,24 @@ def test_replies_are_greedy_end_where_the_assistant_ends_and_come_in_order(model
 
 def test_right_answers_are_counted_and_centered_on_guessing(model, tokenizer, monkeypatch):
     questions = held_out_questions("counting", 0.05, 20)
-    replies = [f"The answer is {answer}." if i % 4 else "I cannot say." for i, (_, answer) in enumerate(questions)]
+    replies = [f"The answer is {answer}." if i % 4 else "I cannot say." for i, (_, answer) in enumerate(questions.values())]
     monkeypatch.setattr(chat, "generate_replies", lambda *args: replies)
     score = evaluate_chat(model, tokenizer, ["counting"], val_fraction=0.05, limit=20)["counting"]
     assert score["correct"] == [i % 4 > 0 for i in range(20)] and score["accuracy"] == 0.75
-    answers = [answer for _, answer in questions]
+    answers = [answer for _, answer in questions.values()]
     assert score["baseline"] == max(map(answers.count, answers)) / 20
+    assert score["kinds"] == {"": {"correct": 15, "examples": 20}}
     assert score["centered"] == pytest.approx((0.75 - score["baseline"]) / (1 - score["baseline"]))
+
+
+def test_additions_are_counted_by_the_digits_of_the_longer_number(model, tokenizer, monkeypatch):
+    questions = held_out_questions("addition", 0.05)
+    monkeypatch.setattr(chat, "generate_replies", lambda *args: [f"The answer is {a}." for _, a in questions.values()])
+    kinds = evaluate_chat(model, tokenizer, ["addition"], val_fraction=0.05)["addition"]["kinds"]
+    longest = [max(map(len, re.findall(r"\d+", question))) for question, _ in questions.values()]
+    expected = {n: longest.count(n) for n in (1, 2, 3)}
+    assert kinds == {f"{n} digit{'s' * (n > 1)}": {"correct": e, "examples": e} for n, e in expected.items()}
+    assert min(expected.values()) > 0 and min(expected[2], expected[3]) > 50
 
 
 def test_unknown_tasks_and_a_limit_of_nothing_are_refused(model, tokenizer):
