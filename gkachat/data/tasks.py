@@ -38,7 +38,7 @@ def _addition(rng: random.Random, facts: dict[str, str]) -> Turn:
     steps, carry = [], 0
     for place in range(longest):
         parts = [a // 10**place % 10, b // 10**place % 10, *([carry] if place else [])]
-        steps.append(f"{' + '.join(map(str, parts))} = {sum(parts)}")
+        steps.append(f"{'+'.join(map(str, parts))}={sum(parts)}")
         carry = sum(parts) // 10
     digits = " ".join(str(a + b))  # one by one first: a token of the answer may hold two of them
     return f"addition {a} {b}", question.format(a, b), f"{', '.join(steps)}. {digits}. The answer is {a + b}."
@@ -67,7 +67,7 @@ def _counting(rng: random.Random, facts: dict[str, str]) -> Turn:
     n, steps = 0, []
     for character in word:
         n += character == letter
-        steps.append(f"{character} {letter} {n}")
+        steps.append(f"{character} {letter}{n}")
     question = rng.choice(("How many {1} are in {0}?", "How often does {1} occur in {0}?", "Count the {1} in {0}."))
     return f"counting {word} {letter}", question.format(word, letter), f"{', '.join(steps)}. The answer is {n}."
 
