@@ -138,7 +138,8 @@ def compare_scores(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -
 
     Returns a dict per task: name, scores a and b, difference b - a, their standard errors error_a, error_b and error,
     examples (the number of each run), paired, is_noise. If both runs answered the same rows, the difference is paired:
-    taken row by row, which removes what the rows' difficulty adds. Otherwise its error is that of two independent samples.
+    taken row by row, which removes what the rows' difficulty adds. Otherwise its error is that of two independent
+    samples.
     """
     differences = []
     for kind in [kind for kind in a if kind in b]:

@@ -111,8 +111,8 @@ def evaluate_core(
 
     Args:
         bundle_dir: a directory, or a zip.
-        max_per_task: rows of a task that are scored, the first after they were shuffled. Few-shot examples come from all
-            rows, so that each result is that of a full evaluation.
+        max_per_task: rows of a task that are scored, the first after they were shuffled. Few-shot examples come from
+            all rows, so that each result is that of a full evaluation.
         world: processes, each with the same model, that share the rows.
         tokens: tokens in a batch, with padding; by default scoring.MAX_BATCH_TOKENS. Memory follows it: the cache
             takes `scripts.cost`'s cache_bytes_per_token for each, activations some 20 n_embd numbers.
