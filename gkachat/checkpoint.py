@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gkachat.config import Config, ConfigError, DataConfig, GPTConfig, TokenizerConfig, home
-from gkachat.config_file import from_dict, to_toml
+from gkachat.config import Config, ConfigError, DataConfig, GPTConfig, TokenizerConfig, TuningConfig, home
+from gkachat.config_file import from_dict, kind_of, load_config, read_toml, to_toml
 from gkachat.files import flush, read_json, sha256, write_text
 from gkachat.machine import commit
 from gkachat.model.gpt import GPT, Transformer
@@ -42,6 +42,8 @@ from gkachat.vision_config import VisionConfig, ViTConfig
 MODEL, META, CHECKPOINTS = "model.safetensors", "meta.json", "checkpoints"
 FORMAT = 3  # of configs and checkpoints; to be raised when older runs can no longer be read
 META_FIELDS = {"format": int, "step": int, "config": dict, "sha256": dict, "tokenizer_sha256": str, "world_size": int}
+
+CONFIGS = {"language model": Config, "tuned language model": TuningConfig, "image model": VisionConfig}
 
 Model = TypeVar("Model", bound=Transformer)
 
@@ -55,8 +57,18 @@ def find_run(name: str | Path) -> Path:
     for directory in (expand(name), runs / name):
         if (directory / "config.toml").exists():
             return directory
+        if (directory / META).exists() and directory.parent.name == CHECKPOINTS:
+            raise ValueError(f"{directory}: given a checkpoint, expected its run, {directory.parent.parent}, and --step")
+        if (directory / "config.json").exists():
+            raise ValueError(f"{directory}: given a model for transformers, expected a run, as the one it was made of")
     known = sorted(path.parent.name for path in runs.glob("*/config.toml"))
     raise FileNotFoundError(f"no run {str(name)!r}; in {runs} there are: {', '.join(known) or 'none'}")
+
+
+def load_run_config(run_dir: str | Path) -> Config | TuningConfig | VisionConfig:
+    """Return the config of a run of any kind. Raises FileNotFoundError, or ConfigError where it is not valid."""
+    tree = read_toml(Path(run_dir) / "config.toml")
+    return load_config(tree, cls=CONFIGS[kind_of(tree)])
 
 
 def start_run(run_dir: Path, config: Config | VisionConfig, tokenizer: Tokenizer | None) -> None:

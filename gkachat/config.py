@@ -42,7 +42,10 @@ Checks = dict[str, tuple[bool, str]]  # name of a field -> (whether its value is
 
 
 def require(config: Any, **checks: tuple[bool, str]) -> None:
-    """Raise one ConfigError that lists every field whose check failed."""
+    """Raise one ConfigError that lists every field whose check failed, or that is a number but not a finite one."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    infinite = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    checks |= dict.fromkeys(infinite, (False, "a finite number"))
     wrong = [f.name for f in dataclasses.fields(config) if f.name in checks and not checks[f.name][0]]
     if wrong:
         raise ConfigError([f"{name}: given {getattr(config, name)!r}, expected {checks[name][1]}" for name in wrong])
@@ -424,7 +427,10 @@ class ChatConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            files=(self.source != "files" or bool(self.files), "paths when source is files"),
+            files=(
+                (self.source == "files") == bool(self.files),
+                "paths when source is files" if self.source == "files" else "none unless source is files",
+            ),
             epochs=(self.epochs > 0, "above 0"),
             val_fraction=(0 < self.val_fraction < 1, "above 0 and below 1"),
             **at_least(1, self, "conversations"),

@@ -78,7 +78,8 @@ class ImageConfig:
     """Processes that read images."""
 
     def __post_init__(self) -> None:
-        require(self, **at_least(0, self, "shift", "workers"))
+        still = self.shift == 0 or (self.shift > 0 and self.source == "digits")
+        require(self, shift=(still, "0, or more when source is digits"), **at_least(0, self, "workers"))
 
     @property
     def name(self) -> str:

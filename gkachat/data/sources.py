@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from gkachat.config import DataConfig
+from gkachat.config import ConfigError, DataConfig
 from gkachat.data.readers import READERS, find_files, read_files
 from gkachat.text import is_text
 
@@ -29,6 +29,12 @@ class Corpus:
     """
 
     def __init__(self, config: DataConfig):
+        """Raises ConfigError for an option that belongs to another source, and would be ignored."""
+        own = {"site_packages": "python-source", "files": "files", "subset": "huggingface"}
+        if wrong := [name for name, source in own.items() if getattr(config, name) and config.source != source]:
+            raise ConfigError(
+                [f"data.{name}: given {getattr(config, name)!r}, expected --data.source {own[name]}" for name in wrong]
+            )
         self.config = config
         self.counts: dict[str, int] = {}
         self.cut = False
