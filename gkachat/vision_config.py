@@ -102,7 +102,7 @@ class VisionTrainConfig(LoopConfig):
     def checks(self) -> Checks:
         return {
             **super().checks(),
-            "epochs": (self.epochs > 0, "above 0"),
+            "epochs": (0 < self.epochs <= 1e6, "above 0, at most 1e6"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "0 or more and below 1"),
             "ema_decay": (0 <= self.ema_decay < 1, "0 or more and below 1"),
             **at_least(1, self, "batch_images"),

@@ -21,12 +21,12 @@ def main() -> None:
     from gkachat.train.language import LanguageTask
     from gkachat.train.optim import make_optimizers
     from gkachat.train.schedule import resolve
-    from gkachat.train.setup import build_model, open_run
+    from gkachat.train.setup import build_model, keep_batch, open_run
     from gkachat.train.trainer import Trainer
 
     device = pick_device(config.run.device)
     world = init_process_group(device.type, config.run.timeout)
-    config = resolve(config, world.size)
+    config = resolve(keep_batch(config, "resume" in flags), world.size)
     run_dir = open_run(config, world, resume="resume" in flags, overwrite="overwrite" in flags)
 
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)

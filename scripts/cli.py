@@ -89,8 +89,8 @@ def split_args(
     """Return the first argument (None if it is an option), the config overrides, and the flags that were given.
 
     `first` is what the help calls the first argument. `flags` maps the script's own switches to their help. `--help`
-    prints usage, description, flags and every field with its value in the TOML file, and exits. `fixed` maps options that
-    cannot apply, or their sections, to the reason. Raises ConfigError for them.
+    prints usage, description, flags and every field with its value in the TOML file, and exits. `fixed` maps options
+    that cannot apply, or their sections, to the reason. Raises ConfigError for them.
     """
     given = {flag for flag in flags if f"--{flag}" in args}
     args = [arg for arg in args if arg not in {f"--{flag}" for flag in given}]

@@ -50,7 +50,9 @@ def main() -> None:
             raise ValueError(f"{run_dir}: given a {kind}, which scripts.compare compares; expected an image model")
         final = [r for r in read_metrics(run_dir) if r["kind"] == "eval" and r["step"] == meta["n_steps"]]
         if not final or "val_top1" not in final[0]:
-            raise ValueError(f"{run_dir}: no accuracy at its last step, {meta['n_steps']}: expected a run fully trained")
+            raise ValueError(
+                f"{run_dir}: no accuracy at its last step, {meta['n_steps']}: expected a run fully trained"
+            )
         figures = final[0] | {"name": run_dir.name, "seed": meta["config"]["run"]["seed"], "version": meta["version"]}
         runs_of[model_config(meta, ViTConfig)].append(figures)
     rows: list[dict] = []

@@ -88,7 +88,11 @@ def test_a_missing_file_and_one_that_is_not_toml_are_named(tmp_path):
 
 
 @PROPERTY
-@given(name=ANY_TEXT, files=st.lists(ANY_TEXT, min_size=1), lr=st.floats(min_value=0, allow_nan=False, allow_infinity=False))
+@given(
+    name=ANY_TEXT,
+    files=st.lists(ANY_TEXT, min_size=1),
+    lr=st.floats(min_value=0, allow_nan=False, allow_infinity=False),
+)
 def test_any_value_round_trips_through_toml(tmp_path_factory, name, files, lr):
     config = Config(
         run=RunConfig(wandb=name, compile=False),
@@ -282,7 +286,10 @@ def test_options_of_another_source_are_refused():
     for options, problem in (
         ({"files": ("a.txt",)}, r"data\.files: given \('a\.txt',\), expected --data\.source files"),
         ({"subset": "en"}, r"data\.subset: given 'en', expected --data\.source huggingface"),
-        ({"source": "files", "files": ("a",), "site_packages": True}, r"data\.site_packages: given True, expected --data"),
+        (
+            {"source": "files", "files": ("a",), "site_packages": True},
+            r"data\.site_packages: given True, expected --data",
+        ),
     ):
         with pytest.raises(ConfigError, match=problem):
             Corpus(DataConfig(**options))

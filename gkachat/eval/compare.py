@@ -122,6 +122,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
             "seed": config["run"]["seed"],
             "steps": meta["step"],
             "finished": meta["step"] == meta["n_steps"],
+            "extended_at": meta.get("extended_at", []),
             **{key: meta[key] for key in ("device", "world_size", "dtype", "torch", "seconds", "peak_memory_bytes")},
         },
     }
@@ -223,6 +224,8 @@ def markdown(comparison: dict[str, Any]) -> str:
         text += f"± one standard error; more than noise: more than {NOISE} of them. Paired: on the same rows.\n\n"
     for name, facts in comparison["facts"].items():
         finished = "" if facts["finished"] else " (unfinished)"
+        if facts["extended_at"]:
+            finished += f" (trained longer from step {', '.join(map(str, facts['extended_at']))} on)"
         text += (
             f"- {name}: depth {facts['depth']} {facts['attention']}, {facts['steps']:,} steps{finished}, seed "
             f"{facts['seed']}, protocol {facts['protocol']}, {facts['dtype']} on {facts['device']} x "

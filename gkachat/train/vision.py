@@ -34,7 +34,7 @@ def resolve(config: VisionConfig, n_images: int, world_size: int = 1) -> VisionC
     batch = train.batch_images * T
     if train.total_batch_size not in (None, batch):
         raise ConfigError(
-            [f"train.total_batch_size: given {train.total_batch_size}, expected none: train.batch_images sets the batch"]
+            [f"train.total_batch_size: given {train.total_batch_size}, expected none: train.batch_images sets it"]
         )
     return dataclasses.replace(
         config,
