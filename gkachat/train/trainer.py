@@ -336,7 +336,7 @@ class Trainer:
             lr = schedule.lr_multiplier(self.step, self.config)
             self.report(
                 f"run {run_dir.name!r} is trained longer, {self.n_steps} steps instead of {before}: from step "
-                f"{self.step}, learning rates (now x{lr:.3f}), momentum and weight decay follow the schedule of that length"
+                f"{self.step}, learning rates (now x{lr:.3f}), momentum and weight decay follow the new schedule"
             )
         elif self.step >= self.n_steps:
             self.report(f"run {run_dir.name!r} is finished at step {self.step}; a larger token budget trains it longer")
