@@ -12,7 +12,8 @@ from scripts.cli import RUN_FLAGS, parse_config, run
 def main() -> None:
     config, flags = parse_config(sys.argv[1:], __doc__, RUN_FLAGS)
     from gkachat.config import home
-    from gkachat.data.shards import Split
+    from gkachat.data.shards import Split, check_source
+    from gkachat.data.sources import source_options
     from gkachat.eval.bpb import bpb_sums
     from gkachat.machine import pick_device
     from gkachat.model.gpt import GPT
@@ -31,6 +32,7 @@ def main() -> None:
 
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
     tokens_dir = home() / "tokens" / config.data_name
+    check_source(tokens_dir, source_options(config.data))
     patience = config.run.timeout / 2  # for shards that are still being made; the watchdog waits longer
     train, val = (Split(tokens_dir, split, tokenizer, timeout=patience) for split in ("train", "val"))
     task = LanguageTask(config, tokenizer, train, val, bpb_sums=bpb_sums, device=device, world=world)

@@ -254,7 +254,7 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_last_sound_checkpoint
         made.fit(made.run)
     out = capsys.readouterr().out
     assert "weights of step 6 are not finite (blocks.0.mlp.c_fc.weight): they are not saved" in out
-    assert checkpoint_steps(made.run.directory) == [4] and not list(problems(made.run.directory))
+    assert checkpoint_steps(made.run.directory)[-1] == 4 and not list(problems(made.run.directory))
     again = trainer("", *LONG, "--resume")
     again.fit(again.run)
     assert again.step == 16 and "resumes at step 4" in capsys.readouterr().out
