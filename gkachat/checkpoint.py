@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gkachat.config import Config, ConfigError, DataConfig, GPTConfig, TokenizerConfig, home
-from gkachat.config_file import from_dict, to_toml
+from gkachat.config import Config, ConfigError, DataConfig, GPTConfig, TokenizerConfig, TuningConfig, home
+from gkachat.config_file import from_dict, kind_of, load_config, read_toml, to_toml
 from gkachat.files import flush, read_json, sha256, write_text
 from gkachat.machine import commit
 from gkachat.model.gpt import GPT, Transformer
@@ -42,6 +42,8 @@ from gkachat.vision_config import VisionConfig, ViTConfig
 MODEL, META, CHECKPOINTS = "model.safetensors", "meta.json", "checkpoints"
 FORMAT = 3  # of configs and checkpoints; to be raised when older runs can no longer be read
 META_FIELDS = {"format": int, "step": int, "config": dict, "sha256": dict, "tokenizer_sha256": str, "world_size": int}
+
+CONFIGS = {"language model": Config, "tuned language model": TuningConfig, "image model": VisionConfig}
 
 Model = TypeVar("Model", bound=Transformer)
 
@@ -55,8 +57,20 @@ def find_run(name: str | Path) -> Path:
     for directory in (expand(name), runs / name):
         if (directory / "config.toml").exists():
             return directory
+        if (directory / META).exists() and directory.parent.name == CHECKPOINTS:
+            raise ValueError(
+                f"{directory}: given a checkpoint, expected its run, {directory.parent.parent}, and --step"
+            )
+        if (directory / "config.json").exists():
+            raise ValueError(f"{directory}: given a model for transformers, expected a run, as the one it was made of")
     known = sorted(path.parent.name for path in runs.glob("*/config.toml"))
     raise FileNotFoundError(f"no run {str(name)!r}; in {runs} there are: {', '.join(known) or 'none'}")
+
+
+def load_run_config(run_dir: str | Path) -> Config | TuningConfig | VisionConfig:
+    """Return the config of a run of any kind. Raises FileNotFoundError, or ConfigError where it is not valid."""
+    tree = read_toml(Path(run_dir) / "config.toml")
+    return load_config(tree, cls=CONFIGS[kind_of(tree)])
 
 
 def start_run(run_dir: Path, config: Config | VisionConfig, tokenizer: Tokenizer | None) -> None:
@@ -64,7 +78,12 @@ def start_run(run_dir: Path, config: Config | VisionConfig, tokenizer: Tokenizer
     (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(run_dir)
-    write_text(run_dir / "config.toml", to_toml(config))  # last: find_run sees the run from now on
+    write_config(run_dir, config)  # last: find_run sees the run from now on
+
+
+def write_config(run_dir: Path, config: Config | VisionConfig) -> None:
+    """Write the config of a run, which a run that is trained longer changes."""
+    write_text(run_dir / "config.toml", to_toml(config))
 
 
 def step_dir(run_dir: str | Path, step: int) -> Path:
@@ -98,8 +117,9 @@ class Saver:
         self.rank, self.world_size = rank, world_size
         self.version = commit()  # now: the working tree may be edited while the run trains
         self.thread: threading.Thread | None = None
-        self.error: OSError | None = None
+        self.error: OSError | FloatingPointError | None = None
         self.step = -1  # the last step whose checkpoint was begun
+        self.proven = -1  # the last step whose weights are known to give finite numbers
         self.copies: dict[str, Tensor] = {}
         if rank == 0:  # remove what a killed process left behind
             for leftover in (run_dir / CHECKPOINTS).glob(".*.tmp"):
@@ -109,6 +129,7 @@ class Saver:
         """Copy the tensors and start to write them, once the previous checkpoint is written.
 
         A failure is reported and leaves earlier checkpoints alone. `finish` raises it, unless a later save succeeds.
+        Weights that are not finite are not written.
         """
         if step == self.step and self.error is None:
             return
@@ -132,15 +153,23 @@ class Saver:
             self.thread.join()
 
     def finish(self) -> None:
-        """Wait, and raise OSError if the last checkpoint could not be written."""
+        """Wait, and raise OSError or FloatingPointError if the last checkpoint could not be written."""
         self.wait()
         if self.error is not None:
             raise self.error
+        if self.rank == 0:
+            self._rotate()
 
     def _write(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], meta: dict[str, Any]) -> None:
         directory = step_dir(self.run_dir, step)
         temporary = directory.with_name(f".{directory.name}.tmp")
         part = _part(self.rank, self.world_size)
+        if wrong := [name for name, tensor in model.items() if not _is_finite(tensor)]:
+            self.error = FloatingPointError(
+                f"the weights of step {step} are not finite ({wrong[0]}): they are not saved"
+            )
+            self.report(f"step {step:6d} | {self.error}")
+            return
         try:
             temporary.mkdir(exist_ok=True)
             digests = {part: _write_tensors(temporary / part, optimizer)}
@@ -186,9 +215,13 @@ class Saver:
         return digest
 
     def _rotate(self) -> None:
-        run = self.config.run
-        for step in checkpoint_steps(self.run_dir)[: -run.keep_last]:
-            if step != self.step and not (run.keep_every and step % run.keep_every == 0):
+        """Remove checkpoints that are no longer wanted. The newest whose weights are proven, at least, is left."""
+        run, steps = self.config.run, checkpoint_steps(self.run_dir)
+        sound = [step for step in steps if step <= self.proven]
+        if not sound:
+            return
+        for step in steps[: -run.keep_last]:
+            if step not in (self.step, sound[-1]) and not (run.keep_every and step % run.keep_every == 0):
                 remove(step_dir(self.run_dir, step))
 
 
@@ -201,6 +234,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     from safetensors.torch import save_file
 
     save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it; this follows the umask
     flush(path)
     return sha256(path)
 
@@ -246,11 +280,15 @@ def verify(directory: Path, *names: str) -> dict[str, Any]:
 
 
 def newest_sound(run_dir: Path, report: Callable[[str], None]) -> int:
-    """Return the step of the newest checkpoint that verifies, or -1. Damaged ones are reported and renamed."""
+    """Return the step of the newest checkpoint that verifies, or -1.
+
+    Damaged ones, and those whose weights are not finite, are reported and renamed.
+    """
     for step in reversed(checkpoint_steps(run_dir)):
         directory = step_dir(run_dir, step)
         try:
             verify(directory)
+            load_weights(directory)
             return step
         except ValueError as error:
             aside = directory.with_name(f"damaged_{directory.name}")
@@ -290,7 +328,8 @@ def load_weights(directory: Path) -> dict[str, Tensor]:
         raise ValueError(f"{directory / MODEL} cannot be read ({error})") from None
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not _is_finite(tensor):
-            raise ValueError(f"{directory / MODEL}: {name} is {tensor.dtype}, expected finite float32")
+            found = f"is {tensor.dtype}" if tensor.dtype != torch.float32 else "has numbers that are not finite"
+            raise ValueError(f"{directory / MODEL}: {name} {found}, expected finite float32")
     return tensors
 
 
@@ -372,7 +411,10 @@ def load_vision_model(
 
 
 def _load(cls: type[Model], config: Any, directory: Path, device: str | torch.device) -> Model:
-    tensors = load_weights(directory)
+    try:
+        tensors = load_weights(directory)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {directory} to use an earlier one") from None
     if config.depth > len(tensors):  # building a million layers, only to miss their tensors, takes forever
         raise ValueError(f"{directory}: given {len(tensors)} tensors, expected those of {config.depth} layers")
     try:

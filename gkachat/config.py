@@ -42,7 +42,13 @@ Checks = dict[str, tuple[bool, str]]  # name of a field -> (whether its value is
 
 
 def require(config: Any, **checks: tuple[bool, str]) -> None:
-    """Raise one ConfigError that lists every field whose check failed."""
+    """Raise one ConfigError that lists every field whose check failed, and numbers that are not finite or too large."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            checks[name] = False, "a finite number"
+        if isinstance(value, int) and abs(value) >= 2**63:
+            checks[name] = False, "a number below 2^63"
     wrong = [f.name for f in dataclasses.fields(config) if f.name in checks and not checks[f.name][0]]
     if wrong:
         raise ConfigError([f"{name}: given {getattr(config, name)!r}, expected {checks[name][1]}" for name in wrong])
@@ -331,7 +337,7 @@ class TrainConfig(LoopConfig):
     def checks(self) -> Checks:
         return {
             **super().checks(),
-            "tokens_per_param": (self.tokens_per_param > 0, "above 0"),
+            "tokens_per_param": (1e-6 <= self.tokens_per_param <= 1e6, "above 0, from 1e-6 to 1e6"),
             **at_least(1, self, "baseline_tokens", "eval_tokens"),
         }
 
@@ -424,8 +430,11 @@ class ChatConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            files=(self.source != "files" or bool(self.files), "paths when source is files"),
-            epochs=(self.epochs > 0, "above 0"),
+            files=(
+                (self.source == "files") == bool(self.files),
+                "paths when source is files" if self.source == "files" else "none unless source is files",
+            ),
+            epochs=(0 < self.epochs <= 1e6, "above 0, at most 1e6"),
             val_fraction=(0 < self.val_fraction < 1, "above 0 and below 1"),
             **at_least(1, self, "conversations"),
         )

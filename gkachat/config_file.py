@@ -13,7 +13,7 @@ import functools
 import io
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -85,6 +85,29 @@ def parse_overrides(defaults: C, overrides: Sequence[str], **options: Any) -> C:
 
     flags = (tyro.conf.FlagConversionOff,)  # --field true, not --field and --no-field
     return parse_args(type(defaults), overrides, default=defaults, config=flags, use_underscores=True, **options)
+
+
+def hide(defaults: C, names: Iterable[str], prefix: str = "") -> C:
+    """Return defaults whose options in `names`, such as "model" or "train.protocol", do not show in the help."""
+    import tyro
+
+    hints, values, shown = get_type_hints(type(defaults)), dict(vars(defaults)), {}
+    for name in values:
+        if prefix + name in names:
+            shown[name] = tyro.conf.Suppress[hints[name]]
+        elif any(other.startswith(f"{prefix}{name}.") for other in names):
+            values[name] = hide(values[name], names, f"{prefix}{name}.")
+            shown[name] = type(values[name])
+    cls = type(defaults)
+    names = {"__annotations__": shown, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), names)(**values)
+
+
+def kind_of(tree: Mapping[str, Any]) -> str:
+    """Return what a config's tables, of TOML or of meta.json, belong to: a language, tuned language or image model."""
+    if "patch_size" in str(tree.get("model")):
+        return "image model"
+    return "tuned language model" if "chat" in tree else "language model"
 
 
 def parse_args(target: Callable[..., T], args: Sequence[str], **options: Any) -> T:

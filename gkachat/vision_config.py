@@ -78,7 +78,8 @@ class ImageConfig:
     """Processes that read images."""
 
     def __post_init__(self) -> None:
-        require(self, **at_least(0, self, "shift", "workers"))
+        still = self.shift == 0 or (self.shift > 0 and self.source == "digits")
+        require(self, shift=(still, "0, or more when source is digits"), **at_least(0, self, "workers"))
 
     @property
     def name(self) -> str:
@@ -101,7 +102,7 @@ class VisionTrainConfig(LoopConfig):
     def checks(self) -> Checks:
         return {
             **super().checks(),
-            "epochs": (self.epochs > 0, "above 0"),
+            "epochs": (0 < self.epochs <= 1e6, "above 0, at most 1e6"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "0 or more and below 1"),
             "ema_decay": (0 <= self.ema_decay < 1, "0 or more and below 1"),
             **at_least(1, self, "batch_images"),

@@ -40,7 +40,7 @@ def main(
         device: A torch device, or auto.
         dtype: Dtype of activations; auto: as in training.
         bundle: core: directory or zip of nanochat's bundle; by default it is downloaded and its SHA-256 checked.
-        max_per_task: core: rows of each task; by default all.
+        max_per_task: core: score at most this many rows of each task; by default all.
         tokens: core: tokens in a batch; device memory follows it.
     """
     from gkachat.checkpoint import find_run, load_model
@@ -100,7 +100,8 @@ def core(
         fetch_bundle()
     barrier(world)
     bundle = bundle or fetch_bundle()
-    partial = run_dir / DIRECTORY / f".core_step_{meta['step']:06d}.partial.json"
+    cut = f"_{max_per_task}" if max_per_task else ""  # what an interrupted full evaluation left is not touched
+    partial = run_dir / DIRECTORY / f".core{cut}_step_{meta['step']:06d}.partial.json"
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, disable=not world.is_rank0) as progress:
         bar = progress.add_task("reading the bundle")
@@ -131,8 +132,11 @@ def core(
     path = write_result(run_dir, "core", meta, model.wte.weight.device, scores, **figures)
     partial.unlink(missing_ok=True)
     print(f"{run_dir.name}, step {meta['step']}: {result['name']}: {result['mean_centered']:.4f}")
-    if result["missing"]:
-        print(f"  not in the bundle: {', '.join(result['missing'])}")
+    for line in result["unscored"]:
+        print(f"  not scored: {line}")
+    named = {line.partition(":")[0] for line in result["unscored"]}
+    if absent := [label for label in result["missing"] if label not in named]:
+        print(f"  not in the bundle: {', '.join(absent)}")
     if truncated := sum(score["truncated"] for score in scores.values()):
         print(f"  {truncated:,} examples longer than {model.config.sequence_len:,} tokens lost their beginning")
     print(f"  written to {path}")

@@ -12,7 +12,8 @@ from scripts.cli import RUN_FLAGS, parse_config, run
 def main() -> None:
     config, flags = parse_config(sys.argv[1:], __doc__, RUN_FLAGS)
     from gkachat.config import home
-    from gkachat.data.shards import Split
+    from gkachat.data.shards import Split, check_source
+    from gkachat.data.sources import source_options
     from gkachat.eval.bpb import bpb_sums
     from gkachat.machine import pick_device
     from gkachat.model.gpt import GPT
@@ -21,16 +22,17 @@ def main() -> None:
     from gkachat.train.language import LanguageTask
     from gkachat.train.optim import make_optimizers
     from gkachat.train.schedule import resolve
-    from gkachat.train.setup import build_model, open_run
+    from gkachat.train.setup import build_model, keep_batch, open_run
     from gkachat.train.trainer import Trainer
 
     device = pick_device(config.run.device)
     world = init_process_group(device.type, config.run.timeout)
-    config = resolve(config, world.size)
+    config = resolve(keep_batch(config, "resume" in flags), world.size)
     run_dir = open_run(config, world, resume="resume" in flags, overwrite="overwrite" in flags)
 
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
     tokens_dir = home() / "tokens" / config.data_name
+    check_source(tokens_dir, source_options(config.data))
     patience = config.run.timeout / 2  # for shards that are still being made; the watchdog waits longer
     train, val = (Split(tokens_dir, split, tokenizer, timeout=patience) for split in ("train", "val"))
     task = LanguageTask(config, tokenizer, train, val, bpb_sums=bpb_sums, device=device, world=world)

@@ -41,12 +41,14 @@ def main(
 
     run_dir, chosen = find_run(run_name), pick_device(device)
     model, tokenizer, meta = load_model(run_dir, chosen, step)
-    if "chat" not in meta["config"]:
+    chat = meta["config"].get("chat")
+    if chat is None:
         raise ValueError(f"{run_dir.name}: given a run that was not tuned, expected one that scripts.chat_sft made")
     for_inference(model, pick_dtype("auto", chosen))
-    val_fraction = meta["config"]["chat"]["val_fraction"]
-    scores = evaluate_chat(model, tokenizer, tasks, val_fraction=val_fraction, limit=limit, rows=batch_size)
+    scores = evaluate_chat(model, tokenizer, tasks, val_fraction=chat["val_fraction"], limit=limit, rows=batch_size)
     print(f"{run_dir.name}, step {meta['step']}")
+    if chat["source"] != "generated":
+        print(f"  it was tuned on {chat['source']}, not on generated conversations, which teach the form of an answer")
     for task, score in scores.items():
         accuracy = f"{score['accuracy']:.4f} +- {score['standard_error']:.4f} (guessing: {score['baseline']:.4f})"
         print(f"  {task:14s} {accuracy}; {score['examples']:,} questions in {score['seconds']:.1f} s")

@@ -5,8 +5,8 @@ python -m scripts.chat_sft d20_gka --chat.source huggingface
 python -m scripts.chat_sft d4_gka --chat.source files --chat.files talks.jsonl --run.name d4_gka_talks
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft d20_gka --chat.source huggingface
 
-Options that are not given come from RUN, except for the length of training, the schedule and weight decay, and in short
-trainings the batch. The result is the run RUN_chat.
+Options that are not given come from RUN, except for the length of training, the schedule, weight decay and, where there are
+few steps, the batch. The model, its tokenizer and data cannot change. The result is the run RUN_chat.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gkachat.config import ConfigError, GPTConfig, TuningConfig, home
-from gkachat.config_file import load_config, read_toml
+from gkachat.config_file import kind_of, load_config, read_toml
 from scripts.cli import RUN_FLAGS, run, split_args
 
 KEPT_TRAIN_OPTIONS = (
@@ -25,6 +25,13 @@ KEPT_TRAIN_OPTIONS = (
     "clip_norm",
     "max_skipped",
 )
+FIXED = {
+    **dict.fromkeys(("model", "tokenizer", "data", "chat.base"), "it is that of RUN"),
+    **dict.fromkeys(
+        ("train.protocol", "train.tokens_per_param", "train.baseline_tokens"),
+        "chat.epochs or train.total_tokens sets the length of tuning",
+    ),
+}
 
 FEW_STEPS = 500
 
@@ -47,6 +54,8 @@ def tuning_defaults(base_dir: Path) -> dict[str, Any]:
     from the conversations.
     """
     tree, base = read_toml(base_dir / "config.toml"), base_dir.name
+    if kind_of(tree) == "image model":
+        raise ValueError(f"{base_dir}: given an image model, expected a language model")
     tree["train"] = {name: value for name, value in tree["train"].items() if name in KEPT_TRAIN_OPTIONS}
     tree["train"] |= {"warmup_steps": 10, "warmdown_fraction": 1.0, "final_lr_fraction": 0.0}
     tree["optim"] |= {"weight_decay": 0.0}
@@ -66,7 +75,7 @@ def model_facts(config: GPTConfig) -> dict[str, str]:
 
 
 def main() -> None:
-    base, args, flags = split_args(sys.argv[1:], "RUN", __doc__, RUN_FLAGS, TuningConfig)
+    base, args, flags = split_args(sys.argv[1:], "RUN", __doc__, RUN_FLAGS, TuningConfig, FIXED)
     if base is None:
         raise ValueError("given no run, expected the name or directory of the one to tune")
     from gkachat.checkpoint import MODEL, check_format, find_run, load_tokenizer, load_weights, open_checkpoint

@@ -13,12 +13,13 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar, get_type_hints
 
 from gkachat.config import Config, ConfigError
-from gkachat.config_file import C, from_dict, load_config, parse_args, parse_overrides, read_toml
+from gkachat.config_file import C, from_dict, hide, load_config, parse_args, parse_overrides, read_toml
 
 if TYPE_CHECKING:
     import torch
@@ -78,12 +79,18 @@ def parse_config(
 
 
 def split_args(
-    args: list[str], first: str, description: str, flags: dict[str, str], cls: type = Config
+    args: list[str],
+    first: str,
+    description: str,
+    flags: dict[str, str],
+    cls: type = Config,
+    fixed: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[str | None, list[str], set[str]]:
     """Return the first argument (None if it is an option), the config overrides, and the flags that were given.
 
     `first` is what the help calls the first argument. `flags` maps the script's own switches to their help. `--help`
-    prints usage, description, flags and every field with its value in the TOML file, and exits.
+    prints usage, description, flags and every field with its value in the TOML file, and exits. `fixed` maps options
+    that cannot apply, or their sections, to the reason. Raises ConfigError for them.
     """
     given = {flag for flag in flags if f"--{flag}" in args}
     args = [arg for arg in args if arg not in {f"--{flag}" for flag in given}]
@@ -92,7 +99,11 @@ def split_args(
         usage = ["python -m", f"scripts.{Path(sys.argv[0]).stem}", first, *(f"[--{flag}]" for flag in flags)]
         text = _one_example_a_line(description) + "".join(f"\n--{flag:11}{text}" for flag, text in flags.items())
         tree = read_toml(path) if path and first == "[CONFIG.toml]" else {}
-        parse_overrides(from_dict(cls, tree, check=False), ["--help"], prog=" ".join(usage), description=text)
+        defaults = hide(from_dict(cls, tree, check=False), fixed)
+        parse_overrides(defaults, ["--help"], prog=" ".join(usage), description=text)
+    names = [word.partition("=")[0][2:].replace("-", "_") for word in args if word.startswith("--")]
+    if wrong := [(name, why) for name in names for option, why in fixed.items() if f"{name}.".startswith(f"{option}.")]:
+        raise ConfigError([f"--{name}: cannot be set: {why}" for name, why in wrong])
     if given >= {"resume", "overwrite"}:
         raise ValueError("given --resume and --overwrite, expected one of them")
     return path, args, given

@@ -43,10 +43,8 @@ def main(
     print(f"written to {directory}: {', '.join(files)}")
     if wandb:
         first, *others = comparison["names"]
-        header = ["", first, *others, *(f"{name} over {first}" for name in others), "published"]
-        rows = [
-            [name, *row["values"], *row["ratios"], row["published_ratio"]] for name, row in comparison["table"].items()
-        ]
+        header = ["", first, *others, *(f"{name} over {first}" for name in others)]
+        rows = [[name, *row["values"], *row["ratios"]] for name, row in comparison["table"].items()]
         upload(wandb, "comparison", title, directory, files, table=[header, *rows])
 
 

@@ -3,15 +3,14 @@
 python -m scripts.data_prep configs/laptop.toml
 """
 
-import dataclasses
 import sys
 import time
 from itertools import islice
 from pathlib import Path
 
-from gkachat.config import home
-from gkachat.data.shards import MANIFEST, SPLITS, read_manifest, write_shards
-from gkachat.data.sources import Corpus
+from gkachat.config import Config, home
+from gkachat.data.shards import MANIFEST, SPLITS, Manifest, read_manifest, write_shards
+from gkachat.data.sources import Corpus, file_stamp, source_options
 from gkachat.files import free_disk, lock
 from gkachat.tokenizer import Tokenizer
 from scripts.cli import parse_config, run, with_progress
@@ -39,26 +38,36 @@ def announce_disk(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None
         )
 
 
+def changed_since(manifest: Manifest, config: Config) -> str:
+    """Return what to add to a line about a corpus whose files have changed since it was made."""
+    try:
+        now = file_stamp(config.data)
+    except FileNotFoundError:  # they are no longer needed
+        return ""
+    if not manifest.files or now == manifest.files:
+        return ""
+    return f", and data.files has changed: {manifest.files['number']:,} files then, {now['number']:,} now"
+
+
 def main() -> None:
     flags = {"reread": "Read the source again although all shards exist, and replace those that differ."}
     config, flags = parse_config(sys.argv[1:], __doc__, flags)
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
     directory = home() / "tokens" / config.data_name
-    corpus, start = Corpus(config.data), time.perf_counter()
-    if not (directory / MANIFEST).exists():
+    corpus, start, reread = Corpus(config.data), time.perf_counter(), "reread" in flags
+    before = read_manifest(directory) if (directory / MANIFEST).exists() else None
+    if before is None:
         announce_disk(corpus, tokenizer, directory)
-
-    source = dataclasses.asdict(config.data) | {"files": list(config.data.files)}
-    del source["loader"]  # rows are made of the shards later
 
     shards = write_shards(
         with_progress(corpus, "tokenizing", lambda document: len(document[1]), config.data.max_chars),
         tokenizer,
         directory,
-        source=source,
+        source=source_options(config.data),
         shard_chars=config.data.shard_chars,
         dropped=lambda: {reason: n for reason, n in corpus.counts.items() if reason != "kept"},
-        reread="reread" in flags,
+        files=lambda: file_stamp(config.data),
+        reread=reread,
     )
     busy = f"{directory} is being written by another scripts.data_prep: wait for it, or stop it"
     with lock(directory, busy=busy):  # two processes must never write one manifest
@@ -71,6 +80,10 @@ def main() -> None:
     for split in SPLITS:
         docs, tokens, n_bytes = (manifest.total(split, what) for what in ("documents", "tokens", "bytes"))
         print(f"{split}: {docs:,} documents, {tokens:,} tokens, {n_bytes:,} bytes, {n_bytes / tokens:.2f} per token")
+    if before and before.complete and not corpus.counts:  # no document was read
+        print(
+            f"all of it was there: the source was not read again; --reread does that{changed_since(manifest, config)}"
+        )
     print("dropped: " + ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in manifest.dropped.items()))
 
 

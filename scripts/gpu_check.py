@@ -223,6 +223,8 @@ def main() -> int:
     parser.add_argument("--carried", type=expand, default=CARRIED, help="the carried folder")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the check itself on a CPU")
     options = parser.parse_args()
+    if not options.seconds > 0:
+        raise ValueError(f"--seconds: given {options.seconds}, expected a number above 0")
     if not options.prepare and options.out is None:
         raise ValueError("--out: given nothing, expected a directory for the report")
     if options.step and options.step not in names:

@@ -9,10 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from gkachat.config import Config
-from gkachat.config_file import load_config, read_toml
 from gkachat.text import parse_json
-from gkachat.vision_config import VisionConfig
 from scripts.cli import run
 
 
@@ -21,11 +18,10 @@ def problems(run_dir: Path) -> Iterator[str]:
     import torch
 
     from gkachat import checkpoint
+    from gkachat.config_file import kind_of
 
-    is_vision = False
     try:
-        is_vision = "patch_size" in str(read_toml(run_dir / "config.toml").get("model"))
-        load_config(run_dir / "config.toml", cls=VisionConfig if is_vision else Config)
+        checkpoint.load_run_config(run_dir)
     except (ValueError, FileNotFoundError) as error:
         yield f"config.toml: {error}"
     steps = checkpoint.checkpoint_steps(run_dir)
@@ -37,6 +33,7 @@ def problems(run_dir: Path) -> Iterator[str]:
             meta = checkpoint.verify(directory)
             if meta["step"] != step:
                 raise ValueError(f"meta.json says step {meta['step']}")
+            is_vision = kind_of(meta["config"]) == "image model"
             load = checkpoint.load_vision_model if is_vision else checkpoint.load_model
             names = {name for name, _ in load(run_dir, step=step)[0].named_parameters()}
             for name, tensor in checkpoint.load_optimizer(directory, meta["world_size"]):

@@ -38,6 +38,7 @@ def main() -> None:
 
     from gkachat.benchmark import publish, table
     from gkachat.checkpoint import find_run, model_config, open_checkpoint
+    from gkachat.config_file import kind_of
     from gkachat.model.vit import model_stats
     from gkachat.train.metrics import read_metrics
 
@@ -45,10 +46,12 @@ def main() -> None:
     for name in options.runs:
         run_dir = find_run(name)
         meta = open_checkpoint(run_dir)[1]
+        if (kind := kind_of(meta["config"])) != "image model":
+            raise ValueError(f"{run_dir}: given a {kind}, which scripts.compare compares; expected an image model")
         final = [r for r in read_metrics(run_dir) if r["kind"] == "eval" and r["step"] == meta["n_steps"]]
         if not final or "val_top1" not in final[0]:
             raise ValueError(
-                f"{run_dir}: no accuracy at its last step, {meta['n_steps']}: expected an image model, fully trained"
+                f"{run_dir}: no accuracy at its last step, {meta['n_steps']}: expected a run fully trained"
             )
         figures = final[0] | {"name": run_dir.name, "seed": meta["config"]["run"]["seed"], "version": meta["version"]}
         runs_of[model_config(meta, ViTConfig)].append(figures)

@@ -1,6 +1,8 @@
 """Options: from TOML and the command line to a checked Config, and back."""
 
 import dataclasses
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,12 @@ from gkachat.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
+    TuningConfig,
     home,
 )
 from gkachat.config_file import from_dict, load_config, parse_args, read_toml, to_toml
+from gkachat.data.sources import Corpus
+from gkachat.inference.sampling import Sampling
 from gkachat.sweep import load_sweep
 from gkachat.vision_config import VisionConfig, ViTConfig
 
@@ -83,7 +88,11 @@ def test_a_missing_file_and_one_that_is_not_toml_are_named(tmp_path):
 
 
 @PROPERTY
-@given(name=ANY_TEXT, files=st.lists(ANY_TEXT, min_size=1), lr=st.floats(min_value=0, allow_nan=False))
+@given(
+    name=ANY_TEXT,
+    files=st.lists(ANY_TEXT, min_size=1),
+    lr=st.floats(min_value=0, allow_nan=False, allow_infinity=False),
+)
 def test_any_value_round_trips_through_toml(tmp_path_factory, name, files, lr):
     config = Config(
         run=RunConfig(wandb=name, compile=False),
@@ -247,6 +256,43 @@ def test_a_value_that_is_invalid_is_named(field, values):
         with pytest.raises(ConfigError) as caught:
             from_dict(Config, {section: {name: value}})
         assert any(problem.startswith(f"{field}: given ") for problem in caught.value.problems), value
+
+
+FLOATS = [
+    (cls, section.name, option.name)
+    for cls in (TuningConfig, VisionConfig)
+    for section in dataclasses.fields(cls)
+    for option in dataclasses.fields(section.default_factory)
+    if re.search(r"\bfloat\b", str(option.type))
+]
+
+
+def test_numbers_that_are_not_finite_are_refused_in_files_and_overrides(toml):
+    assert len(FLOATS) > 35
+    for cls, section, name in FLOATS:
+        for value in ("inf", "-inf", "nan"):
+            with pytest.raises(ConfigError, match=rf"^{section}\.{name}: given {value}, expected a finite number$"):
+                load_config(toml(f"[{section}]\n{name} = {value}\n"), cls=cls)
+    for cls, section, name in FLOATS[::9]:  # the rest of the way is the same for all
+        with pytest.raises(ConfigError, match=rf"^{section}\.{name}: given inf, expected a finite number$"):
+            load_config(None, [f"--{section}.{name}=inf"], cls)
+    with pytest.raises(ConfigError, match="temperature: given nan, expected a finite number"):
+        Sampling(temperature=math.nan)
+
+
+def test_options_of_another_source_are_refused():
+    with pytest.raises(ConfigError, match=r"chat\.files: given \('a\.jsonl',\), expected none unless source is files"):
+        load_config(None, ["--chat.files=a.jsonl"], TuningConfig)
+    for options, problem in (
+        ({"files": ("a.txt",)}, r"data\.files: given \('a\.txt',\), expected --data\.source files"),
+        ({"subset": "en"}, r"data\.subset: given 'en', expected --data\.source huggingface"),
+        (
+            {"source": "files", "files": ("a",), "site_packages": True},
+            r"data\.site_packages: given True, expected --data",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            Corpus(DataConfig(**options))
 
 
 def test_files_are_required_when_they_are_the_source():

@@ -1,8 +1,11 @@
 """The scripts with right and with wrong input, the speedrun, and the commands of the README."""
 
+import dataclasses
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +13,8 @@ import sys
 import pytest
 from conftest import ROOT, TINY, run_script
 
-from gkachat.config import ATTENTIONS
+from gkachat.config import ATTENTIONS, TuningConfig
+from gkachat.config_file import load_config, to_toml
 from scripts.cli import RUN_FLAGS, parse_config, run
 
 README = (ROOT / "README.md").read_text()
@@ -170,6 +174,97 @@ def test_tuning_refuses_a_run_that_exists_and_continues_it_when_asked(trained):
     assert resumed.returncode == 0, resumed.stderr
     other = run_script("chat_sft", "d2_gka", "--chat.conversations=300", "--resume", home=trained)
     assert other.returncode == 1 and "conversations: given 300, the run has 200" in other.stderr
+
+
+@pytest.fixture(scope="module")
+def kinds(trained):
+    """A home with a run of each kind, and an export."""
+    home, short = trained, ["--chat.conversations=100", "--train.total_tokens=512"]
+    assert run_script("chat_sft", "d2_gka", *short, "--run.name=tuned_generated", home=home).returncode == 0
+    for source, files in (("files", ("talks.jsonl",)), ("huggingface", ())):  # as if they had been tuned on these
+        run_dir = shutil.copytree(home / "runs" / "tuned_generated", home / "runs" / f"tuned_{source}")
+        config = load_config(run_dir / "config.toml", cls=TuningConfig)
+        config = dataclasses.replace(config, chat=dataclasses.replace(config.chat, source=source, files=files))
+        (run_dir / "config.toml").write_text(to_toml(config))
+        for path in run_dir.rglob("meta.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"config": dataclasses.asdict(config)}))
+    options = ["configs/vision_digits.toml", "--run.name=digits", "--train.epochs=0.1", "--model.depth=1"]
+    assert run_script("vision_train", *options, "--model.n_embd=16", "--model.head_dim=16", home=home).returncode == 0
+    result = run_script("export_hf", "d2_gka", home / "exported", home=home)
+    assert result.returncode == 0, result.stderr
+    return home
+
+
+TUNED = ["tuned_generated", "tuned_files", "tuned_huggingface"]
+IMAGE = "given an image model"
+
+
+@pytest.mark.parametrize(
+    ("words", "taken", "refused"),
+    [
+        ("verify_run {}", ["d2_gka", *TUNED, "digits"], {}),
+        ("base_eval {}", ["d2_gka", *TUNED], {"digits": IMAGE}),
+        ("chat_cli {} -p hi --max-tokens 2", ["d2_gka", *TUNED], {"digits": IMAGE}),
+        ("chat_cli d2_gka --compare {} -p hi --max-tokens 2", ["d2_gka", *TUNED], {"digits": IMAGE}),
+        ("chat_eval {} --limit 1", TUNED, {"digits": IMAGE, "d2_gka": "given a run that was not tuned"}),
+        (
+            "chat_sft {} --run.name=again --overwrite --chat.conversations=100 --train.total_tokens=512",
+            ["d2_gka", "tuned_files"],
+            {"digits": IMAGE},
+        ),
+        ("export_hf {} {home}/out --overwrite", ["d2_gka", *TUNED], {"digits": IMAGE}),
+        ("attention_maps {} --documents 1 --tokens 4", ["d2_gka", "tuned_files"], {"digits": IMAGE}),
+        ("lm_eval {} --tasks none", [], {"digits": IMAGE}),
+        ("compare d2_gka {}", ["d2_gka"], {"digits": f"{IMAGE}, which scripts.vision_report compares"}),
+        (
+            "vision_report {}",
+            ["digits"],
+            {"d2_gka": "given a language model, which scripts.compare", "tuned_files": "given a tuned language model"},
+        ),
+        (
+            "base_train configs/laptop.toml --resume --run.name={}",
+            [],
+            {"tuned_files": "another kind of model, a tuned language model", "digits": "kind of model, an image model"},
+        ),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)
+def test_a_script_takes_every_kind_of_run_or_names_what_it_is(words, taken, refused, kinds, monkeypatch):
+    monkeypatch.setattr("gkachat.eval.chat.MAX_ANSWER_TOKENS", 2)
+    if "run.name" not in words:
+        refused |= {
+            str(kinds / "exported"): "given a model for transformers, expected a run",
+            str(
+                kinds / "runs/d2_gka/checkpoints/step_000008"
+            ): f"given a checkpoint, expected its run {kinds}/runs/d2_gka",
+        }
+    for name in [*taken, *refused]:
+        options = TINY if words.startswith("base_train") else []
+        result = run_script(*words.format(name, home=kinds).split(), *options, home=kinds)
+        if name in taken:
+            assert result.returncode == 0, (name, result.stdout, result.stderr)
+        else:
+            assert result.returncode == 1 and refused[name] in result.stderr, (name, result.stderr)
+            assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_options_that_cannot_apply_to_tuning_are_refused_and_not_in_the_help(trained):
+    shown = run_script("chat_sft", "--help", home=trained).stdout
+    assert "--chat.epochs" in shown and "--train.total_tokens" in shown
+    for option in (
+        "model.depth",
+        "model.gka.rope",
+        "data.max-chars",
+        "tokenizer.vocab_size",
+        "train.protocol",
+        "chat.base",
+    ):
+        assert f"--{option.replace('-', '_')} " not in shown
+        for words in ([f"--{option}", "3"], [f"--{option}=3"]):
+            result = run_script("chat_sft", "d2_gka", *words, "--run.name=blocked", home=trained)
+            assert result.returncode == 1 and result.stderr.count("\n") == 1
+            assert result.stderr.startswith(f"error: --{option.replace('-', '_')}: cannot be set: ")
+    assert not (trained / "runs" / "blocked").exists()
 
 
 def bash(*words, home):

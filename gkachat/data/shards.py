@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import count, takewhile
 from pathlib import Path
@@ -60,6 +60,7 @@ class Manifest:
     tokenizer_sha256: str
     complete: bool = False
     dropped: dict[str, int] = field(default_factory=dict)
+    files: dict[str, object] = field(default_factory=dict)  # what was read, as sources.file_stamp has it
     shards: list[Shard] = field(default_factory=list)
 
     def total(self, split: str, what: str) -> int:
@@ -186,6 +187,7 @@ def write_shards(
     source: dict[str, object],
     shard_chars: int,
     dropped: Callable[[], dict[str, int]] = dict,
+    files: Callable[[], dict[str, object]] = dict,
     reread: bool = False,
 ) -> Iterator[tuple[Shard, bool]]:
     """Tokenize documents into shards; yield each shard, and whether it was there from an earlier, interrupted run.
@@ -195,6 +197,7 @@ def write_shards(
         source: What the documents depend on. It is stored, and a later call must give the same.
         shard_chars: Characters of train text in a shard.
         dropped: Called at the end for the counts of dropped documents, which are stored.
+        files: Called at the end for what identifies the files that were read, which is stored too.
         reread: Read the documents even if the corpus is complete, and replace what differs: shards whose text has
             changed, or all shards of another source or tokenizer.
 
@@ -257,8 +260,18 @@ def write_shards(
     for split in SPLITS:
         if not manifest.total(split, "tokens"):
             raise ValueError(f"the {split} split is empty; give more documents, or another data.val_fraction")
-    manifest.complete, manifest.dropped = True, dropped()
+    manifest.complete, manifest.dropped, manifest.files = True, dropped(), files()
     manifest.save(directory)
+
+
+def check_source(directory: Path, source: dict[str, object]) -> None:
+    """Raise ValueError if the shards in a directory were made with other options than `source`, which names them."""
+    before = read_manifest(directory)
+    if differences := _differences(before, replace(before, source=source)):
+        raise ValueError(
+            f"{directory} was made with other options ({'; '.join(differences)}): take them back, make it again with "
+            "scripts.data_prep --reread, or give another data.name"
+        )
 
 
 def _differences(before: Manifest, now: Manifest) -> list[str]:

@@ -8,6 +8,7 @@ A document is in train or in val by a hash of its text alone, so that neither or
 where this would leave a split empty, the last document is cut in two.
 """
 
+import dataclasses
 import hashlib
 import os
 import sysconfig
@@ -15,9 +16,25 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from gkachat.config import DataConfig
+from gkachat.config import ConfigError, DataConfig
 from gkachat.data.readers import READERS, find_files, read_files
 from gkachat.text import is_text
+
+
+def source_options(config: DataConfig) -> dict[str, object]:
+    """Return the options that shards depend on, as their manifest has them. `loader` only makes rows of them."""
+    options = dataclasses.asdict(config) | {"files": list(config.files)}
+    del options["loader"]
+    return options
+
+
+def file_stamp(config: DataConfig) -> dict[str, object]:
+    """Return number and fingerprint (paths, sizes and times) of data.files; nothing for other sources."""
+    if config.source != "files":
+        return {}
+    stats = [(str(path), path.stat()) for path in find_files(config.files, tuple(READERS), "data.files")]
+    stamp = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return {"number": len(stamp), "sha256": hashlib.sha256(repr(stamp).encode()).hexdigest()}
 
 
 class Corpus:
@@ -29,6 +46,12 @@ class Corpus:
     """
 
     def __init__(self, config: DataConfig):
+        """Raises ConfigError for an option that belongs to another source, and would be ignored."""
+        own = {"site_packages": "python-source", "files": "files", "subset": "huggingface"}
+        if wrong := [name for name, source in own.items() if getattr(config, name) and config.source != source]:
+            raise ConfigError(
+                [f"data.{name}: given {getattr(config, name)!r}, expected --data.source {own[name]}" for name in wrong]
+            )
         self.config = config
         self.counts: dict[str, int] = {}
         self.cut = False

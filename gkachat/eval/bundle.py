@@ -1,7 +1,7 @@
 """nanochat's CORE bundle: its 22 tasks, their rows, and the few-shot prompts made of them.
 
-    for task in read_bundle("eval_bundle.zip"):             # or a directory: core.yaml, eval_meta_data.csv, eval_data/
-        make_prompts(task, 0)
+    tasks, unscored = read_bundle("eval_bundle.zip")        # or a directory: core.yaml, eval_meta_data.csv, eval_data/
+    make_prompts(tasks[0], 0)
 
 A bundle comes from elsewhere and is not trusted: nothing is unpacked to disk, and at most MAX_BYTES of a file are read.
 """
@@ -21,6 +21,7 @@ from typing import Any
 
 from gkachat.config import home
 from gkachat.eval.download import download
+from gkachat.text import list_some
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 # The host publishes no hash. Several projects that pin the file have recorded this one independently.
@@ -52,9 +53,9 @@ class Task:
     baseline: float
     """Accuracy of guessing, 0 to 1."""
     rows: list[dict[str, Any]]
-    """Rows in the order of evaluation, at most max_per_task of them."""
-    n_rows: int
-    """Number of rows in the bundle."""
+    """All rows, in the order of evaluation."""
+    n_scored: int
+    """Number of rows that are scored, the first ones. The others serve as few-shot examples."""
     sha256: str
     """Hash of everything that the result depends on, except the model."""
 
@@ -71,10 +72,12 @@ def fetch_bundle() -> Path:
     return path
 
 
-def read_bundle(path: str | Path, max_per_task: int | None = None) -> list[Task]:
-    """Read a bundle's tasks: core.yaml, eval_meta_data.csv, eval_data/. Tasks without a file there are left out.
+def read_bundle(path: str | Path, max_per_task: int | None = None) -> tuple[list[Task], list[str]]:
+    """Read a bundle: core.yaml, eval_meta_data.csv, eval_data/. Return its tasks, and "task: why it cannot be scored".
 
-    Raises ValueError that names file and line for anything malformed, or for a file of more than MAX_BYTES;
+    `max_per_task` limits the rows of a task that are scored. Tasks without a file in eval_data/ are left out.
+
+    Raises ValueError for a core.yaml or eval_meta_data.csv that cannot be read, or where no task can be scored;
     FileNotFoundError when there is no bundle.
     """
     import yaml
@@ -87,31 +90,29 @@ def read_bundle(path: str | Path, max_per_task: int | None = None) -> list[Task]
     with _errors_name(f"{path}: eval_meta_data.csv", csv.Error):
         table = csv.DictReader(io.StringIO(read("eval_meta_data.csv").decode()))
         baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in table}
-    tasks = []
+    tasks, unscored = [], []
     for label, kind, file, shots, delimiter in entries:
-        baseline = baselines.get(label, -1)
-        if not 0 <= baseline < 1:
-            raise ValueError(f"{path}: eval_meta_data.csv: expected a Random baseline from 0 to below 100 for {label}")
         try:
             data = read(f"eval_data/{file}")
+            baseline = baselines.get(label, -1)
+            if not 0 <= baseline < 1:
+                raise ValueError("eval_meta_data.csv: expected a Random baseline from 0 to below 100")
+            rows = _parse_rows(data, kind, file)
+            if len(rows) <= shots:
+                raise ValueError(f"{file}: given {len(rows)} rows, expected more than its {shots} shots")
         except FileNotFoundError:
             continue
-        rows = []
-        for number, line in enumerate(data.split(b"\n"), 1):
-            if line.strip():
-                with _errors_name(f"{path}: {file}, line {number}"):
-                    rows.append(_parse_row(line, kind))
-        n_rows = len(rows)
+        except ValueError as error:
+            unscored.append(f"{label}: {error}")
+            continue
         random.Random(1337).shuffle(rows)
-        rows = rows[:max_per_task]
-        if len(rows) <= shots:
-            raise ValueError(f"{path}: {file}: given {len(rows)} rows, expected more than its {shots} shots")
-        rules = repr((label, kind, shots, delimiter, baseline, len(rows)))
+        n_scored = min(len(rows), max_per_task or len(rows))
+        rules = repr((label, kind, shots, delimiter, baseline, n_scored))
         digest = hashlib.sha256(rules.encode() + data).hexdigest()
-        tasks.append(Task(label, kind, shots, delimiter, baseline, rows, n_rows, digest))
+        tasks.append(Task(label, kind, shots, delimiter, baseline, rows, n_scored, digest))
     if not tasks:
-        raise ValueError(f"{path}: none of the tasks in core.yaml has a file in eval_data/")
-    return tasks
+        raise ValueError(f"{path}: {list_some(unscored) or 'none of the tasks in core.yaml has a file in eval_data/'}")
+    return tasks, unscored
 
 
 def make_prompts(task: Task, index: int) -> list[str]:
@@ -147,14 +148,14 @@ def _open_bundle(path: Path) -> Callable[[str], bytes]:
     def read(name: str) -> bytes:
         file = root / name
         if isinstance(root, Path) and not file.resolve().is_relative_to(root.resolve()):
-            raise ValueError(f"{path}: {name[:200]} lies outside the bundle")
+            raise ValueError(f"{name[:200]} lies outside the bundle")
         try:
             with file.open("rb") as opened:  # stops at the limit, whatever size a zip claims
                 data = opened.read(MAX_BYTES + 1)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-            raise ValueError(f"{path}: {name[:200]} cannot be unpacked: {error}") from None
+            raise ValueError(f"{name[:200]} cannot be unpacked: {error}") from None
         if len(data) > MAX_BYTES:
-            raise ValueError(f"{path}: {name[:200]} has more than {MAX_BYTES:,} bytes, the most that is read")
+            raise ValueError(f"{name[:200]} has more than {MAX_BYTES:,} bytes, the most that is read")
         return data
 
     return read
@@ -177,9 +178,19 @@ def _parse_entry(entry: dict[str, Any]) -> tuple[str, str, str, int, str]:
     (shots,), delimiter = entry["num_fewshot"], entry.get("continuation_delimiter", " ")
     if not all(isinstance(text, str) for text in (label, file, delimiter)) or type(shots) is not int or shots < 0:
         raise ValueError("expected label, dataset_uri and continuation_delimiter to be texts, num_fewshot a number")
+    return label, str(kind), file, shots, delimiter
+
+
+def _parse_rows(data: bytes, kind: str, file: str) -> list[dict[str, Any]]:
+    """Return the rows of a task's file. Raises ValueError that names file and line for anything malformed."""
     if kind not in FIELDS:
-        raise ValueError(f"{label}: icl_task_type is not one of {', '.join(FIELDS)}")
-    return label, kind, file, shots, delimiter
+        raise ValueError(f"icl_task_type is not one of {', '.join(FIELDS)}")
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            with _errors_name(f"{file}, line {number}"):
+                rows.append(_parse_row(line, kind))
+    return rows
 
 
 def _parse_row(line: bytes, kind: str) -> dict[str, Any]:

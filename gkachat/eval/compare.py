@@ -38,7 +38,8 @@ def compare_runs(run_dirs: list[Path]) -> dict[str, Any]:
     """Compare evaluated runs, the baseline first. Returns what comparison.json holds:
 
         names: names of the runs.
-        table: {row: {"values": one per run, "ratios": each later run over the first or None, "published_ratio"}}.
+        table: {row: {"values": one per run, "ratios": each later run over the first or None, "published_ratio"}}. The
+            published ratios are of gka over softmax at depth 20, and None unless these are among the runs.
         scores: differences on the tasks that a run has in common with the first; see `compare_scores`.
         curves: {run: tokens, FLOPs and BPB at every evaluation in training}.
         sigma: {run: bandwidths, a list per layer, a number per head}, for runs that have them.
@@ -56,11 +57,13 @@ def compare_runs(run_dirs: list[Path]) -> dict[str, Any]:
     names = [run_dir.name for run_dir in run_dirs]
     if len(set(names)) < len(names):
         names = [f"{name} ({letter})" for name, letter in zip(names, ascii_lowercase, strict=False)]
+    shapes = [(run["facts"]["attention"], run["facts"]["depth"]) for run in runs]
+    is_published = shapes[0] == ("softmax", 20) and ("gka", 20) in shapes
     rows = {}
     for row, key, _, published in TABLE:
         first, *others = values = [run["figures"][key] for run in runs]
         ratios = [other / first if first > 0 and other > 0 else None for other in others]
-        rows[row] = {"values": values, "ratios": ratios, "published_ratio": published}
+        rows[row] = {"values": values, "ratios": ratios, "published_ratio": published if is_published else None}
     by_name = dict(zip(names, runs, strict=True))
     return {
         "names": names,
@@ -82,6 +85,10 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     Raises FileNotFoundError or ValueError when something is missing or damaged.
     """
     directory, meta = open_checkpoint(run_dir, None, MODEL)
+    if not meta["tokenizer_sha256"]:
+        raise ValueError(
+            f"{run_dir}: given an image model, expected language models; scripts.vision_report compares it"
+        )
     results = read_results(run_dir, meta["step"])
     if "bpb" not in results:
         raise FileNotFoundError(
@@ -115,6 +122,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
             "seed": config["run"]["seed"],
             "steps": meta["step"],
             "finished": meta["step"] == meta["n_steps"],
+            "extended_at": meta.get("extended_at", []),
             **{key: meta[key] for key in ("device", "world_size", "dtype", "torch", "seconds", "peak_memory_bytes")},
         },
     }
@@ -130,13 +138,14 @@ def compare_scores(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -
     """Compare two runs' results, {kind: result}, on the tasks that both have.
 
     Returns a dict per task: name, scores a and b, difference b - a, their standard errors error_a, error_b and error,
-    paired, is_noise. If both runs answered the same rows, the difference is paired: taken row by row, which removes
-    what the rows' difficulty adds. Otherwise its error is that of two independent samples.
+    examples (the number of each run), paired, is_noise. If both runs answered the same rows, the difference is paired:
+    taken row by row, which removes what the rows' difficulty adds. Otherwise its error is that of two independent
+    samples.
     """
     differences = []
     for kind in [kind for kind in a if kind in b]:
         tasks = [task for task in a[kind]["scores"] if task in b[kind]["scores"]]
-        centered_errors, all_paired = [], True
+        centered_errors, all_paired, examples = [], True, [0, 0]
         for task in tasks:
             score_a, score_b = a[kind]["scores"][task], b[kind]["scores"][task]
             errors = score_a["standard_error"], score_b["standard_error"]
@@ -147,7 +156,9 @@ def compare_scores(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -
             else:
                 error = math.hypot(*errors)
             accuracies = score_a["accuracy"], score_b["accuracy"]
-            differences.append(_difference(f"{kind}: {task}", *accuracies, *errors, error, paired))
+            n = [score_a["examples"], score_b["examples"]]
+            examples = [sum(pair) for pair in zip(examples, n, strict=True)]
+            differences.append(_difference(f"{kind}: {task}", *accuracies, *errors, error, n, paired))
             centered_errors.append([e / (1 - (score_a["baseline"] or 0)) for e in (*errors, error)])
             all_paired &= paired
         # Means are compared only where they have the same name, as CORE has; chat and lm_eval ask any tasks.
@@ -155,14 +166,16 @@ def compare_scores(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -
         if tasks and name is not None and name == b[kind].get("name"):
             errors = [math.hypot(*column) / len(tasks) for column in zip(*centered_errors, strict=True)]
             means = a[kind]["mean_centered"], b[kind]["mean_centered"]
-            differences.append(_difference(f"{kind}: {name}", *means, *errors, all_paired))
+            differences.append(_difference(f"{kind}: {name}", *means, *errors, examples, all_paired))
     return differences
 
 
-def _difference(name: str, a: float, b: float, error_a: float, error_b: float, error: float, paired: bool) -> dict:
+def _difference(
+    name: str, a: float, b: float, error_a: float, error_b: float, error: float, examples: list[int], paired: bool
+) -> dict[str, Any]:
     return {
         "name": name, "a": a, "b": b, "difference": b - a, "error_a": error_a, "error_b": error_b, "error": error,
-        "paired": paired, "is_noise": abs(b - a) <= NOISE * error,
+        "examples": examples, "paired": paired, "is_noise": abs(b - a) <= NOISE * error,
     }  # fmt: skip
 
 
@@ -171,16 +184,17 @@ def markdown(comparison: dict[str, Any]) -> str:
     first, *others = comparison["names"]
     ratio_names = ["ratio"] if len(others) == 1 else [f"{name} over {first}" for name in others]
     rows = []
-    for name, _, style, published in TABLE:
+    for name, _, style, _ in TABLE:
         figures = comparison["table"][name]
-        values = [style.format(value) for value in figures["values"]]
+        values, published = [style.format(value) for value in figures["values"]], figures["published_ratio"]
         rows.append({"name": name, "values": values, "ratios": figures["ratios"], "published": published})
     columns = {"": "{name}"}
     columns |= {name: f"{{values[{i}]}}" for i, name in enumerate(comparison["names"])}
     columns |= {name: f"{{ratios[{i}]:.3f}}" for i, name in enumerate(ratio_names)}
     text = table(rows, columns | {"published": "{published:.2f}"})
+    published = " Published: gka over softmax at depth 20 (arXiv 2605.02144)."
     text += (
-        f"\nRatios are over {first}. Published: gka over softmax at depth 20 (arXiv 2605.02144).\n"
+        f"\nRatios are over {first}.{published if any(row['published'] for row in rows) else ''}\n"
         "Bits per byte are taken over all of the val split, and over as many training tokens.\n"
         "Tokens per second include waits for shards that were still being made and, on CPUs, other runs of a speedrun, "
         "which share the cores; scripts.bench_step compares speeds.\n"
@@ -190,12 +204,17 @@ def markdown(comparison: dict[str, Any]) -> str:
     text += "\n"
     for name in others:
         scores = [
-            score | {"verdict": VERDICTS[score["is_noise"]] + (", paired" if score["paired"] else "")}
+            score
+            | {
+                "verdict": VERDICTS[score["is_noise"]] + (", paired" if score["paired"] else ""),
+                "n": " and ".join(f"{n:,}" for n in dict.fromkeys(score["examples"])),
+            }
             for score in comparison["scores"]
             if score["run"] == name
         ]
         columns = {
             "score": "{name}",
+            "examples": "{n}",
             first: "{a:.4f} ± {error_a:.4f}",
             name: "{b:.4f} ± {error_b:.4f}",
             "difference": "{difference:+.4f} ± {error:.4f}",
@@ -206,6 +225,8 @@ def markdown(comparison: dict[str, Any]) -> str:
         text += f"± one standard error; more than noise: more than {NOISE} of them. Paired: on the same rows.\n\n"
     for name, facts in comparison["facts"].items():
         finished = "" if facts["finished"] else " (unfinished)"
+        if facts["extended_at"]:
+            finished += f" (trained longer from step {', '.join(map(str, facts['extended_at']))} on)"
         text += (
             f"- {name}: depth {facts['depth']} {facts['attention']}, {facts['steps']:,} steps{finished}, seed "
             f"{facts['seed']}, protocol {facts['protocol']}, {facts['dtype']} on {facts['device']} x "

@@ -111,7 +111,8 @@ def evaluate_core(
 
     Args:
         bundle_dir: a directory, or a zip.
-        max_per_task: rows a task is cut to, after they were shuffled.
+        max_per_task: rows of a task that are scored, the first after they were shuffled. Few-shot examples come from
+            all rows, so that each result is that of a full evaluation.
         world: processes, each with the same model, that share the rows.
         tokens: tokens in a batch, with padding; by default scoring.MAX_BATCH_TOKENS. Memory follows it: the cache
             takes `scripts.cost`'s cache_bytes_per_token for each, activations some 20 n_embd numbers.
@@ -127,15 +128,16 @@ def evaluate_core(
         mean_centered: mean over all tasks.
         core: the same number, if all 22 tasks ran on all their rows.
         name: the name of the mean, "CORE" only if it is the full one.
-        missing: those of the 22 tasks that the bundle does not have.
+        missing: those of the 22 tasks that were not scored.
+        unscored: "task: why it cannot be scored", for tasks that the bundle has a file of.
 
     Raises the errors of `read_bundle`.
     """
-    tasks = read_bundle(bundle_dir, max_per_task)
+    tasks, unscored = read_bundle(bundle_dir, max_per_task)
     kept = read_json(partial, tasks=dict) if partial is not None and partial.exists() else {}
     finished = kept["tasks"] if kept.get("key") == partial_key and kept else {}
     barrier(world)  # every process has read the file before it is written
-    total, done = sum(len(task.rows) * (1 + task.shots) for task in tasks), 0
+    total, done = sum(task.n_scored * (1 + task.shots) for task in tasks), 0
     results = {}
     for task in tasks:
         result = finished.get(task.label)
@@ -149,8 +151,8 @@ def evaluate_core(
                 write_text(partial, json.dumps({"key": partial_key, "tasks": finished}))
             on_task(task.label, result)
         results[task.label] = result
-        done += len(task.rows) * (1 + task.shots)
-    return {**results, **_summary(tasks, results, max_per_task)}
+        done += task.n_scored * (1 + task.shots)
+    return {**results, **_summary(tasks, results, max_per_task), "unscored": unscored}
 
 
 def _summary(tasks: list[Task], results: dict[str, dict[str, Any]], max_per_task: int | None) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def _summary(tasks: list[Task], results: dict[str, dict[str, Any]], max_per_task
     name = "CORE" if not missing and not others else f"mean centered over {len(TASKS) - len(missing)} of 22 tasks"
     if others:
         name += f" and {others} others"
-    if any(len(task.rows) < task.n_rows for task in tasks):
+    if any(task.n_scored < len(task.rows) for task in tasks):
         name += f", at most {max_per_task} rows of each"
     core = {"core": mean} if name == "CORE" else {}
     return {"mean_centered": mean, **core, "name": name, "missing": missing}
@@ -170,7 +172,7 @@ def _summary(tasks: list[Task], results: dict[str, dict[str, Any]], max_per_task
 def _evaluate_task(
     model: GPT, tokenizer: Tokenizer, task: Task, world: World, tokens: int | None, on_rows: Callable[[int], None]
 ) -> dict[str, Any]:
-    start, n = time.monotonic(), len(task.rows)
+    start, n = time.monotonic(), task.n_scored
     sums = torch.zeros(n + 2, dtype=torch.int64, device=model.wte.weight.device)  # right or not, truncated, rescored
     own_rows = range(world.rank, n, world.size)
     for first in range(0, len(own_rows), ROWS_PER_CHUNK):

@@ -220,6 +220,8 @@ def evaluate(
             metrics[task] = {
                 key.removesuffix(",none"): float(x) for key, x in found.items() if isinstance(x, (int, float))
             }
+            if task in counts:
+                metrics[task]["examples"] = counts[task]["effective"]
             accuracy = [x for kind in ACCURACY_METRICS for key, x in metrics[task].items() if key.split(",")[0] == kind]
             if accuracy and task in counts:
                 n = counts[task]["effective"]

@@ -3,7 +3,9 @@
     write_result(run_dir, "core", meta, device, {"arc_easy": task_score(0.4, examples=500, seconds=3.1)}, n_tasks=22)
     read_results(run_dir, step=300)["core"]["scores"]["arc_easy"]["accuracy"]
 
-Kinds in use are bpb, core, chat and lm_eval.
+Kinds in use are bpb, core, chat and lm_eval. A report replaces those of its kind that it covers: it has all of their
+tasks, each on at least as many examples, or they are about other weights. Beside one that it does not cover it gets
+another name, <kind>_2_step_000300 and so on. A report on some examples, or some tasks, never replaces a full one.
 """
 
 import json
@@ -11,6 +13,8 @@ import math
 import re
 import shlex
 import sys
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +64,16 @@ def write_result(
     scores: dict[str, dict[str, Any]] | None = None,
     **figures: Any,
 ) -> Path:
-    """Write one evaluation of a checkpoint and return the path of its .json.
+    """Write one evaluation of a checkpoint, which replaces those that it covers; return the path of its .json.
 
     Args:
         meta: the checkpoint's meta.json.
         device: where the model ran.
         scores: {task: figures}, from `task_score` and perhaps more.
-        figures: everything else; must be JSON. The .md lists those that fit on a line.
+        figures: everything else; must be JSON. The .md lists those that fit on a line. `metrics`, where given, is
+            {task: figures}, too.
     """
+    scores = scores or {}
     about = {
         "kind": kind,
         "step": meta["step"],
@@ -76,8 +82,10 @@ def write_result(
         "command": f"python -m scripts.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}",
     }
     where = facts(device)
-    path = run_dir / DIRECTORY / f"{kind}_step_{meta['step']:06d}.json"
-    tree = {**about, "facts": where, **figures, "scores": scores or {}}
+    tree = {**about, "facts": where, **figures, "scores": scores}
+    if n := sum(examples_by_task(tree).values()):
+        about["examples"] = tree["examples"] = n
+    path = _place(run_dir / DIRECTORY, tree)
     shown = {**about, **where, **figures}
     lines = [f"- {key}: {value}" for key, value in shown.items() if len(str(value)) <= LONGEST_FACT]
     rows = table([{"name": task, **score} for task, score in scores.items()], COLUMNS) + "\n" if scores else ""
@@ -98,6 +106,48 @@ def write_report(path: Path, text: str, tree: dict[str, Any], figure: Any = None
 
 
 def read_results(run_dir: Path, step: int) -> dict[str, dict[str, Any]]:
-    """Return all results on the checkpoint of a step, by kind. Raises ValueError for a file that is damaged."""
+    """Return all results on the checkpoint of a step, by kind. Raises ValueError for a file that is damaged.
+
+    Of several reports of a kind, the one on most examples is returned, with the scores of tasks that only others have,
+    or have on more examples.
+    """
     paths = sorted((Path(run_dir) / DIRECTORY).glob(f"*_step_{step:06d}.json"))
-    return {re.sub(r"_step_\d+$", "", path.stem): read_json(path, kind=str, step=int, scores=dict) for path in paths}
+    reports = [read_json(path, kind=str, step=int, scores=dict) for path in paths]
+    found: dict[str, dict[str, Any]] = {}
+    for report in sorted(reports, key=lambda report: sum(examples_by_task(report).values()), reverse=True):
+        scores = found.setdefault(report["kind"], report)["scores"]
+        for task, score in report["scores"].items():
+            if task not in scores or score.get("examples", 0) > scores[task].get("examples", 0):
+                scores[task] = score
+    return found
+
+
+def examples_by_task(report: dict[str, Any]) -> dict[str, int]:
+    """Return the number of examples of each task that a report has scores or other metrics of."""
+    tasks = {**report.get("metrics", {}), **report["scores"]}
+    return {task: figures["examples"] for task, figures in tasks.items() if figures.get("examples")}
+
+
+def _place(directory: Path, report: dict[str, Any]) -> Path:
+    """Return the path of a report, and delete all others that it covers."""
+    kind, end = report["kind"], f"_step_{report['step']:06d}.json"
+    numbers = [re.fullmatch(rf"{kind}(?:_(\d+))?{end}", path.name) for path in directory.glob(f"{kind}*{end}")]
+    there = {int(match[1] or 1): directory / match[0] for match in numbers if match}
+    covered = [path for _, path in sorted(there.items()) if _covers(report, path)]
+    free = next(n for n in count(1) if n not in there)
+    place, *others = covered or [directory / f"{kind}{'' if free == 1 else f'_{free}'}{end}"]
+    for path in others:
+        path.unlink()
+        path.with_suffix(".md").unlink(missing_ok=True)
+    return place
+
+
+def _covers(report: dict[str, Any], path: Path) -> bool:
+    """Return whether a report may replace the one at `path`: nothing would be lost."""
+    earlier = None
+    with suppress(ValueError):  # a damaged one is worth nothing
+        earlier = read_json(path, scores=dict)
+    if earlier is None or earlier.get("checkpoint_sha256") != report["checkpoint_sha256"]:
+        return True
+    examples = examples_by_task(report)
+    return all(examples.get(task, 0) >= n for task, n in examples_by_task(earlier).items())

@@ -75,5 +75,5 @@ def _scores(run_dir: Path, step: int) -> dict[str, str]:
     for kind, result in read_results(run_dir, step).items():
         scores |= {f"{kind}: {name}": f"{value:.4f}" for name, value in result.items() if isinstance(value, float)}
         for task, score in result["scores"].items():
-            scores[f"{kind}: {task}, accuracy"] = f"{score['accuracy']:.4f}"
+            scores[f"{kind}: {task}, accuracy"] = f"{score['accuracy']:.4f} ({score['examples']:,} examples)"
     return scores

@@ -30,8 +30,10 @@ def resolve(config: Config, world_size: int = 1) -> Config:
     """
     train, optim, model = config.train, config.optim, config.model
     softmax = dataclasses.replace(model, attention="softmax")
-    baseline_tokens = train.baseline_tokens or round(train.tokens_per_param * model_stats(softmax).scaling_params)
-    total_tokens = train.total_tokens or round(token_budget(train.protocol, model, baseline_tokens))
+    baseline_tokens = train.baseline_tokens or max(
+        1, round(train.tokens_per_param * model_stats(softmax).scaling_params)
+    )
+    total_tokens = train.total_tokens or max(1, round(token_budget(train.protocol, model, baseline_tokens)))
 
     reference = GPTConfig(
         depth=REFERENCE_DEPTH,
@@ -95,6 +97,12 @@ def lr_multiplier(step: int, config: Config) -> float:
     if train.warmdown_shape == "cosine":
         down = (1 - math.cos(math.pi * down)) / 2
     return warm_up * (1 - (1 - train.final_lr_fraction) * down) if steps > 1 else 1.0
+
+
+def highest_multiplier(config: Config) -> float:
+    """Return the highest `lr_multiplier` of a run: below 1 if the warm-up ends after the run, or in the warm-down."""
+    last = min(config.train.warmup_steps, n_steps(config) - 1)  # after the warm-up it only falls
+    return max(lr_multiplier(step, config) for step in range(last + 1))
 
 
 def warmdown(step: int, config: Config) -> float:

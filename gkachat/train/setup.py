@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gkachat.checkpoint import CHECKPOINTS, check_format, checkpoint_steps
+from gkachat.checkpoint import CHECKPOINTS, check_format, checkpoint_steps, load_run_config
 from gkachat.config import Config, home
-from gkachat.config_file import load_config
+from gkachat.config_file import C, kind_of
 from gkachat.files import lock, write_text
 from gkachat.machine import check_compiler, device_name, pick_dtype
 from gkachat.model.gpt import Transformer
@@ -25,6 +25,8 @@ Model = TypeVar("Model", bound=Transformer)
 
 # Options that may change when a run is resumed, because they do not change what it learns.
 FREE_TO_CHANGE = ("device_batch_size", "recompute_blocks", "eval_every", "eval_tokens", "max_skipped")
+# Options that may change with the token budget, when it grows.
+LENGTH = ("total_tokens", "baseline_tokens", "tokens_per_param", "protocol", "epochs", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,18 @@ class Run:
     """Held already; leaving its context releases it."""
 
 
+def keep_batch(config: C, resume: bool) -> C:
+    """Return a config, not yet resolved, with the batch of the run that it resumes, where it sets none.
+
+    A larger token budget would derive a larger batch, and a run that is trained longer cannot change it.
+    """
+    directory = home() / "runs" / config.run_name
+    if not resume or config.train.total_batch_size is not None or not checkpoint_steps(directory):
+        return config
+    batch = load_run_config(directory).train.total_batch_size
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, total_batch_size=batch))
+
+
 def open_run(config: Config, world: World, *, resume: bool = False, overwrite: bool = False) -> Run:
     """Lock the directory of a run with a resolved config. Nothing in it is changed yet.
 
@@ -48,7 +62,8 @@ def open_run(config: Config, world: World, *, resume: bool = False, overwrite: b
 
     Raises:
         FileExistsError: the run has checkpoints and neither flag is given, or another process trains it.
-        ValueError: the run to resume was trained with other options, or written by an incompatible version.
+        ValueError: the run to resume was trained with other options (a larger token budget is allowed, and trains it
+            longer), is of another kind, or was written by an incompatible version.
     """
     directory = home() / "runs" / config.run_name
     if not world.is_rank0:
@@ -77,19 +92,23 @@ def _lock_run(directory: Path) -> AbstractContextManager:
 
 
 def _check_options(directory: Path, config: Config) -> None:
-    stored = load_config(directory / "config.toml", cls=type(config))
+    stored = load_run_config(directory)
+    if type(stored) is not type(config):
+        kind = kind_of(dataclasses.asdict(stored))
+        raise ValueError(f"cannot resume {directory.name!r}: it is the run of another kind of model, a {kind}")
+    free = FREE_TO_CHANGE + (LENGTH if config.train.total_tokens > stored.train.total_tokens else ())
     changed = [
         f"{section}.{f.name}: given {given!r}, the run has {found!r}"
         for section in vars(stored)
         if section != "run"
         for f in dataclasses.fields(getattr(stored, section))
         if (given := getattr(getattr(config, section), f.name)) != (found := getattr(getattr(stored, section), f.name))
-        and f.name not in FREE_TO_CHANGE
+        and f.name not in free
     ]
     if changed:
         raise ValueError(
             f"cannot resume {directory.name!r} with other options ({'; '.join(changed)}): take them back, "
-            "give --overwrite to start anew, or another --run.name"
+            "give --overwrite to start anew, or another --run.name; only a larger token budget can be given"
         )
 
 

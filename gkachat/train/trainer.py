@@ -7,6 +7,7 @@ and no other object carries state between steps.
 
 import dataclasses
 import gc
+import math
 import os
 import shutil
 import signal
@@ -34,6 +35,8 @@ from gkachat.train.optim import load_named_state, named_state
 from gkachat.train.setup import Run, largest_device_batch
 
 MIN_EVAL_ROWS = 16  # on a GPU
+LOW_MULTIPLIER = 0.9  # of the learning rate; a schedule that stays below it is reported
+CURE = "lower the learning rates or set train.clip_norm, and start anew (--overwrite, or another --run.name)"
 SAME_SIGNAL_SECONDS = 1.0  # a terminal, a launcher and a scheduler may each deliver the same signal
 
 
@@ -104,9 +107,11 @@ class Trainer:
             self.eval_forward = torch.compile(self.eval_model, dynamic=False) if compile else self.eval_model
 
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
+        self.extended_at: list[int] = []  # steps at which the run was resumed with a larger token budget
         self.stop_requested, self.interrupted = 0.0, False  # time of the first signal; whether all ranks stop
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()  # steps that are not checked yet
         self.timers, self.watchdog = Timers(), Watchdog(config.run.timeout, world)
+        self.saver: checkpoint.Saver | None = None  # of the run that `fit` trains
 
     def fit(self, run: Run) -> None:
         """Train to the last step, or until a signal. Either way the last step ends up in a checkpoint."""
@@ -132,12 +137,17 @@ class Trainer:
                         self.save_checkpoint()
                     if to_evaluate:
                         self.evaluate()
-            except (FloatingPointError, OSError, ValueError):  # bad numbers or data; the weights are good, so save them
+            except (FloatingPointError, OSError, ValueError) as error:  # bad numbers or data: the weights may be good
                 self.save_checkpoint()
                 self.saver.wait()
+                if isinstance(error, FloatingPointError):
+                    raise FloatingPointError(f"{error}; {self.advise_resume()}") from None
                 raise
             self.save_checkpoint()
-            self.saver.finish()
+            try:
+                self.saver.finish()
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}; {CURE}; {self.advise_resume()}") from None
             barrier(self.world)
         self.report_end()
         # DistributedDataParallel must not be the last to hold the process group: it would wait for its threads with the
@@ -208,6 +218,8 @@ class Trainer:
             self.interrupted |= stop > 0
             if ok:
                 self.skipped_in_a_row = 0
+                if self.saver is not None:
+                    self.saver.proven = step
                 continue
             self.skipped += 1
             self.skipped_in_a_row += 1
@@ -215,9 +227,20 @@ class Trainer:
             if self.skipped_in_a_row >= self.config.train.max_skipped:
                 raise FloatingPointError(
                     f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row, up to step {step} "
-                    f"(loss {self.loss}); the weights before them are saved; lower the learning rate, or set "
-                    "train.clip_norm"
+                    f"(loss {self.loss}); {CURE}"
                 )
+
+    def advise_resume(self) -> str:
+        """Return what --resume does after numbers that were not finite."""
+        steps = checkpoint.checkpoint_steps(self.run.directory)
+        if not steps:
+            return "there is no checkpoint"
+        sound = [step for step in steps if step <= self.saver.proven]
+        text = f"--resume goes on from step {steps[-1]}"
+        if sound[-1:] != steps[-1:]:
+            after = f"those after step {sound[-1]}, from which training went on" if sound else "the newest"
+            text += f"; if that fails again, delete {after}, in {self.run.directory / checkpoint.CHECKPOINTS}"
+        return text
 
     def is_due(self, every: int) -> bool:
         """Return whether this step is the first, the last or one that `every` divides. 0 divides none."""
@@ -254,6 +277,8 @@ class Trainer:
                 self.metrics.write("evaluation_failed", self.step)
         else:
             values = {name: total / weight for name, (total, weight) in zip(names, sums, strict=True)}
+            if all(map(math.isfinite, values.values())):
+                self.saver.proven = self.step
             if self.world.is_rank0:
                 self.metrics.write("eval", self.step, tokens=self.tokens, seconds=self.seconds, **values)
             shown = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
@@ -267,7 +292,9 @@ class Trainer:
             step = checkpoint.newest_sound(run.directory, self.report) if run.resume else -1
             if step < 0:
                 if run.resume:
-                    self.report(f"run {run.directory.name!r} has no checkpoint yet: it starts")
+                    damaged = any(run.directory.glob(f"{checkpoint.CHECKPOINTS}/damaged_*"))
+                    none = "no sound checkpoint: it starts anew" if damaged else "no checkpoint yet: it starts"
+                    self.report(f"run {run.directory.name!r} has {none}")
                 else:
                     shutil.rmtree(run.directory, ignore_errors=True)  # an old run, with --overwrite
                 checkpoint.start_run(run.directory, config, tokenizer)
@@ -300,8 +327,21 @@ class Trainer:
         load_named_state(self.optimizers, self.model, state)
         self.step, self.seconds, self.skipped = meta["step"], meta["seconds"], meta["skipped"]
         self.timers.seconds.update(meta["phases"])
-        self.saver.step = self.step
-        self.report(f"run {run_dir.name!r} resumes at step {self.step}")
+        self.saver.step, self.extended_at = self.step, meta.get("extended_at", [])
+        before = meta.get("n_steps", self.n_steps)
+        if before < self.n_steps:
+            self.extended_at = [*self.extended_at, self.step]
+            if self.world.is_rank0:
+                checkpoint.write_config(run_dir, self.config)
+            lr = schedule.lr_multiplier(self.step, self.config)
+            self.report(
+                f"run {run_dir.name!r} is trained longer, {self.n_steps} steps instead of {before}: from step "
+                f"{self.step}, learning rates (now x{lr:.3f}), momentum and weight decay follow the new schedule"
+            )
+        elif self.step >= self.n_steps:
+            self.report(f"run {run_dir.name!r} is finished at step {self.step}; a larger token budget trains it longer")
+        else:
+            self.report(f"run {run_dir.name!r} resumes at step {self.step}")
 
     def save_checkpoint(self) -> None:
         """Start to write a checkpoint of this step, unless it exists."""
@@ -321,6 +361,7 @@ class Trainer:
                 "device": device_name(self.device),
                 "dtype": str(self.model.compute_dtype).removeprefix("torch."),
                 "n_steps": self.n_steps,
+                "extended_at": self.extended_at,
             }
             self.saver.save(self.step, self.eval_model.state_dict(), state, meta)
         gc.collect()
@@ -364,6 +405,12 @@ class Trainer:
         self.report(f"run {self.run.directory} on {device} x {self.world.size}, {dtype}")
         self.report(f"{model.attention}, depth {model.depth}: {stats.params['total']:,} parameters ({groups})")
         self.report(f"{self.n_steps:,} steps of {train.total_batch_size:,} tokens; {flops:.3g} FLOPs")
+        highest = schedule.highest_multiplier(self.config)
+        if highest < LOW_MULTIPLIER:
+            self.report(
+                f"learning rates rise to x{highest:.3f} of those in optim at most: of {self.n_steps:,} steps, "
+                f"train.warmup_steps is {train.warmup_steps:,} and train.warmdown_fraction {train.warmdown_fraction}"
+            )
         self.report(self.task.describe())
         for line in self.model.kernel_lines():
             self.report(line)

@@ -32,6 +32,10 @@ def resolve(config: VisionConfig, n_images: int, world_size: int = 1) -> VisionC
         )  # fmt: skip
     steps = max(1, round(train.epochs * (n_images // train.batch_images)))
     batch = train.batch_images * T
+    if train.total_batch_size not in (None, batch):
+        raise ConfigError(
+            [f"train.total_batch_size: given {train.total_batch_size}, expected none: train.batch_images sets it"]
+        )
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, name=config.run_name),

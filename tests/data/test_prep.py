@@ -110,6 +110,29 @@ def test_a_damaged_corpus_of_files_is_repaired(run, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
 
+def test_files_that_were_added_are_named_and_read_when_asked(run, tmp_path, capsys):
+    def add(name):
+        (tmp_path / name).write_text("\n".join(f"line {i} of {name}" for i in range(200)))
+
+    options = ["--data.source=files", "--data.name=mine", f"--data.files={tmp_path}/*.txt"]
+    add("a.txt")
+    run(tok_train, *options)
+    run(data_prep, *options)
+    assert "the source was not read again" not in capsys.readouterr().out
+    run(data_prep, *options)
+    line = "all of it was there: the source was not read again; --reread does that"
+    assert f"{line}\n" in capsys.readouterr().out
+    add("b.txt")
+    run(data_prep, *options)
+    assert f"{line}, and data.files has changed: 1 files then, 2 now\n" in capsys.readouterr().out
+    run(data_prep, *options, "--reread")
+    assert "not read again" not in capsys.readouterr().out
+    for path in tmp_path.glob("*.txt"):  # nobody needs them now
+        path.unlink()
+    run(data_prep, *options)
+    assert f"{line}\n" in capsys.readouterr().out
+
+
 @pytest.fixture
 def mine(run, tmp_path):
     """Function that calls a script's main on files of one's own."""

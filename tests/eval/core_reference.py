@@ -110,8 +110,7 @@ def evaluate(model, tokenizer, bundle_dir, max_per_task=None):
     """Yield (label, [(right or not, margin) for each row])."""
     for label, (rows, *task, _) in read_bundle(bundle_dir).items():
         random.Random(1337).shuffle(rows)
-        rows = rows[:max_per_task]
-        yield label, [decide(model, tokenizer, rows, i, *task) for i in range(len(rows))]
+        yield label, [decide(model, tokenizer, rows, i, *task) for i in range(len(rows))[:max_per_task]]
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """CORE bundles: directory and zip read alike, and damage is named with file and line."""
 
 import json
+import re
 import shutil
 import zipfile
 
@@ -41,7 +42,7 @@ def replaced(name, old, new):
     return damage
 
 
-DAMAGES = {
+ONE_TASK = {
     "a broken line": (replaced(MC, '2:", "choices"', '2:" "choices"'), r"mc\.jsonl, line 3 cannot be read: Expecting"),
     "a missing key": (replaced(MC, '"gold": 1', '"silver": 1'), r"mc\.jsonl, line 2: no 'gold'"),
     "an answer that is none of the choices": (replaced(MC, '"gold": 2', '"gold": 3'), r"mc\.jsonl, line 3.*gold is"),
@@ -51,23 +52,42 @@ DAMAGES = {
     "choices in no list": (replaced(MC, '["import os 0", "import os", "no"]', '"no"'), "line 1.*: choices is not a"),
     "nothing to continue": (replaced("eval_data/lm.jsonl", "3 or so", " "), r"lm\.jsonl, line 4.*: nothing is to"),
     "too few rows": (replaced("core.yaml", "[3]", "[12]"), r"mc\.jsonl: given 12 rows"),
+    "an unknown kind": (replaced("core.yaml", "multiple_choice", "guessing"), "icl_task_type is not one of"),
+    "no baseline": (replaced("eval_meta_data.csv", "mc,", "m,"), "from 0 to below 100"),
+    "a file elsewhere": (replaced("core.yaml", "mc.jsonl", "../../secret.jsonl"), "lies outside the bundle"),
+}
+DAMAGES = {
     "broken YAML": (replaced("core.yaml", "-", "{"), r"core\.yaml cannot be read"),
     "deep YAML": (replaced("core.yaml", "icl_tasks:", "x: " + "[" * 3_000), r"core\.yaml cannot be read"),
     "a tag that runs code": (
         replaced("core.yaml", "label: mc", "label: !!python/object/apply:os.getcwd []"), r"core\.yaml cannot be read",
     ),
-    "an unknown kind": (replaced("core.yaml", "multiple_choice", "guessing"), "icl_task_type is not one of"),
-    "no baseline": (replaced("eval_meta_data.csv", "mc,", "m,"), "from 0 to below 100 for mc"),
     "a baseline of nothing": (replaced("eval_meta_data.csv", "mc,25", "mc,"), r"eval_meta_data\.csv cannot be read"),
-    "a file elsewhere": (replaced("core.yaml", "mc.jsonl", "../../secret.jsonl"), "lies outside the bundle"),
     "no core.yaml": (lambda directory: (directory / "core.yaml").unlink(), r"core\.yaml"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE_TASK)
+def test_a_task_that_is_damaged_is_named_and_the_others_are_read(name, small):
+    damage, words = ONE_TASK[name]
+    (small.parent / "secret.jsonl").write_text(json.dumps(choice(0)))
+    damage(small)
+    tasks, [reason] = bundles.read_bundle(small)
+    assert {task.label for task in tasks} < SMALL.keys() and len(tasks) == 2
+    assert re.search(words, reason) and len(reason) < 1000
+
+
+def test_a_bundle_of_which_no_task_can_be_scored_is_an_error_with_the_reasons(small):
+    replaced("core.yaml", "label: mc", "label: nc")(small)
+    for name in ("lm", "schema"):
+        (small / "eval_data" / f"{name}.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"bundle: nc: eval_meta_data\.csv: expected a Random baseline"):
+        bundles.read_bundle(small)
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_bundle_is_an_error_that_says_where(name, small):
     damage, words = DAMAGES[name]
-    (small.parent / "secret.jsonl").write_text(json.dumps(choice(0)))
     damage(small)
     with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
         bundles.read_bundle(small)
@@ -77,15 +97,15 @@ def test_a_damaged_bundle_is_an_error_that_says_where(name, small):
 def test_a_link_out_of_the_bundle_is_not_followed(small):
     shutil.move(small / MC, small.parent / "mc.jsonl")
     (small / MC).symlink_to(small.parent / "mc.jsonl")
-    with pytest.raises(ValueError, match="lies outside"):
-        bundles.read_bundle(small)
+    [reason] = bundles.read_bundle(small)[1]
+    assert "lies outside" in reason
 
 
 def test_a_zip_bomb_is_not_unpacked(small, tmp_path, monkeypatch):
     monkeypatch.setattr(bundles, "MAX_BYTES", 2**16)
     (small / "eval_data" / "lm.jsonl").write_bytes(b" " * 2**24)
-    with pytest.raises(ValueError, match=r"lm\.jsonl has more than 65,536 bytes"):
-        bundles.read_bundle(zip_bundle(small, tmp_path / "b.zip"))
+    [reason] = bundles.read_bundle(zip_bundle(small, tmp_path / "b.zip"))[1]
+    assert "lm.jsonl has more than 65,536 bytes" in reason
 
 
 @pytest.mark.parametrize("damage", ["empty", "not a zip", "half zeros"])

@@ -8,6 +8,7 @@ from conftest import TINY, launch, run_script, wandb_runs
 
 from gkachat.checkpoint import open_checkpoint
 from gkachat.config_file import load_config
+from gkachat.eval import compare as comparisons
 from gkachat.eval.compare import compare_runs, markdown
 from gkachat.eval.results import read_results, task_score, write_result
 from gkachat.machine import pick_device
@@ -46,9 +47,9 @@ def test_the_table_holds_the_counted_figures_and_their_ratios(runs):
     table = compare_runs(runs)["table"]
     stats = [model_stats(load_config(run_dir / "config.toml").model) for run_dir in runs]
     params, flops = table["parameters"], table["training FLOPs"]
-    assert params["values"] == [s.params["total"] for s in stats] and params["published_ratio"] == 0.42
+    assert params["values"] == [s.params["total"] for s in stats] and params["published_ratio"] is None
     assert params["ratios"] == [pytest.approx(params["values"][1] / params["values"][0])]
-    assert flops["values"] == [2048 * s.flops_per_token for s in stats] and flops["published_ratio"] == 0.49
+    assert flops["values"] == [2048 * s.flops_per_token for s in stats] and flops["published_ratio"] is None
     assert table["training tokens"]["values"] == [2048, 2048]
     bpb = [read_results(run_dir, 8)["bpb"] for run_dir in runs]
     assert table["val bits per byte"]["values"] == [figures["val_bpb"] for figures in bpb]
@@ -91,8 +92,27 @@ def test_every_later_run_is_compared_with_the_first(runs):
     assert ratios[0] == ratios[1] < 1
     assert [(s["run"], s["a"], s["b"]) for s in comparison["scores"]] == [("d2_gka", 0.5, 1.0), ("third", 0.5, 0.0)]
     table = markdown(comparison)
-    assert "|  | d2_softmax | d2_gka | third | d2_gka over d2_softmax | third over d2_softmax | published |" in table
-    assert {line.count("|") for line in table.splitlines()[:12]} == {8}
+    assert "|  | d2_softmax | d2_gka | third | d2_gka over d2_softmax | third over d2_softmax |\n" in table
+    assert {line.count("|") for line in table.splitlines()[:12]} == {7}
+
+
+def test_published_ratios_stand_beside_gka_over_softmax_at_depth_20_only(runs, monkeypatch):
+    assert "ublished" not in markdown(compare_runs(runs))
+    depth, real = 20, comparisons.read_run
+
+    def read_run(run_dir):
+        run = real(run_dir)
+        run["facts"]["depth"] = depth
+        return run
+
+    monkeypatch.setattr(comparisons, "read_run", read_run)
+    comparison = compare_runs(runs)
+    published = {row: figures["published_ratio"] for row, figures in comparison["table"].items()}
+    assert (published["parameters"], published["training FLOPs"], published["tokens a step"]) == (0.42, 0.49, None)
+    assert " published |" in markdown(comparison) and "Published: gka over softmax at depth 20" in markdown(comparison)
+    assert "ublished" not in markdown(compare_runs(runs[::-1])) + markdown(compare_runs([runs[0], runs[0]]))
+    depth = 12
+    assert "ublished" not in markdown(compare_runs(runs))
 
 
 def test_runs_that_cannot_be_compared_are_refused(runs):
@@ -148,10 +168,11 @@ def test_scores_are_compared_pair_by_pair_on_the_same_rows_and_as_two_samples_on
     assert (arc["name"], arc["a"], arc["b"], arc["paired"]) == ("core: arc", 0.5, 0.56, True)
     assert arc["error"] == pytest.approx((0.06 * 0.94 / 100) ** 0.5) and not arc["is_noise"]
     assert mean["name"] == "core: n of 22" and mean["error"] == pytest.approx(arc["error"]) and mean["paired"]
-    line = "| core: arc | 0.5000 ± 0.0500 | 0.5600 ± 0.0496 | +0.0600 ± 0.0237 | more than noise, paired |"
+    line = "| core: arc | 100 | 0.5000 ± 0.0500 | 0.5600 ± 0.0496 | +0.0600 ± 0.0237 | more than noise, paired |"
     assert line in markdown(comparison)
     write_scores(runs[1], {"arc": BETTER}, rows="others")
     (arc,) = compare_runs(runs)["scores"]
+    assert arc["examples"] == [100, 100]
     assert not arc["paired"] and arc["is_noise"]
     assert arc["error"] == pytest.approx((0.25 / 100 + 0.56 * 0.44 / 100) ** 0.5)
 
@@ -161,6 +182,15 @@ def test_only_tasks_that_both_runs_have_are_compared_and_means_only_by_name(runs
     write_scores(runs[1], {"arc": [True, True], "piqa": [True]}, kind="chat", mean_centered=0.2)
     write_scores(runs[1], {"gsm8k": [False]}, kind="lm_eval")
     assert [score["name"] for score in compare_runs(runs)["scores"]] == ["chat: arc"]
+
+
+def test_a_score_on_fewer_examples_shows_their_number_and_never_replaces_one_on_more(runs):
+    write_scores(runs[0], {"arc": [True] * 4}, kind="chat")
+    write_scores(runs[1], {"arc": [True] * 3}, kind="chat", rows="others")
+    assert "| chat: arc | 4 and 3 | 1.0000 ± 0.0000 |" in markdown(compare_runs(runs))
+    write_scores(runs[0], {"arc": [False] * 3}, kind="chat")
+    [arc] = compare_runs(runs)["scores"]
+    assert (arc["a"], arc["examples"]) == (1.0, [4, 3])
 
 
 def test_the_script_prints_the_table_writes_files_and_sends_them_to_weights_and_biases(
@@ -183,8 +213,8 @@ def test_the_script_prints_the_table_writes_files_and_sends_them_to_weights_and_
     assert paths == {"comparison.md", "comparison.json", "comparison.png"}
     [items] = sent.history
     table = json.loads((sent.files / items["table/path"]).read_text())
-    assert table["columns"] == ["", "d2_softmax", "d2_gka", "d2_gka over d2_softmax", "published"]
+    assert table["columns"] == ["", "d2_softmax", "d2_gka", "d2_gka over d2_softmax"]
     [params] = [row for row in table["data"] if row[0] == "parameters"]
     stored = comparison["table"]["parameters"]
-    assert params[1:4] == [*stored["values"], *stored["ratios"]]
+    assert params[1:] == [*stored["values"], *stored["ratios"]]
     assert (sent.files / items["comparison/path"]).read_bytes() == (out / "comparison.png").read_bytes()

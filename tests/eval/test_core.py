@@ -240,5 +240,29 @@ def test_the_script_prints_each_task_and_the_mean(saved, small, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if " centered " in line and "+-" in line] == [*SMALL]
     assert any("mean centered over 0 of 22 tasks and 3 others, at most 8 rows of each: " in line for line in lines)
-    with pytest.raises(ValueError, match="given 3 rows, expected more than its 3 shots"):
-        base_eval.main("random", eval="core", bundle=small, max_per_task=3)
+
+
+def test_fewer_rows_than_shots_are_scored_with_the_shots_of_a_full_evaluation(tokenizer, small):
+    model = random_model()
+    full, cut = decisions(evaluate_core(model, tokenizer, small)), evaluate_core(model, tokenizer, small, 2)
+    assert decisions(cut) == {label: right[:2] for label, right in full.items()}
+
+
+def test_a_task_that_cannot_be_scored_is_named_and_the_others_are_scored(saved, small, tokenizer, capsys):
+    (small / "core.yaml").write_text((small / "core.yaml").read_text().replace("[3]", "[12]", 1))
+    base_eval.main("random", eval="core", bundle=small)
+    result = read_results(saved, 1)["core"]
+    reason = "mc: mc.jsonl: given 12 rows, expected more than its 12 shots"
+    assert result["unscored"] == [reason] and f"  not scored: {reason}\n" in capsys.readouterr().out
+    assert decisions(result["scores"]).keys() == {"schema", "lm"} and result["examples"] == 19
+
+
+def test_a_short_evaluation_leaves_a_full_report_and_what_is_kept_of_an_interrupted_one(saved, small):
+    kept = saved / "evals" / ".core_step_000001.partial.json"
+    base_eval.main("random", eval="core", bundle=small)
+    kept.write_text("of a full evaluation")
+    base_eval.main("random", eval="core", bundle=small, max_per_task=2)
+    assert kept.read_text() == "of a full evaluation"
+    names = {path.name for path in (saved / "evals").glob("*.json")} - {kept.name}
+    assert names == {"core_step_000001.json", "core_2_step_000001.json"}
+    assert read_results(saved, 1)["core"]["examples"] == 31

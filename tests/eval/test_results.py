@@ -35,6 +35,34 @@ def test_a_result_holds_scores_figures_checkpoint_machine_and_command(tmp_path):
     assert "- tasks: 2 of 22" in text and "- commit: " in text and "long" not in text
 
 
+def scored(**examples):
+    return {task: task_score(1.0, n, 1.0) for task, n in examples.items()}
+
+
+def test_a_report_replaces_those_that_it_covers_and_stands_beside_others(tmp_path):
+    def write(scores, kind="chat", sha="ab12", **figures):
+        meta = META | {"sha256": {"model.safetensors": sha}}
+        return write_result(tmp_path, kind, meta, CPU, scores, **figures).name.partition("_step_")[0]
+
+    def there():
+        return sorted(path.name.partition("_step_")[0] for path in (tmp_path / "evals").glob("*.*"))
+
+    assert write(scored(a=3)) == "chat" and write(scored(a=100, b=100)) == "chat" == write(scored(a=100, b=100))
+    assert write(scored(a=5)) == "chat_2" == write(scored(a=7)) and write(scored(b=9)) == "chat_3"
+    assert there() == ["chat"] * 2 + ["chat_2"] * 2 + ["chat_3"] * 2
+    found = read_results(tmp_path, 300)["chat"]
+    assert found["examples"] == 200 and {s["examples"] for s in found["scores"].values()} == {100}
+    assert write(scored(a=100, b=100, c=1)) == "chat" and there() == ["chat"] * 2
+    assert "- examples: 201\n" in (tmp_path / "evals" / "chat_step_000300.md").read_text()
+    assert write(scored(a=1), sha="other weights") == "chat" and there() == ["chat"] * 2
+
+    assert write({}, "lm_eval", metrics={"pages": {"bpb": 1.0, "examples": 4}}) == "lm_eval"
+    assert write(scored(arc=9), "lm_eval") == "lm_eval_2"  # other tasks
+    assert read_results(tmp_path, 300)["lm_eval"]["scores"].keys() == {"arc"}
+    (tmp_path / "evals" / "chat_step_000300.json").write_text("{")
+    assert write(scored(a=1)) == "chat"  # a damaged one is worth nothing
+
+
 def test_results_are_read_by_step_and_kind_and_a_damaged_one_is_named(tmp_path):
     path = write_result(tmp_path, "core", META, CPU, SCORES)
     write_result(tmp_path, "bpb", META, CPU, val_bpb=1.5)

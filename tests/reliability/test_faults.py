@@ -1,6 +1,8 @@
 """Evaluations that fail, disks that fill, directories and shards that vanish: reported, and nothing saved is lost."""
 
 import json
+import math
+import os
 import shutil
 import threading
 import time
@@ -226,6 +228,93 @@ def test_saving_does_not_block_training_and_writes_one_checkpoint_at_a_time(tiny
     assert most == [1] and checkpoint_steps(made.run.directory) == [1, 2]
     first = load_model(made.run.directory, step=1)[0].state_dict()
     assert all(torch.equal(first[k], before[k]) for k in before)  # the weights when saving began
+
+
+LONG = ["--train.baseline_tokens=4096", "--run.checkpoint_every=2", "--run.keep_last=1"]
+
+
+def spoil(made, factor, monkeypatch):
+    """Multiply a weight before step 5, as an update that goes wrong may."""
+    take = made.train_step
+
+    def train_step():
+        if made.step == 5:
+            made.model.blocks[0].mlp.c_fc.weight.data.mul_(factor)
+        take()
+
+    monkeypatch.setattr(made, "train_step", train_step)
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_the_last_sound_checkpoint_stays(tiny_home, monkeypatch, capsys):
+    made = trainer("", *LONG, "--train.max_skipped=4")
+    spoil(made, math.inf, monkeypatch)
+    with pytest.raises(
+        FloatingPointError, match=r"not finite in 4 steps .*train\.clip_norm.*--resume goes on from step 4$"
+    ):
+        made.fit(made.run)
+    out = capsys.readouterr().out
+    assert "weights of step 6 are not finite (blocks.0.mlp.c_fc.weight): they are not saved" in out
+    assert checkpoint_steps(made.run.directory)[-1] == 4 and not list(problems(made.run.directory))
+    again = trainer("", *LONG, "--resume")
+    again.fit(again.run)
+    assert again.step == 16 and "resumes at step 4" in capsys.readouterr().out
+
+
+def test_a_run_that_ends_with_weights_that_are_not_finite_says_so(tiny_home, monkeypatch):
+    made = trainer("", "--run.checkpoint_every=2")
+    spoil(made, math.nan, monkeypatch)
+    with pytest.raises(FloatingPointError, match=r"weights of step 8 are not finite .*--resume goes on from step 4"):
+        made.fit(made.run)
+
+
+def test_a_checkpoint_stays_until_a_newer_one_has_given_finite_numbers(tiny_home, monkeypatch, capsys):
+    made = trainer("", *LONG, "--train.max_skipped=6")
+    spoil(made, 1e30, monkeypatch)  # finite, but no loss is
+    with pytest.raises(FloatingPointError, match=r"goes on from step 11; .* delete those after step 4, from which"):
+        made.fit(made.run)
+    assert checkpoint_steps(made.run.directory) == [4, 11]
+    again = trainer("", *LONG, "--train.max_skipped=3", "--resume")
+    with pytest.raises(FloatingPointError, match=r"goes on from step 14; if that fails again, delete the newest"):
+        again.fit(again.run)
+    assert checkpoint_steps(made.run.directory)[0] == 4
+    for step in checkpoint_steps(made.run.directory)[1:]:  # as it says
+        shutil.rmtree(made.run.directory / "checkpoints" / f"step_{step:06d}")
+    again = trainer("", *LONG, "--resume")
+    again.fit(again.run)
+    assert checkpoint_steps(made.run.directory) == [16]
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_is_passed_over(tiny_home, monkeypatch, capsys):
+    made = trainer("", "--run.checkpoint_every=2")
+    spoil(made, math.inf, monkeypatch)
+    with monkeypatch.context() as patch:  # an earlier version wrote such weights
+        patch.setattr("gkachat.checkpoint._is_finite", lambda tensor: True)
+        made.fit(made.run)
+    with pytest.raises(
+        ValueError, match=r"has numbers that are not finite, expected finite float32; delete .*step_000008"
+    ):
+        load_model(made.run.directory)
+    capsys.readouterr()
+    none = shutil.copytree(made.run.directory, made.run.directory.with_name("none"))
+    shutil.rmtree(none / "checkpoints" / "step_000004")
+    for name, message in (
+        ("d2_softmax", "'d2_softmax' resumes at step 4"),
+        ("none", "no sound checkpoint: it starts anew"),
+    ):
+        again = trainer(name, "--resume")
+        again.fit(again.run)
+        out = capsys.readouterr().out
+        assert out.count("passed over") == 2 and message in out and checkpoint_steps(again.run.directory)[-1] == 8
+
+
+def test_files_of_a_checkpoint_may_be_read_by_whom_the_umask_says(tiny_home):
+    before = os.umask(0o027)
+    try:
+        made = trainer()
+        made.fit(made.run)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in made.run.directory.rglob("*") if path.is_file()} == {0o640}
 
 
 def damage_meta(run_dir):

@@ -7,8 +7,11 @@ import torch
 from conftest import TINY, launch, make_trainer
 
 from gkachat.checkpoint import checkpoint_steps, load_model, load_optimizer, open_checkpoint, remove, step_dir
+from gkachat.config_file import load_config
 from gkachat.inference.engine import Engine
+from gkachat.train import schedule, setup
 from gkachat.train.metrics import read_metrics
+from scripts.verify_run import problems
 
 TIMES = ("seconds", "tokens_per_second", "mfu")
 OPTIONS = ["configs/laptop.toml", *TINY, "--run.keep_last=99", "--train.baseline_tokens=4096"]
@@ -63,6 +66,36 @@ def test_a_resumed_run_is_the_very_same_run(tiny_home, capsys, attention):
         for model, tokenizer, _ in (load_model(made.run.directory) for made in (whole, parted))
     ]
     assert said[0] == said[1]
+
+
+def test_a_finished_run_is_trained_longer_with_the_schedule_of_the_new_length(tiny_home, capsys):
+    short = train("run", "--train.baseline_tokens=2048")
+    assert short.step == 8
+    train("run", "--train.baseline_tokens=2048", "--resume")
+    assert "run 'run' is finished at step 8; a larger token budget trains it longer" in capsys.readouterr().out
+    longer = train("run", "--resume")  # 4,096 tokens
+    assert "is trained longer, 16 steps instead of 8: from step 8" in capsys.readouterr().out
+    run_dir = longer.run.directory
+    assert longer.step == 16 and longer.config.train.total_batch_size == short.config.train.total_batch_size
+    assert load_config(run_dir / "config.toml") == longer.config
+    rates = [r["lr"] for r in read_metrics(run_dir) if r["kind"] == "train"]
+    configs = [short.config] * 8 + [longer.config] * 8
+    assert rates == [schedule.lr_multiplier(step, configs[step]) for step in range(1, 16, 2)]
+    assert open_checkpoint(run_dir)[1]["extended_at"] == [8] and not list(problems(run_dir))
+    cut_copy(run_dir, "parted", 12)
+    assert differing_bytes(run_dir, train("parted", "--resume").run.directory) == 0
+    with pytest.raises(ValueError, match=r"total_tokens: given 2048, the run has 4096.*only a larger token budget"):
+        train("run", "--train.baseline_tokens=2048", "--resume")
+    with pytest.raises(ValueError, match=r"options \(optim\.matrix_lr: given 1\.0, the run has"):
+        train("run", "--train.baseline_tokens=8192", "--optim.matrix_lr=1", "--resume")
+
+
+def test_a_run_that_is_trained_longer_keeps_the_batch_that_follows_from_its_first_budget(tiny_home):
+    train("run", "--train.baseline_tokens=2048")
+    options = [word for word in OPTIONS[1:] if "total_batch_size" not in word]
+    config = load_config(OPTIONS[0], [*options, "--run.name=run", "--train.total_batch_size=none"])
+    assert setup.keep_batch(config, resume=True).train.total_batch_size == 256
+    assert setup.keep_batch(config, resume=False).train.total_batch_size is None
 
 
 # 20 steps of 16 rows. Embedding and head are large enough to be divided by rows. Smaller batches give gradients of low

@@ -7,7 +7,7 @@ import pytest
 
 from gkachat.config_file import load_config
 from gkachat.model.stats import PROTOCOLS, model_stats
-from gkachat.train.schedule import decay_multiplier, lr_multiplier, muon_momentum, n_steps, resolve
+from gkachat.train.schedule import decay_multiplier, highest_multiplier, lr_multiplier, muon_momentum, n_steps, resolve
 
 FIXED = ("--model.sequence_len=64", "--train.total_batch_size=6400", "--train.total_tokens=6400000")
 
@@ -96,6 +96,29 @@ def test_learning_rate_rises_stays_and_falls():
     assert lr_multiplier(1000, config) == pytest.approx(0.05)
     assert all(a > b for a, b in itertools.pairwise(rates[350:]))
     assert rates[351] == pytest.approx(1 - 0.95 / 650)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "warmdown", "shape", "reached"),
+    [(0, 0.65, "linear", 1.0), (350, 0.65, "linear", 1.0), (4000, 0.0, "linear", 0.25), (600, 1.0, "cosine", None)],
+)
+def test_the_highest_learning_rate_of_a_run_is_known_before_it_starts(warmup, warmdown, shape, reached):
+    options = (
+        f"--train.warmup_steps={warmup}",
+        f"--train.warmdown_fraction={warmdown}",
+        f"--train.warmdown_shape={shape}",
+    )
+    config = resolved(*FIXED, *options)
+    highest = highest_multiplier(config)
+    assert highest == max(lr_multiplier(step, config) for step in range(1000))
+    assert highest == reached or (reached is None and highest < 0.5)
+
+
+@pytest.mark.parametrize("tokens_per_param", [1e-6, 1e6])
+def test_the_smallest_and_the_largest_budget_can_be_planned(tokens_per_param):
+    for depth in (1, 40):
+        config = resolved(f"--train.tokens_per_param={tokens_per_param}", f"--model.depth={depth}")
+        assert n_steps(config) >= 1 and type(config.train.total_batch_size) is int
 
 
 def test_momentum_rises_and_falls():

@@ -339,6 +339,20 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_home):
         trainer("--model.vocab_size=300")
 
 
+def test_a_warm_up_that_the_run_does_not_reach_is_said(tiny_home, capsys):
+    train("--train.warmup_steps=32", "--train.warmdown_fraction=0", "--run.name=short")
+    line = "learning rates rise to x0.250 of those in optim at most: of 8 steps, train.warmup_steps is 32 and"
+    assert line in capsys.readouterr().out
+    train("--train.warmup_steps=2", "--run.name=enough")
+    assert "learning rates rise" not in capsys.readouterr().out
+
+
+def test_data_options_that_contradict_the_shards_are_refused_and_not_in_the_way(tiny_home):
+    with pytest.raises(ValueError, match=r"made with other options \(data\.val_fraction: given 0\.2, it has 0\.1\)"):
+        trainer("--data.val_fraction=0.2")
+    assert trainer("--data.loader=crop").config.data.val_fraction == 0.1
+
+
 def test_shards_of_another_tokenizer_are_refused(tiny_home, corpus_home):
     (tiny_home / "tokenizer").unlink()
     path = tiny_home / "tokenizer" / "python-source-v512" / "tokenizer.json"

@@ -93,6 +93,15 @@ def test_a_batch_that_cannot_be_shared_or_filled_is_refused():
             resolve(config(), n_images, size)
 
 
+def test_a_batch_in_tokens_is_refused_as_images_set_it():
+    with pytest.raises(
+        ConfigError, match=r"train\.total_batch_size: given 64, expected none: train\.batch_images sets it"
+    ):
+        resolve(config("--train.total_batch_size=64"), 1437)
+    done = resolve(config(), 1437)
+    assert resolve(done, 1437) == done
+
+
 def test_the_learning_rate_falls_along_half_a_cosine():
     made = resolve(config("--train.epochs=40", "--train.warmup_steps=1"), 1437)
     steps = made.train.total_tokens // made.train.total_batch_size
