@@ -18,7 +18,8 @@ import torch
 
 from gkachat.benchmark import facts, table
 from gkachat.checkpoint import MODEL
-from gkachat.files import atomic_write, read_json, write_text
+from gkachat.files import read_json, write_text
+from gkachat.plots import save_figure
 
 DIRECTORY = "evals"
 COLUMNS = {
@@ -92,8 +93,7 @@ def write_report(path: Path, text: str, tree: dict[str, Any], figure: Any = None
     names = [f"{path.stem}.md", f"{path.stem}.json"]
     if figure is not None:
         names.append(f"{path.stem}.png")
-        with atomic_write(path.with_suffix(".png")) as file:
-            figure.savefig(file, format="png", dpi=120)
+        save_figure(figure, path.with_suffix(".png"))
     return names
 
 
