@@ -37,7 +37,7 @@ from gkachat.eval.compare import read_run
 from gkachat.eval.results import write_report
 from gkachat.model.stats import model_stats
 from gkachat.plots import label, log_axis
-from gkachat.train.schedule import n_steps, resolve
+from gkachat.train.schedule import n_steps, resolve, whole_budget
 
 SHORT = {"model.depth": "d", "run.seed": "s", "model.attention": "", "train.protocol": ""}  # in the name of a run
 # Runs that differ only in these fields belong to one series, which is fitted. Any other field starts another series.
@@ -227,7 +227,7 @@ def _word(value: Any) -> str:
 
 def _spend(config: Config, budget: float) -> Config:
     """Return the config with as many training tokens as take `budget` FLOPs."""
-    tokens = max(1, round(budget / model_stats(config.model).flops_per_token))
+    tokens = whole_budget(budget / model_stats(config.model).flops_per_token, "sweep.flops", budget)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens))
     if tokens < (step := resolve(config).train.total_batch_size):
         raise ConfigError([f"sweep.flops: given {budget:g}, {tokens:,} tokens, expected a step of {step:,} or more"])

@@ -66,7 +66,7 @@ def main() -> None:
     from gkachat.train.distributed import destroy_process_group, init_process_group
     from gkachat.train.language import LanguageTask
     from gkachat.train.optim import make_optimizers
-    from gkachat.train.schedule import resolve
+    from gkachat.train.schedule import resolve, whole_budget
     from gkachat.train.setup import build_model, open_run
     from gkachat.train.trainer import Trainer
 
@@ -84,7 +84,7 @@ def main() -> None:
     splits, counts = prepare(home() / "conversations", config.chat, config.run.seed, facts, tokenizer, T)
     rows = {name: count_rows(split.documents.length, T) for name, split in splits.items()}
     if config.train.total_tokens is None:
-        tokens = max(1, round(config.chat.epochs * rows["train"] * T))
+        tokens = whole_budget(config.chat.epochs * rows["train"] * T, "chat.epochs", config.chat.epochs)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens))
 
     config = resolve(config, world.size)

@@ -56,6 +56,12 @@ def run(main: Callable[..., int | None], description: str | None = None) -> None
             sys.exit(1)
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:  # on a GPU torch raises its own RuntimeError, on a CPU a plain one
+        reason = str(error).partition("\n")[0] or "no more to be had"
+        if not isinstance(error, MemoryError) and not re.search("(out of|allocate|enough) memory", reason):
+            raise
+        print(f"error: out of memory ({reason}): give a smaller batch or model", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
