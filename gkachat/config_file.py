@@ -53,7 +53,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(decode(expand(path).read_bytes()))
     except FileNotFoundError:
-        raise FileNotFoundError(f"no config file {path}; configs/ has the shipped ones") from None
+        shipped = sorted(f"configs/{found.name}" for found in Path(__file__).parents[1].glob("configs/*.toml"))
+        raise FileNotFoundError(f"no config file {path}; there are: {', '.join(shipped)}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or a number of thousands of digits
         raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
 

@@ -5,6 +5,7 @@ markdown(comparison), draw(comparison)
 """
 
 import math
+import shlex
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -13,7 +14,9 @@ from scipy.stats import sem
 
 from gkachat.benchmark import table
 from gkachat.checkpoint import MODEL, load_weights, model_config, open_checkpoint
+from gkachat.config import home
 from gkachat.eval.results import read_results
+from gkachat.machine import several
 from gkachat.model.stats import PUBLISHED_FLOPS_RATIO, PUBLISHED_PARAMS_RATIO, model_stats
 from gkachat.plots import heat_map, label
 from gkachat.train.metrics import read_metrics
@@ -83,11 +86,14 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     Raises FileNotFoundError or ValueError when something is missing or damaged.
     """
     directory, meta = open_checkpoint(run_dir, None, MODEL)
+    if not meta["tokenizer_sha256"]:
+        raise ValueError(f"{run_dir}: given an image model, expected a language model (scripts.vision_report compares)")
     results = read_results(run_dir, meta["step"])
     if "bpb" not in results:
+        name = run_dir.name if run_dir.resolve().parent == (home() / "runs").resolve() else str(run_dir)
         raise FileNotFoundError(
             f"{run_dir} was not evaluated at its last checkpoint, step {meta['step']}; run python -m scripts.base_eval "
-            f"{run_dir.name}"
+            f"{shlex.quote(name)}"
         )
     bpb, stats, config = results["bpb"], model_stats(model_config(meta)), meta["config"]
     return {
@@ -206,10 +212,11 @@ def markdown(comparison: dict[str, Any]) -> str:
         text += f"± one standard error; more than noise: more than {NOISE} of them. Paired: on the same rows.\n\n"
     for name, facts in comparison["facts"].items():
         finished = "" if facts["finished"] else " (unfinished)"
+        devices = several(facts["world_size"], facts["device"])
         text += (
             f"- {name}: depth {facts['depth']} {facts['attention']}, {facts['steps']:,} steps{finished}, seed "
-            f"{facts['seed']}, protocol {facts['protocol']}, {facts['dtype']} on {facts['device']} x "
-            f"{facts['world_size']}, torch {facts['torch']}, {facts['seconds']:.0f} s in training steps, "
+            f"{facts['seed']}, protocol {facts['protocol']}, {facts['dtype']} on {devices}, "
+            f"torch {facts['torch']}, {facts['seconds']:.0f} s in training steps, "
             f"{facts['peak_memory_bytes'] / 2**30:.2f} GiB at most\n"
         )
     return text
