@@ -35,6 +35,13 @@ def test_a_result_holds_scores_figures_checkpoint_machine_and_command(tmp_path):
     assert "- tasks: 2 of 22" in text and "- commit: " in text and "long" not in text
 
 
+def test_the_report_has_no_python(tmp_path):
+    figures = {"limit": None, "tuned": True, "ignored": [], "names": ["a", "b"], "metrics": {"t": {"acc": 0.5}}}
+    text = write_result(tmp_path, "lm_eval", META, CPU, **figures).with_suffix(".md").read_text()
+    for line in ("- limit: none", "- tuned: yes", "- ignored: none", "- names: a, b", "- metrics: t acc 0.5"):
+        assert f"{line}\n" in text
+
+
 def test_results_are_read_by_step_and_kind_and_a_damaged_one_is_named(tmp_path):
     path = write_result(tmp_path, "core", META, CPU, SCORES)
     write_result(tmp_path, "bpb", META, CPU, val_bpb=1.5)
