@@ -136,7 +136,7 @@ if [ "$gpus" -gt 0 ]; then
 else
     config=configs/laptop.toml depth=${depth:-4}
     launch=("$PYTHON" -m)
-    chat_options=(--chat.conversations 12000 "${chat_options[@]}")
+    chat_options=(--chat.conversations 16000 "${chat_options[@]}")
 fi
 
 runs=("${attentions[@]/#/d${depth}_}")

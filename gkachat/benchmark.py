@@ -8,6 +8,8 @@ Contestants take turns, A B A B, so that other load on the machine falls on all 
 
 import datetime
 import importlib.metadata
+import importlib.util
+import itertools
 import json
 import platform
 import statistics
@@ -126,11 +128,37 @@ def table(rows: list[dict[str, Any]], columns: dict[str, str] | None = None) -> 
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def show(text: str) -> None:
+    """Print a text. In a terminal its Markdown tables are drawn, if rich is installed; elsewhere they stay as they are.
+
+    Benchmarks run on machines that have no rich.
+    """
+    if not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
+        print(text, flush=True)
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line.startswith("| ")):
+        if not is_table:
+            print("\n".join(lines))
+            continue
+        header, rule, *rows = ([cell.strip() for cell in line[1:-1].split(" | ")] for line in lines)
+        table = Table(box=box.SIMPLE_HEAD)
+        for name, dashes in zip(header, rule, strict=True):
+            table.add_column(name, justify="right" if dashes.endswith(":") else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
 def publish(title: str, result: dict[str, Any], table: str, device: torch.device, out: str | None) -> None:
     """Print a benchmark's table; with `out`, write OUT.json and OUT.md: figures, command and machine."""
     where = facts(device)
     where_line = ", ".join(f"{key} {value}" for key, value in where.items())
-    print(f"\n{table}\n{where_line}")
+    show(f"\n{table}\n{where_line}")
     if out is None:
         return
     command = f"python -m scripts.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}"

@@ -35,8 +35,8 @@ from gkachat.files import flush, read_json, sha256, write_text
 from gkachat.machine import commit
 from gkachat.model.gpt import GPT, Transformer
 from gkachat.model.vit import ViT
-from gkachat.text import expand
-from gkachat.tokenizer import Tokenizer
+from gkachat.text import expand, list_near
+from gkachat.tokenizer import FILE_NAME, Tokenizer
 from gkachat.vision_config import VisionConfig, ViTConfig
 
 MODEL, META, CHECKPOINTS = "model.safetensors", "meta.json", "checkpoints"
@@ -51,7 +51,7 @@ Model = TypeVar("Model", bound=Transformer)
 def find_run(name: str | Path) -> Path:
     """Return a run directory from its path, or from its name under runs/.
 
-    Raises FileNotFoundError that lists the runs there are.
+    Raises FileNotFoundError that lists the runs there are, or those with a similar name where they are many.
     """
     runs = home() / "runs"
     for directory in (expand(name), runs / name):
@@ -64,7 +64,7 @@ def find_run(name: str | Path) -> Path:
         if (directory / "config.json").exists():
             raise ValueError(f"{directory}: given a model for transformers, expected a run, as the one it was made of")
     known = sorted(path.parent.name for path in runs.glob("*/config.toml"))
-    raise FileNotFoundError(f"no run {str(name)!r}; in {runs} there are: {', '.join(known) or 'none'}")
+    raise FileNotFoundError(f"no run {str(name)!r}; in {runs} there are: {list_near(Path(name).name, known)}")
 
 
 def load_run_config(run_dir: str | Path) -> Config | TuningConfig | VisionConfig:
@@ -357,7 +357,11 @@ def load_tokenizer(run_dir: str | Path, meta: dict[str, Any]) -> Tokenizer:
     """Return the run's own tokenizer. Raises ValueError when the checkpoint was trained with another one, or none."""
     if not meta["tokenizer_sha256"]:
         raise ValueError(f"{run_dir}: given an image model, which has no tokenizer, expected a language model")
-    tokenizer = Tokenizer.load(run_dir)
+    try:
+        tokenizer = Tokenizer.load(run_dir)
+    except FileNotFoundError:
+        own, first = Path(run_dir) / FILE_NAME, home() / "tokenizer" / tokens_dir(meta).name / FILE_NAME
+        raise FileNotFoundError(f"{own} is missing: copy {first} there, if it was not trained anew since") from None
     if tokenizer.sha256 != meta["tokenizer_sha256"]:
         raise ValueError(f"{Path(run_dir) / 'tokenizer.json'} is not the tokenizer this checkpoint was trained with")
     return tokenizer

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from gkachat.text import expand
 
 HEAD_DIM = 128
+MAX_DEPTH, MAX_WIDTH = 1000, 2**16  # beyond what anyone trains; counting a model takes time in proportion to its depth
 Protocol = Literal["equal-tokens", "equal-ratio", "paper", "equal-flops"]
 DIRECTORY_NAME = "a directory name, not a path, that does not start with - or ~"
 ATTENTIONS: dict[str, str | type] = {
@@ -243,12 +244,12 @@ class GPTConfig:
             window_pattern=(bool(self.window_pattern) and set(self.window_pattern) <= set("SL"), "letters S and L"),
             head_dim=(self.head_dim >= 2 and self.head_dim % 2 == 0, "an even number, 2 or more"),
             n_embd=(
-                self.depth < 1 or (self.n_embd >= 16 and divides),
-                f"16 or more and a multiple of head_dim {self.head_dim}",
+                not 1 <= self.depth <= MAX_DEPTH or (16 <= self.n_embd <= MAX_WIDTH and divides),
+                f"16 to {MAX_WIDTH} and a multiple of head_dim {self.head_dim}",
             ),
+            depth=(1 <= self.depth <= MAX_DEPTH, f"1 to {MAX_DEPTH}"),
             sequence_len=(2 <= self.sequence_len <= 2**20, f"2 to {2**20}"),
-            **at_least(1, self, "depth"),
-            **at_least(2, self, "vocab_size"),
+            vocab_size=(2 <= self.vocab_size <= 2**20, f"2 to {2**20}"),
         )
 
     @property

@@ -12,6 +12,7 @@ import difflib
 import functools
 import io
 import re
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from gkachat.config import Config, ConfigError
 from gkachat.text import decode, expand
 
+TOO_LARGE = "given a number of more than 64 bits, expected one below 2^63"
+MAX_MESSAGE = 300  # characters of an error of the command line, which may quote an argument of any length
+NO_TYPE = r"(Error parsing \S+): no type matching (\S+) could be instantiated from \['?(.*?)'?\]"  # tyro's message
 C = TypeVar("C")
 T = TypeVar("T")
 
@@ -49,7 +53,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(decode(expand(path).read_bytes()))
     except FileNotFoundError:
-        raise FileNotFoundError(f"no config file {path}; configs/ has the shipped ones") from None
+        shipped = sorted(f"configs/{found.name}" for found in Path(__file__).parents[1].glob("configs/*.toml"))
+        raise FileNotFoundError(f"no config file {path}; there are: {', '.join(shipped)}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or a number of thousands of digits
         raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
 
@@ -128,7 +133,10 @@ def parse_args(target: Callable[..., T], args: Sequence[str], **options: Any) ->
 
 
 def _rules() -> Any:
-    """Return the tyro rules of words and paths: true, false and none as TOML writes them, and ~ in a path expanded."""
+    """Return the tyro rules of words, whole numbers and paths.
+
+    true, false and none are written as in TOML, whole numbers have at most 64 bits, and ~ in a path is expanded.
+    """
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
     registry, words = ConstructorRegistry(), {bool: {"true": True, "false": False}, NoneType: {"none": None}}
@@ -146,6 +154,18 @@ def _rules() -> Any:
         )
 
     @registry.primitive_rule
+    def int_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type is not int:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="INT",
+            instance_from_str=lambda texts: _whole(texts[0]),
+            is_instance=lambda value: type(value) is int,
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    @registry.primitive_rule
     def path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         if info.type is not Path:
             return None
@@ -160,13 +180,32 @@ def _rules() -> Any:
     return registry
 
 
+def _whole(text: str) -> int:
+    """Return the whole number that a text spells. Raises ValueError for any other text."""
+    try:
+        value = int(text)
+    except ValueError:  # Python reads no number of thousands of digits
+        raise ValueError(TOO_LARGE if text.isdecimal() else f"given {text!r}, expected a whole number") from None
+    if not _fits(value):
+        raise ValueError(TOO_LARGE)
+    return value
+
+
+def _fits(value: int) -> bool:
+    return -(2**63) <= value < 2**63
+
+
 def _first_line(box: str) -> str:
     """Return the message of an error that tyro framed and wrapped, and the option it suggests, as one line."""
     lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]
     _, message, *rest = re.split(r"^(?:[╭╰─].*|-{10,})$", "\n".join(lines), flags=re.MULTILINE)  # title, message, ...
     suggested = re.search(r"Perhaps you meant:\s+(--\S+)", "".join(rest))
-    message = " ".join(message.strip().split("\n\n")[0].split())
-    return message + (f" (did you mean {suggested[1]}?)" if suggested else "")
+    flat = " ".join(message.strip().split("\n\n")[0].split())
+    if no_type := re.match(NO_TYPE, flat):
+        option, kinds, given = no_type.groups()
+        flat = f"{option}: " + (TOO_LARGE if given.isdecimal() else f"given {given!r}, expected {kinds}")
+    flat = textwrap.shorten(flat, MAX_MESSAGE, placeholder=" ...")
+    return flat + (f" (did you mean {suggested[1]}?)" if suggested else "")
 
 
 @functools.cache
@@ -205,6 +244,8 @@ def _build(cls: type, tree: Any, prefix: str, problems: list[str], check: bool) 
 
 def _convert(value: Any, kind: Any) -> Any:
     """Return a TOML value as the type `kind` of a field. Raises TypeError if it has another type."""
+    if type(value) is int and not _fits(value):
+        raise TypeError(TOO_LARGE)
     origin, kinds = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         for one in kinds:

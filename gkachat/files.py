@@ -13,11 +13,15 @@ from gkachat.text import parse_json
 MAX_JSON_BYTES = 2**24
 
 
+class WriteError(OSError):
+    """A file could not be written, as on a full disk. The message names it."""
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open `path` for writing so that it ends up with all of the new content, or keeps the old.
 
-    Raises OSError that names the file when the disk is full or not writable.
+    Raises WriteError that names the file when the disk is full or not writable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -30,18 +34,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):  # the new content is in place; some file systems cannot flush directories
             flush(path.parent)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}; its old content is untouched") from error
+        raise WriteError(f"cannot write {path}: {error.strerror or error}; its old content is untouched") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Make an OSError of writing, such as a full disk, name the path."""
+    """Turn an OSError of writing, as on a full disk, into a WriteError that names the path."""
     try:
         yield
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

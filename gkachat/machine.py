@@ -104,10 +104,17 @@ def unusable_gpus() -> str | None:
     return None
 
 
-def check_installed(package: str, extra: str) -> None:
-    """Raise ValueError unless a package that one of gkachat's extras brings is installed."""
+def check_installed(package: str, extra: str, what: str = "") -> None:
+    """Raise ValueError unless a package that one of gkachat's extras brings is installed. `what` needs it."""
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"{package} is not installed: pip install -e '.[{extra}]'")
+        raise ValueError(f"{what}{package} is not installed: {how_to_install(extra)}")
+
+
+def how_to_install(extra: str) -> str:
+    """Return the command that installs one of gkachat's extras, with the directory where it works."""
+    root = Path(__file__).parents[1]
+    where = "" if root == Path.cwd() else f" in {root}"
+    return f"pip install -e '.[{extra}]'{where}"
 
 
 def check_compiler() -> None:
@@ -161,7 +168,13 @@ def device_name(device: torch.device) -> str:
     """Return the GPU's name, or "cpu" and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'' if threads == 1 else 's'}"
+
+
+def several(n: int, device: str) -> str:
+    """Return the name of a device that n processes have one of each."""
+    return device if n == 1 else f"{n} x {device}"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -36,7 +36,8 @@ from gkachat.config_file import from_dict, load_config, read_toml
 from gkachat.eval.compare import read_run
 from gkachat.eval.results import write_report
 from gkachat.model.stats import model_stats
-from gkachat.train.schedule import n_steps, resolve
+from gkachat.plots import label, log_axis
+from gkachat.train.schedule import n_steps, resolve, whole_budget
 
 SHORT = {"model.depth": "d", "run.seed": "s", "model.attention": "", "train.protocol": ""}  # in the name of a run
 # Runs that differ only in these fields belong to one series, which is fitted. Any other field starts another series.
@@ -226,7 +227,7 @@ def _word(value: Any) -> str:
 
 def _spend(config: Config, budget: float) -> Config:
     """Return the config with as many training tokens as take `budget` FLOPs."""
-    tokens = max(1, round(budget / model_stats(config.model).flops_per_token))
+    tokens = whole_budget(budget / model_stats(config.model).flops_per_token, "sweep.flops", budget)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens))
     if tokens < (step := resolve(config).train.total_batch_size):
         raise ConfigError([f"sweep.flops: given {budget:g}, {tokens:,} tokens, expected a step of {step:,} or more"])
@@ -365,6 +366,7 @@ def write_sweep(sweep: Sweep, facts: dict[str, str]) -> str:
 def draw(results: dict[str, Any]) -> Any:
     """Return a matplotlib figure: BPB against FLOPs and parameters with fits, the val gap, bandwidths, budgets."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows, minima = results["runs"], results["minima"]
     colors = {series: f"C{number}" for number, series in enumerate(results["fits"])}
@@ -376,26 +378,28 @@ def draw(results: dict[str, Any]) -> Any:
     figure = Figure(figsize=(5.2 * across, 4.4 * down), layout="constrained")
     axes = iter(figure.subplots(down, across, squeeze=False).flat)
 
+    def ends(values: list[float]) -> tuple[float, float]:
+        return min(values), max(values)
+
     def scatter(axis: Any, chosen: list[dict[str, Any]], x: str, y: str, xlabel: str, ylabel: str) -> None:
         for series, color in colors.items():
             own = [row for row in chosen if row["series"] == series]
-            axis.plot([row[x] for row in own], [row[y] for row in own], "o", color=color, markersize=4, label=series)
-        axis.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+            points = [row[x] for row in own], [row[y] for row in own]
+            axis.plot(*points, "o", color=color, markersize=4, label=label(series))
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        log_axis(axis, "x", *ends([row[x] for row in chosen]))
         axis.grid(alpha=0.3, which="both")
 
     fitted = [one for one in minima if one.get("inside")] or rows
-    for x, label in (("flops", "training FLOPs"), ("params", "parameters")):
+    for x, xlabel in (("flops", "training FLOPs"), ("params", "parameters")):
         axis = next(axes)
-        scatter(axis, rows, x, "val_bpb", label, "val bits per byte")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:.2f}")
-        axis.yaxis.set_minor_formatter("{x:.2f}")
+        scatter(axis, rows, x, "val_bpb", xlabel, "val bits per byte")
+        log_axis(axis, "y", *ends([row["val_bpb"] for row in rows]))
         for series, fits in results["fits"].items():
             if fits[x]:
-                own = [one[x] for one in fitted if one["series"] == series]
-                ends = np.array([min(own), max(own)], dtype=float)
-                law = fits[x]["a"] * ends ** -fits[x]["b"]
-                axis.plot(ends, law, color=colors[series], label=f"exponent {-fits[x]['b']:.3f}")
+                between = np.array(ends([one[x] for one in fitted if one["series"] == series]), dtype=float)
+                law = fits[x]["a"] * between ** -fits[x]["b"]
+                axis.plot(between, law, color=colors[series], label=f"exponent {-fits[x]['b']:.3f}")
         axis.legend()
     scatter(gap := next(axes), rows, "params", "gap", "parameters", "val - train, bits per byte")
     gap.axhline(0, color="gray", linewidth=0.8)
@@ -404,10 +408,11 @@ def draw(results: dict[str, Any]) -> Any:
         deepest = max(row["depth"] for row in learned)
         for row in learned:
             color = f"{0.8 * (1 - row['depth'] / deepest):.2f}"
-            axis.plot(range(1, len(row["sigma"]) + 1), row["sigma"], "-o", color=color, markersize=3)
+            axis.plot(range(len(row["sigma"])), row["sigma"], "-o", color=color, markersize=3)
         axis.set(xlabel="layer", ylabel="bandwidth, median of heads", title="the deeper the model, the darker")
-        axis.set_yscale("log")  # sigma grows without bound in published GKA layers that average all tokens
-        axis.set_xticks(range(1, deepest + 1))
+        # A log scale, because sigma grows without bound in published GKA layers that average all tokens.
+        log_axis(axis, "y", *ends([sigma for row in learned for sigma in row["sigma"]]))
+        axis.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
     for budget in budgets:
         axis = next(axes)
         here = [row for row in rows if row["axes"]["flops"] == budget]

@@ -7,6 +7,7 @@ Text is Unicode that has a UTF-8 encoding (`is_text`). A byte-order mark is drop
 """
 
 import codecs
+import difflib
 import io
 import json
 import os
@@ -90,6 +91,15 @@ def check_text(text: str) -> str:
 def expand(path: str | os.PathLike[str]) -> Path:
     """Return a path with ~ expanded, which a shell does not do in a TOML file or after `=`."""
     return Path(os.path.expanduser(path))
+
+
+def list_near(name: str, known: Sequence[str], most: int = 10) -> str:
+    """Return the known names as one line: all of them, or, if they are more than `most`, those similar to `name`."""
+    if len(known) <= most:
+        return ", ".join(known) or "none"
+    near = dict.fromkeys([*difflib.get_close_matches(name, known, most), *(one for one in known if name in one)])
+    shown = [*near][:most] or known[:most]
+    return f"{', '.join(shown)} and {len(known) - len(shown):,} more"
 
 
 def list_some(problems: Sequence[str], most: int = 10) -> str:

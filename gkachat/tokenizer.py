@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from gkachat.files import write_text
+from gkachat.text import list_near
 
 BOS = "<|bos|>"
 # Nothing uses the last four. They stay because tokenizers, shards and checkpoints that exist count their ids.
@@ -78,7 +79,11 @@ class Tokenizer:
         """Read what `save` wrote. Raises FileNotFoundError if it is missing, ValueError if it is damaged."""
         path = Path(directory) / FILE_NAME
         if not path.exists():
-            raise FileNotFoundError(f"no tokenizer at {path}; train one with python -m scripts.tok_train CONFIG")
+            known = sorted(found.parent.name for found in path.parents[1].glob(f"*/{FILE_NAME}"))
+            raise FileNotFoundError(
+                f"no tokenizer at {path}; train one with python -m scripts.tok_train and the same config and options; "
+                f"there are: {list_near(path.parent.name, known)}"
+            )
         try:
             return cls(path.read_text())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:

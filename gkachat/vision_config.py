@@ -7,7 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gkachat.config import Checks, ConfigError, GKAConfig, LoopConfig, OptimConfig, RunConfig, at_least, require
+from gkachat.config import (
+    MAX_DEPTH,
+    MAX_WIDTH,
+    Checks,
+    ConfigError,
+    GKAConfig,
+    LoopConfig,
+    OptimConfig,
+    RunConfig,
+    at_least,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -39,13 +50,20 @@ class ViTConfig:
         fits = self.patch_size > 0 and self.image_size % self.patch_size == 0
         require(
             self,
-            n_embd=(self.n_embd >= 1 and divides, f"a multiple of head_dim {self.head_dim}"),
+            depth=(1 <= self.depth <= MAX_DEPTH, f"1 to {MAX_DEPTH}"),
+            n_embd=(
+                1 <= self.n_embd <= MAX_WIDTH and divides,
+                f"a multiple of head_dim {self.head_dim}",
+            ),
             head_dim=(self.head_dim >= 2 and self.head_dim % 2 == 0, "an even number, 2 or more"),
-            image_size=(self.image_size >= 1 and fits, f"a multiple of patch_size {self.patch_size}"),
+            image_size=(
+                1 <= self.image_size <= 2**14 and fits,
+                f"a multiple of patch_size {self.patch_size}",
+            ),
             colours=(self.colours in (1, 3), "1 (grey) or 3"),
             drop_path=(0 <= self.drop_path < 1, "0 or more and below 1"),
-            **at_least(1, self, "depth", "patch_size"),
-            **at_least(2, self, "classes"),
+            classes=(2 <= self.classes <= 2**20, f"2 to {2**20}"),
+            **at_least(1, self, "patch_size"),
         )
         if self.gka.rope:
             raise ConfigError(["gka.rope: given True, expected false: positions in an image are learned"])

@@ -38,6 +38,7 @@ def main(
         out: Directory to write to; by default attention_maps/ in the run's directory.
         wandb: Weights & Biases project that receives all files; empty: none.
     """
+    from gkachat.benchmark import show
     from gkachat.checkpoint import find_run
     from gkachat.data.readers import read_text
     from gkachat.inspection.report import markdown, write_inspection
@@ -55,7 +56,7 @@ def main(
     )
     directory = out or run_dir / "attention_maps"
     files = write_inspection(inspection, directory)
-    print(markdown(inspection))
+    show(markdown(inspection))
     print(f"written to {directory}: {', '.join(files)}")
     if wandb:
         upload(wandb, "attention_maps", inspection.run, directory, files)

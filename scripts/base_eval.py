@@ -43,12 +43,15 @@ def main(
         max_per_task: core: score at most this many rows of each task; by default all.
         tokens: core: tokens in a batch; device memory follows it.
     """
-    from gkachat.checkpoint import find_run, load_model
+    from gkachat.checkpoint import find_run, load_model, open_checkpoint
+    from gkachat.eval.results import announce_earlier
     from gkachat.inference.quantize import for_inference
     from gkachat.machine import pick_device, pick_dtype
     from gkachat.train.distributed import destroy_process_group, init_process_group
 
     run_dir, chosen = find_run(run_name), pick_device(device)
+    if announce_earlier(run_dir, eval, open_checkpoint(run_dir, step)[1]):
+        return
     world = init_process_group(chosen.type, TIMEOUT)
     try:
         model, tokenizer, meta = load_model(run_dir, chosen, step)

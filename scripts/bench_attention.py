@@ -29,7 +29,7 @@ def main() -> None:
     options, device, dtype = parse_benchmark(parser)
     import torch
 
-    from gkachat.benchmark import measured_peaks, publish, table
+    from gkachat.benchmark import measured_peaks, publish, show, table
     from scripts.bench.attention import COLUMNS, measure
 
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def main() -> None:
         B, T, H, D = shape
         title = f"{level}, batch {B}, {T} tokens, {H} heads of {D}, window {window or 'full'}"
         blocks.append(f"{title}\n\n{table(found, COLUMNS)}")
-        print(blocks[-1], flush=True)
+        show(blocks[-1])
         rows += found
     print(f"measured peaks: {peaks[0] / 1e12:.3g} TFLOP/s, {peaks[1] / 1e9:.3g} GB/s")
     result = {"dtype": str(dtype), "flops_per_second": peaks[0], "bytes_per_second": peaks[1], "rows": rows}

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def main(
-    run_name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None,
+    run_name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None,
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None,
     compare: str | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,

@@ -33,13 +33,15 @@ def main(
         step: Step of the checkpoint; by default the last one.
         device: A torch device, or auto.
     """
-    from gkachat.checkpoint import find_run, load_model
+    from gkachat.checkpoint import find_run, load_model, open_checkpoint
     from gkachat.eval.chat import evaluate_chat
-    from gkachat.eval.results import write_result
+    from gkachat.eval.results import announce_earlier, write_result
     from gkachat.inference.quantize import for_inference
     from gkachat.machine import pick_device, pick_dtype
 
     run_dir, chosen = find_run(run_name), pick_device(device)
+    if announce_earlier(run_dir, "chat", open_checkpoint(run_dir, step)[1]):
+        return
     model, tokenizer, meta = load_model(run_dir, chosen, step)
     chat = meta["config"].get("chat")
     if chat is None:

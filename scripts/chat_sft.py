@@ -5,8 +5,8 @@ python -m scripts.chat_sft d20_gka --chat.source huggingface
 python -m scripts.chat_sft d4_gka --chat.source files --chat.files talks.jsonl --run.name d4_gka_talks
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft d20_gka --chat.source huggingface
 
-Options that are not given come from RUN, except for the length of training, the schedule, weight decay and, where there are
-few steps, the batch. The model, its tokenizer and data cannot change. The result is the run RUN_chat.
+Options that are not given come from RUN, except for the length of training, the schedule, weight decay and, where
+there are few steps, the batch. Model, tokenizer and corpus cannot change. The result is the run RUN_chat.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def main() -> None:
     base, args, flags = split_args(sys.argv[1:], "RUN", __doc__, RUN_FLAGS, TuningConfig, FIXED)
     if base is None:
         raise ValueError("given no run, expected the name or directory of the one to tune")
-    from gkachat.checkpoint import MODEL, check_format, find_run, load_tokenizer, load_weights, open_checkpoint
+    from gkachat.checkpoint import MODEL, find_run, load_tokenizer, load_weights, open_checkpoint
     from gkachat.data.loader import count_rows
     from gkachat.data.tuning import prepare
     from gkachat.eval.bpb import bpb_sums
@@ -87,29 +87,28 @@ def main() -> None:
     from gkachat.train.distributed import destroy_process_group, init_process_group
     from gkachat.train.language import LanguageTask
     from gkachat.train.optim import make_optimizers
-    from gkachat.train.schedule import resolve
+    from gkachat.train.schedule import resolve, whole_budget
     from gkachat.train.setup import build_model, open_run
     from gkachat.train.trainer import Trainer
 
     base_dir = find_run(base)
-    check_format(base_dir)
+    directory, meta = open_checkpoint(base_dir, None, MODEL)
+    tokenizer = load_tokenizer(base_dir, meta)
     try:
         config = load_config(tuning_defaults(base_dir), args, TuningConfig)
     except ConfigError as error:
         raise ConfigError([f"options: {error}"]) from None
-    directory, meta = open_checkpoint(base_dir, None, MODEL)
-    tokenizer, T = load_tokenizer(base_dir, meta), config.model.sequence_len
-    device = pick_device(config.run.device)
+    device, T = pick_device(config.run.device), config.model.sequence_len
     world = init_process_group(device.type, config.run.timeout)
     facts = model_facts(config.model)
     splits, counts = prepare(home() / "conversations", config.chat, config.run.seed, facts, tokenizer, T)
     rows = {name: count_rows(split.documents.length, T) for name, split in splits.items()}
     if config.train.total_tokens is None:
-        tokens = max(1, round(config.chat.epochs * rows["train"] * T))
+        tokens = whole_budget(config.chat.epochs * rows["train"] * T, "chat.epochs", config.chat.epochs)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens))
     if config.train.total_batch_size is None:
-        batch = tuning_batch(read_toml(base_dir / "config.toml")["train"]["total_batch_size"], config.train.total_tokens)
-        batch = max(batch, T * world.size)
+        base_batch = read_toml(base_dir / "config.toml")["train"]["total_batch_size"]
+        batch = max(tuning_batch(base_batch, config.train.total_tokens), T * world.size)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_batch_size=batch))
 
     config = resolve(config, world.size)

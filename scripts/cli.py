@@ -8,17 +8,19 @@ signatures of a script's other functions, are imported under `TYPE_CHECKING`.
 import argparse
 import dataclasses
 import difflib
+import errno
 import functools
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar, get_type_hints
 
-from gkachat.config import Config, ConfigError
+from gkachat.config import Config, ConfigError, TuningConfig
 from gkachat.config_file import C, from_dict, hide, load_config, parse_args, parse_overrides, read_toml
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def run(main: Callable[..., int | None], description: str | None = None) -> None
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as the process)
-    try:
+    try:  # also whatever is printed, as to a full disk
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by scripts/__init__.py
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if description is not None:
@@ -50,12 +52,23 @@ def run(main: Callable[..., int | None], description: str | None = None) -> None
             }
             bind = functools.wraps(main)(functools.partial(functools.partial, main))  # tyro must not call main itself
             main = parse_args(bind, sys.argv[1:], **options)
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
     except (ValueError, OSError, FloatingPointError) as error:
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        message = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC) and error.filename is None:
+            with suppress(OSError, ValueError):  # what is still to be printed, which Python would try once more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            message += ": the disk that the output goes to, or that of temporary files, is full"
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:  # on a GPU torch raises its own RuntimeError, on a CPU a plain one
+        reason = str(error).partition("\n")[0] or "no more to be had"
+        if not isinstance(error, MemoryError) and not re.search("(out of|allocate|enough) memory", reason):
+            raise
+        print(f"error: out of memory ({reason}): give a smaller batch or model", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -72,10 +85,30 @@ def parse_config(
 ) -> tuple[C, set[str]]:
     """Return the config of `[CONFIG.toml] [--flag ...] [--section.field value ...]` and the flags, as `split_args`."""
     path, overrides, given = split_args(args, "[CONFIG.toml]", description, flags or {}, cls)
+    tree = read_toml(path) if path else {}
     try:
-        return load_config(path, overrides, cls), given
+        return load_config(tree, overrides, cls), given
     except ConfigError as error:
-        raise ConfigError([f"{path or 'options'}: {error}"]) from None
+        other = other_kind(tree, cls)
+        raise ConfigError([f"{path or 'options'}: {other or error}"]) from None
+
+
+def other_kind(tree: dict, cls: type) -> str | None:
+    """Return what a TOML file is that has the fields of another kind of config than `cls`. None for any other file."""
+    from gkachat.vision_config import VisionConfig
+
+    if "sweep" in tree:
+        return "a sweep file, which scripts.sweep reads"
+    others = {
+        Config: "a config of language models, which scripts.base_train reads",
+        VisionConfig: "a config of image models, which scripts.vision_train reads",
+        TuningConfig: "the config of a tuned run, which scripts.chat_sft makes from another run",
+    }
+    for kind in (cls, *others):
+        with suppress(ConfigError):
+            from_dict(kind, tree, check=False)
+            return None if kind is cls else others[kind]
+    return None
 
 
 def split_args(
@@ -97,10 +130,14 @@ def split_args(
     path = args.pop(0) if args and not args[0].startswith("-") else None
     if {"-h", "--help"} & set(args):
         usage = ["python -m", f"scripts.{Path(sys.argv[0]).stem}", first, *(f"[--{flag}]" for flag in flags)]
-        text = _one_example_a_line(description) + "".join(f"\n--{flag:11}{text}" for flag, text in flags.items())
+        text = _one_example_a_line(description) + "".join(f"\n\n--{flag:11}{text}" for flag, text in flags.items())
         tree = read_toml(path) if path and first == "[CONFIG.toml]" else {}
         defaults = hide(from_dict(cls, tree, check=False), fixed)
         parse_overrides(defaults, ["--help"], prog=" ".join(usage), description=text)
+    for word in args:  # the fields of a config have a dot
+        if re.match(r"--[a-z][^.=]*(=|$)", word):
+            near = difflib.get_close_matches(word, [f"--{flag}" for flag in flags], n=1)
+            raise ConfigError([f"Unrecognized options: {word}" + (f" (did you mean {near[0]}?)" if near else "")])
     names = [word.partition("=")[0][2:].replace("-", "_") for word in args if word.startswith("--")]
     if wrong := [(name, why) for name in names for option, why in fixed.items() if f"{name}.".startswith(f"{option}.")]:
         raise ConfigError([f"--{name}: cannot be set: {why}" for name, why in wrong])

@@ -15,7 +15,7 @@ from scripts.cli import run
 
 
 def main(
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN [RUN ...]")],
     out: Path | None = None,
     wandb: str = "",
 ) -> None:
@@ -26,6 +26,7 @@ def main(
         out: Directory to write to; by default comparisons/<a>-<b> beside runs/.
         wandb: Weights & Biases project to send the table and all files to; by default none.
     """
+    from gkachat.benchmark import show
     from gkachat.checkpoint import find_run
     from gkachat.eval.compare import compare_runs, draw, markdown
     from gkachat.eval.results import write_report
@@ -39,7 +40,7 @@ def main(
     where = f"- {datetime.date.today()}, commit {commit()}, {processor()}, Python {platform.python_version()}\n"
     text = markdown(comparison)
     files = write_report(directory / "comparison", text + where, comparison, draw(comparison))
-    print(text)
+    show(text)
     print(f"written to {directory}: {', '.join(files)}")
     if wandb:
         first, *others = comparison["names"]

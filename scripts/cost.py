@@ -41,8 +41,10 @@ def main(
     """
     given = {"depth": depth, "sequence_len": sequence_len, "vocab_size": vocab_size, "window_pattern": window_pattern}
     overrides = [f"--model.{name}={value}" for name, value in given.items() if value is not None]
+    from gkachat.benchmark import show
+
     if plan:
-        print(training_plan(config, overrides, plan))
+        show(training_plan(config, overrides, plan))
         return
     from gkachat.model.stats import compare_stats
 
@@ -56,8 +58,7 @@ def main(
         f"depth {shape.depth}, {shape.n_embd} channels, {shape.n_head} heads of {shape.head_dim}, vocabulary "
         f"{shape.vocab_size:,}, {shape.sequence_len} tokens per row, windows {shape.window_pattern}\n"
     )
-    print(count_tables(counts))
-    print(f"\n{batch_table(loaded)}")
+    show(f"{count_tables(counts)}\n\n{batch_table(loaded)}")
 
 
 def batch_table(config: Config) -> str:

@@ -71,14 +71,14 @@ def estimate(config: Config) -> dict:
 
 def main() -> None:
     config, flags = parse_config(sys.argv[1:], __doc__, {"all": "Estimate every attention, and their sum."})
-    from gkachat.benchmark import table
+    from gkachat.benchmark import show, table
 
     names = list(ATTENTIONS) if "all" in flags else [config.model.attention]
     models = [dataclasses.replace(config.model, attention=name) for name in names]
     rows = [estimate(dataclasses.replace(config, model=model)) for model in models]
     hours = {n: sum(row["hours"][n] for row in rows) for n in DEVICES}
     total = dict.fromkeys(rows[0]) | {"name": "all", "steps": sum(row["steps"] for row in rows), "hours": hours}
-    print(table([*rows, total] if len(rows) > 1 else rows, COLUMNS))
+    show(table([*rows, total] if len(rows) > 1 else rows, COLUMNS))
     for row in rows[1:]:
         params, flops = (row[key] / rows[0][key] for key in ("params", "flops"))
         print(f"{row['name']} to {rows[0]['name']}: {params:.4f} of the parameters, {flops:.4f} of the FLOPs, counted")

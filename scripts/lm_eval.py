@@ -1,4 +1,4 @@
-"""Run tasks of lm-evaluation-harness on a run (needs pip install 'gkachat[eval]').
+"""Run tasks of lm-evaluation-harness on a run (needs pip install -e '.[eval]').
 
 python -m scripts.lm_eval d20_gka --tasks lambada_openai wikitext --limit 100
 python -m scripts.lm_eval d20_gka_chat --tasks arc_easy arc_challenge mmlu gsm8k
@@ -44,7 +44,7 @@ def main(
     from gkachat.checkpoint import find_run, load_model
     from gkachat.eval.results import write_result
     from gkachat.inference.quantize import for_inference
-    from gkachat.machine import pick_device, pick_dtype
+    from gkachat.machine import how_to_install, pick_device, pick_dtype
 
     run_dir, chosen = find_run(run_name), pick_device(device)
     if run_unsafe_code:
@@ -52,7 +52,7 @@ def main(
     try:
         from gkachat.eval.harness import HarnessModel, evaluate
     except ModuleNotFoundError as error:
-        raise ValueError(f"no package {error.name}; pip install 'gkachat[eval]'") from None
+        raise ValueError(f"no package {error.name}: {how_to_install('eval')}") from None
     model, tokenizer, meta = load_model(run_dir, chosen, step)
     for_inference(model, pick_dtype("auto", chosen))
     lm = HarnessModel(model, tokenizer, chat="chat" in meta["config"], batch_size=batch_size, seed=seed)

@@ -66,7 +66,7 @@ def main() -> None:
     config, _ = parse_config(sys.argv[1:], __doc__, cls=TuningConfig)
     import torch
 
-    from gkachat.benchmark import table
+    from gkachat.benchmark import show, table
     from gkachat.machine import check_compiler, check_installed, count_gpus, device_name
     from gkachat.train.schedule import resolve
 
@@ -90,7 +90,7 @@ def main() -> None:
     ]
     print(f"GPUs: {gpus} x {device_name(torch.device('cuda', 0))}" if gpus else "GPUs: none")
     print(f"disk: {check_disk(configs)}\n")
-    print(table(rows, COLUMNS))
+    show(table(rows, COLUMNS))
 
 
 if __name__ == "__main__":

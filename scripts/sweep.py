@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from gkachat.config_file import to_toml
-from gkachat.files import write_text
+from gkachat.files import naming, write_text
 from scripts.cli import run, split_args
 
 
@@ -41,8 +41,9 @@ class Scripts:
         if self.stopped.is_set():
             return ""
         env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-        with open(log, "a") as file:  # in a process group of its own, so that a signal reaches it once, from `stop`
+        with naming(log), open(log, "a") as file:
             command = [sys.executable, "-m", *words]
+            # In a process group of its own, so that a signal reaches it once, from `stop`.
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, process_group=0)
         self.running.add(process)
         if self.stopped.is_set():
@@ -59,16 +60,24 @@ def main() -> int:
         raise ValueError("given no sweep file, expected one, as in python -m scripts.sweep configs/sweep_depth.toml")
     import torch
 
-    from gkachat.benchmark import facts
+    from gkachat.benchmark import facts, show
+    from gkachat.checkpoint import checkpoint_steps
     from gkachat.machine import pick_device
     from gkachat.sweep import Run, load_sweep, write_sweep
+    from gkachat.text import list_some
     from gkachat.train.metrics import format_duration
+    from gkachat.train.setup import changed_options
 
     sweep, scripts = load_sweep(path, overrides), Scripts()
     configs = {one.name: sweep.directory / "runs" / f"{one.name}.toml" for one in sweep.runs}
+    todo = [one for one in sweep.runs if one.result() is None]
+    begun = [one for one in todo if checkpoint_steps(one.directory)]
+    if changed := {one.directory: lines for one in begun if (lines := changed_options(one.directory, one.config))}:
+        runs = list_some([f"{directory}: {', '.join(lines)}" for directory, lines in changed.items()])
+        raise ValueError(f"runs of this sweep have other options ({runs}): take them back, delete these runs, or give "
+                         "the sweep another name")  # fmt: skip
     for one in sweep.runs:
         write_text(configs[one.name], to_toml(one.config))
-    todo = [one for one in sweep.runs if one.result() is None]
     total_flops = sum(one.flops for one in todo)
     n = torch.cuda.device_count()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n)))).split(",")[:n] or [None]
@@ -111,7 +120,7 @@ def main() -> int:
         for future in futures:
             future.result()
     if any(one.result() for one in sweep.runs):
-        print(f"\n{write_sweep(sweep, facts(pick_device('auto')))}")
+        show(f"\n{write_sweep(sweep, facts(pick_device('auto')))}")
         print(f"written to {sweep.directory}: sweep.md, sweep.json, sweep.png")
     for name, error in errors.items():
         print(f"error: run {name}: {error}", file=sys.stderr)

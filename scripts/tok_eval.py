@@ -47,7 +47,7 @@ def main() -> None:
     config, _ = parse_config(sys.argv[1:], __doc__)
     import tiktoken
 
-    from gkachat.benchmark import table
+    from gkachat.benchmark import show, table
     from gkachat.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(home() / "tokenizer" / config.data_name)
@@ -61,7 +61,7 @@ def main() -> None:
     for kind, text in kinds(config).items():
         rates = {name: f"{len(text.encode()) / len(encode(text)):.2f}" for name, encode in encoders.items()}
         rows.append({"bytes per token": kind} | rates)
-    print(table(rows))
+    show(table(rows))
 
 
 if __name__ == "__main__":

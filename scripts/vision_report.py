@@ -1,4 +1,4 @@
-"""Compare trained image classifiers: parameters, and accuracies with their spread over seeds.
+r"""Compare trained image classifiers: parameters, and accuracies with their spread over seeds.
 
 for seed in 0 1 2 3 4; do for attention in softmax gka; do
     python -m scripts.vision_train configs/vision_digits.toml --model.attention $attention \
@@ -30,7 +30,11 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.vision_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", nargs="+", help="names or directories of runs")
     parser.add_argument("--out", type=os.path.expanduser, help="write OUT.json and OUT.md")
     options = parser.parse_args()

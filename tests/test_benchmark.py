@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from gkachat.benchmark import benchmark, table
+from gkachat.benchmark import benchmark, show, table
 from scripts import cli
 from scripts.bench import attention as bench_attention
 from scripts.bench.attention import bound, naive, operators
@@ -104,6 +104,20 @@ def test_a_bench_script_prints_its_table_and_writes_its_figures(script, n_rows, 
     printed, written = capsys.readouterr().out, (tmp_path / "out.md").read_text()
     for row in figures["rows"]:
         assert f"| {row['name']} |" in printed and f"| {row['name']} |" in written
+
+
+def test_tables_are_drawn_in_a_terminal_and_stay_markdown_elsewhere(monkeypatch, capsys):
+    text = f"before\n\n{table([{'': 'a', 'tokens/s': '[b]1', 'x': ''}, {'': 'b', 'tokens/s': '2', 'x': '3'}])}\nafter"
+    show(text)
+    assert capsys.readouterr().out == f"{text}\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show(text)
+    drawn = capsys.readouterr().out
+    assert "|" not in drawn and drawn.startswith("before\n") and drawn.endswith("after\n")
+    assert [line.split() for line in drawn.splitlines() if "a " in line or "b " in line] == [
+        ["a", "[b]1"],
+        ["b", "2", "3"],
+    ]
 
 
 def test_bench_scripts_need_only_torch_and_numpy():

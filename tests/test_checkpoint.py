@@ -39,6 +39,18 @@ def test_a_run_is_found_by_name_and_by_path(run_dir):
     assert find_run("d2_gka") == find_run(run_dir) == run_dir
     with pytest.raises(FileNotFoundError, match=r"no run 'd3_gka'.*there are: d2_gka"):
         find_run("d3_gka")
+    for i in range(20):
+        shutil.copytree(run_dir, run_dir.with_name(f"other_{i}"), ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.raises(FileNotFoundError, match=r"no run 'd2_gak'; in \S+ there are: d2_gka and 20 more$"):
+        find_run("d2_gak")
+
+
+def test_a_run_without_its_tokenizer_says_which_one_to_copy(run_dir):
+    (run_dir / "tokenizer.json").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"is missing: copy \S+/tokenizer/python-source-v512/tokenizer.json there"
+    ):
+        load_model(run_dir)
 
 
 def test_a_run_trained_with_a_kernel_that_cannot_run_here_loads(run_dir, last, monkeypatch):

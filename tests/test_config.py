@@ -160,9 +160,18 @@ def test_overrides_win_over_the_file_and_leave_the_rest(toml):
         ("--model 3", "Unrecognized options: --model, 3"),
         ("--run.name a b", "Unrecognized options: b"),
         ("--model.depth", "Missing value for argument '--model.depth'"),
-        ("--model.depth 3.5", "Error parsing --model.depth: invalid literal"),
+        ("--model.depth 3.5", "Error parsing --model.depth: given '3.5', expected a whole number"),
+        *(
+            (
+                f"--{option} {digits}",
+                f"Error parsing --{option}: given a number of more than 64 bits, expected one below",
+            )
+            for digits in (2**63, "9" * 5000)
+            for option in ("run.seed", "model.depth", "train.total_tokens", "train.device_batch_size")
+        ),
+        (f"--run.seed {'x' * 5000}", "Error parsing --run.seed: ..."),
         ("--data.site_packages=yes", "invalid choice 'yes' for argument '--data.site_packages'. Expected one of"),
-        ("--optim.lr_scale=big", "Error parsing --optim.lr_scale: no type matching {none}|FLOAT"),
+        ("--optim.lr_scale=big", "Error parsing --optim.lr_scale: given 'big', expected {none}|FLOAT"),
         ("--train.protocol fair", "invalid choice 'fair' for argument '--train.protocol'. Expected one of"),
     ],
 )
@@ -183,7 +192,14 @@ def test_an_option_that_cannot_be_read_is_named_in_one_line(words, problem):
         ("[model]\nn_embd = true", "model.n_embd: given True, expected int | None"),
         ("[run]\ncompile = 1", "run.compile: given 1, expected bool | None"),
         ("[optim]\nmatrix_lr = false", "optim.matrix_lr: given False, expected float"),
-        (f"[optim]\nmatrix_lr = 1{'0' * 400}", f"optim.matrix_lr: given 1{'0' * 400}, expected float"),
+        ("[optim]\nmatrix_lr = 9007199254740993", "optim.matrix_lr: given 9007199254740993, expected float"),
+        *(
+            (
+                f"[{section}]\n{name} = 1{'0' * 400}",
+                f"{section}.{name}: given a number of more than 64 bits, expected one below 2^63",
+            )
+            for section, name in (("optim", "matrix_lr"), ("run", "seed"), ("train", "total_tokens"))
+        ),
         ("[data]\nfiles = 'a.txt'", "data.files: given 'a.txt', expected tuple[str, ...]"),
         ("[data]\nfiles = [1]", "data.files: given 1, expected str"),
         ("model = 3", "model: given 3, expected a table"),
@@ -217,12 +233,12 @@ def test_invalid_values_of_a_file_and_overrides_are_reported_at_once(toml):
 @pytest.mark.parametrize(
     ("field", "values"),
     {
-        "model.depth": [0, -1],
+        "model.depth": [0, -1, 1001],
         "model.head_dim": [0, 1, 3, -2],
         "model.sequence_len": [1, 0],
         "model.window_pattern": ["", "SLX", "sl", "S L"],
         "model.vocab_size": [1, 0],
-        "model.n_embd": [0, 8, -64, 100, 1000],
+        "model.n_embd": [0, 8, -64, 100, 1000, 2**17],
         "tokenizer.vocab_size": [511, 65_537, 0],
         "tokenizer.train_chars": [0],
         "tokenizer.doc_chars": [0],

@@ -40,8 +40,10 @@ SPEEDRUN = [*SMALL, "--chat.conversations=300"]
 def test_help_shows_usage_and_an_example(script, tmp_path):
     result = run_script(script, "--help", home=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("usage:")
-    assert re.search(rf"^ *(python|torchrun .*) -m scripts\.{script}\b", result.stdout, flags=re.M)
+    assert result.stdout.startswith(f"usage: python -m scripts.{script} ") and result.stdout.count("usage:") == 1
+    commands = [line for line in result.stdout.splitlines() if re.search(rf" -m scripts\.{script}\b", line)][1:]
+    assert all(line.count(" -m scripts.") == 1 and line.split()[0] in ("python", "torchrun") for line in commands)
+    assert commands and ("[RUN]" in result.stdout.splitlines()[0]) == (script == "chat_cli")
     assert not any(tmp_path.iterdir())
 
 
@@ -93,10 +95,21 @@ def test_importing_scripts_does_nothing():
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("base_train configs/none.toml", "no config file configs/none.toml"),
+        ("base_train configs/none.toml", "no config file configs/none.toml; there are: configs/d20.toml, "),
+        ("base_train configs/vision_digits.toml", "a config of image models, which scripts.vision_train reads"),
+        ("data_prep configs/sweep_depth.toml", "configs/sweep_depth.toml: a sweep file, which scripts.sweep reads"),
+        ("base_train configs/laptop.toml --resum", "Unrecognized options: --resum (did you mean --resume?)"),
+        (
+            "base_train configs/laptop.toml --train.baseline_tokens=none --train.tokens_per_param=1e300",
+            "train.tokens_per_param: given 1e+300, which makes ",
+        ),
+        (
+            f"chat_cli d9 --seed {10**20}",
+            "Error parsing --seed: given a number of more than 64 bits, expected one below",
+        ),
         ("base_train configs/laptop.toml --model.depht=3", "configs/laptop.toml: Unrecognized options: --model.depht"),
         ("base_train --model.depht=3", "did you mean --model.depth?"),
-        ("base_train configs/laptop.toml --model.depth=x", "Error parsing --model.depth: invalid literal"),
+        ("base_train configs/laptop.toml --model.depth=x", "Error parsing --model.depth: given 'x', expected a whole"),
         ("base_train configs/laptop.toml --model.attention=fair", "given 'fair', expected 'softmax' or 'gka' or"),
         ("base_train configs/laptop.toml", "no tokenizer at"),
         ("base_train configs/laptop.toml --resume --overwrite", "expected one of them"),
@@ -109,7 +122,7 @@ def test_importing_scripts_does_nothing():
         ("tok_eval configs/laptop.toml", "scripts.tok_train"),
         ("cost --dept 3", "Unrecognized options: --dept, 3 (did you mean --depth?)"),
         ("cost --depth x", "Error parsing --depth"),
-        ("cost --depth 0", "model.depth: given 0, expected 1 or more"),
+        ("cost --depth 0", "model.depth: given 0, expected 1 to 1000"),
         ("base_eval d9", "no run 'd9'"),
         ("chat_cli d9 -p x", "no run 'd9'"),
         ("chat_sft d9", "no run 'd9'"),
@@ -120,7 +133,8 @@ def test_importing_scripts_does_nothing():
         ("attention_maps d9", "no run 'd9'"),
         ("vision_train configs/vision_digits.toml --model.patch_size=3", "given 8, expected a multiple of patch"),
         ("vision_train configs/vision_digits.toml --data.source=mnist", "Expected one of ('digits', 'huggingface')"),
-        ("vision_train configs/laptop.toml", "tokenizer: unknown field"),
+        ("vision_train configs/laptop.toml", "a config of language models, which scripts.base_train reads"),
+        ("vision_train configs/vision_digits.toml --train.epochs=1e300", "train.epochs: given 1e+300, which makes "),
         ("vision_report d9", "no run 'd9'"),
         ("sweep", "given no sweep file"),
         ("sweep configs/laptop.toml", "no [sweep] table, expected one with name, base and grid"),
@@ -141,6 +155,27 @@ def test_closed_standard_streams_are_as_dev_null(monkeypatch):
     with pytest.raises(SystemExit) as exit:
         run(lambda: len(sys.stdin.read()) + sys.stdout.isatty() + sys.stderr.isatty())
     assert exit.value.code == 0
+
+
+def test_a_full_disk_and_lack_of_memory_are_one_line(capfd):
+    def allocate():
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.\nIf reserved ...")
+
+    full = open("/dev/full", "w")  # noqa: SIM115 (as stdout of the test)
+    for main, message in (
+        (
+            allocate,
+            "error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.): give a smaller batch or model",
+        ),
+        (
+            lambda: full.write("x") and full.flush(),
+            "error: [Errno 28] No space left on device: the disk that the output",
+        ),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            run(main)
+        error = capfd.readouterr().err
+        assert exit.value.code == 1 and error.startswith(message) and error.count("\n") == 1
 
 
 def test_a_value_that_spells_a_flag_is_a_value():
@@ -171,7 +206,7 @@ def test_tuning_refuses_a_run_that_exists_and_continues_it_when_asked(trained):
     again = run_script("chat_sft", *options, home=trained)
     assert again.returncode == 1 and "run 'd2_gka_chat' exists" in again.stderr
     resumed = run_script("chat_sft", *options, "--resume", home=trained)
-    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.returncode == 0 and "run 'd2_gka_chat' is finished: " in resumed.stdout, resumed.stderr
     other = run_script("chat_sft", "d2_gka", "--chat.conversations=300", "--resume", home=trained)
     assert other.returncode == 1 and "conversations: given 300, the run has 200" in other.stderr
 

@@ -256,6 +256,11 @@ def test_a_sweep_outlives_a_run_that_fails_and_skips_what_is_done(plan, tiny_hom
     assert rows[0]["val_bpb"] == json.loads(bpb.read_text())["val_bpb"]
     assert rows[0]["tokens"] == 2048 and rows[0]["flops"] == gka.flops and len(rows[0]["sigma"]) == 2
 
+    changed = run_script("sweep", path, "--optim.matrix_lr=0.01", home=tiny_home)
+    assert changed.returncode == 1 and changed.stderr.count("\n") == 1
+    assert f"{gka.directory}: optim.matrix_lr: given 0.01, the run has" in changed.stderr
+    assert "delete these runs, or give the sweep another name" in changed.stderr
+
     # A run with other options, or evaluated at another step, is no result of this sweep.
     other = plan('"model.attention" = ["gka"]', words=["--optim.matrix_lr=0.01"]).runs[0]
     assert other.name == gka.name and other.result() is None

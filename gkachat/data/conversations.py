@@ -104,7 +104,8 @@ def tokenize_conversations(
     splits = {}
     for split, rows in kept.items():
         if not rows:
-            raise ValueError(f"no conversation for {split} ({counts}): expected two different questions at least")
+            counted = ", ".join(f"{n:,} {what}" for what, n in counts.items())
+            raise ValueError(f"no conversation for {split} ({counted}): expected two different questions at least")
         _, ids, masks = zip(*rows, strict=True)
         tokens, offsets = np.concatenate(ids), np.cumsum([0, *map(len, ids)])
         splits[split] = ChatSplit(Documents(offsets, lambda tokens=tokens: tokens, np.concatenate(masks)))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from gkachat.machine import check_installed, how_to_install
 from gkachat.vision_config import ImageConfig, VisionConfig, ViTConfig
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -65,11 +66,10 @@ def _load_digits(data: ImageConfig, model: ViTConfig) -> Images:
 
     Pixel values 0 to 16 become -1 to 1.
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError:
-        raise ValueError("data.source: digits needs scikit-learn; pip install 'gkachat[vision]'") from None
+    check_installed("sklearn", "vision", "data.source digits: ")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     _check(model, classes=10, image_size=8, colours=1)
     pixels = torch.from_numpy(digits.images).float().div(8).sub(1)[:, None]
@@ -92,7 +92,7 @@ def _load_huggingface(data: ImageConfig, model: ViTConfig) -> Images:
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
         raise ValueError(
             f"data.source: huggingface needs torchvision, which cannot be imported ({error}); "
-            "pip install 'gkachat[vision]', from the index that torch came from"
+            f"{how_to_install('vision')}, from the index that torch came from"
         ) from None
     rows = {}
     for split in (data.train_split, data.val_split):

@@ -30,6 +30,7 @@ import numpy as np
 
 from gkachat.config_file import from_dict
 from gkachat.files import atomic_write, read_json, write_text
+from gkachat.text import list_near
 from gkachat.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
@@ -171,7 +172,11 @@ def read_manifest(directory: Path) -> Manifest:
     """Read a corpus's manifest. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
     path = directory / MANIFEST
     if not path.exists():
-        raise FileNotFoundError(f"no tokenized corpus at {directory}; make one with python -m scripts.data_prep CONFIG")
+        known = sorted(found.parent.name for found in directory.parent.glob(f"*/{MANIFEST}"))
+        raise FileNotFoundError(
+            f"no tokenized corpus at {directory}; make one with python -m scripts.data_prep and the same config and "
+            f"options (config.toml has those of a run); there are: {list_near(directory.name, known)}"
+        )
     try:
         tree = read_json(path, tokenizer_sha256=str)
         return Manifest(**tree | {"shards": [from_dict(Shard, shard) for shard in tree["shards"]]})

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gkachat.config import ConfigError, DataConfig
 from gkachat.data.readers import READERS, find_files, read_files
-from gkachat.text import is_text
+from gkachat.text import is_text, list_some
 
 
 def source_options(config: DataConfig) -> dict[str, object]:
@@ -68,9 +68,8 @@ class Corpus:
             n_documents, n_chars = n_documents + 1, n_chars + len(text)
         if last is None:
             config = self.config
-            raise ValueError(
-                f"data.source {config.source} ({config.name}): no document was kept; dropped: {self.counts}"
-            )
+            dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in self.counts.items() if n) or "none"
+            raise ValueError(f"data.source {config.source} ({config.name}): no document was kept; dropped: {dropped}")
         if len(splits) == 2:
             yield last
             return
@@ -149,14 +148,23 @@ def _python_source(config: DataConfig, counts: dict[str, int]) -> Iterator[str]:
     """Yield the .py files of this interpreter's standard library. Some of its test files are deliberately not UTF-8."""
     paths = sysconfig.get_paths()
     stdlib = Path(paths["stdlib"])
+    problems: list[str] = []
     for root in [stdlib, Path(paths["purelib"])] if config.site_packages else [stdlib]:
-        for path in sorted(root.rglob("*.py")):
+        walk = os.walk(root, onerror=lambda error: problems.append(f"{error.filename}: {error.strerror}"))
+        for path in sorted(Path(folder, name) for folder, _, names in walk for name in names if name.endswith(".py")):
             if root == stdlib and {"site-packages", "dist-packages"} & set(path.parts):
                 continue
             try:
-                yield path.read_text(encoding="utf-8-sig")
+                text = path.read_text(encoding="utf-8-sig")
             except UnicodeDecodeError:
                 counts["not_utf8"] += 1
+            except OSError as error:
+                problems.append(f"{path}: {error.strerror}")
+            else:
+                if not problems:
+                    yield text
+    if problems:
+        raise ValueError(list_some(problems))
 
 
 def _files(config: DataConfig, counts: dict[str, int]) -> Iterator[str | None]:

@@ -68,7 +68,8 @@ def bpb_sums(
                 if len(idx) > 1 and idx.numel() > max_tokens:
                     pending += reversed(list(zip(idx.chunk(2), targets.chunk(2), strict=True)))
                     continue
-                torch._dynamo.maybe_mark_dynamic(idx, 0)  # the last batch has fewer rows: a compiled model serves both
+                if device.type == "cuda":  # where a model may be compiled; the call imports the compiler
+                    torch._dynamo.maybe_mark_dynamic(idx, 0)  # the last batch has fewer rows: one model serves both
                 try:
                     logits = model(idx).flatten(0, 1)
                     losses = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")

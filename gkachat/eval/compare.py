@@ -5,6 +5,7 @@ markdown(comparison), draw(comparison)
 """
 
 import math
+import shlex
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -13,8 +14,11 @@ from scipy.stats import sem
 
 from gkachat.benchmark import table
 from gkachat.checkpoint import MODEL, load_weights, model_config, open_checkpoint
+from gkachat.config import home
 from gkachat.eval.results import read_results
+from gkachat.machine import several
 from gkachat.model.stats import PUBLISHED_FLOPS_RATIO, PUBLISHED_PARAMS_RATIO, model_stats
+from gkachat.plots import heat_map, label
 from gkachat.train.metrics import read_metrics
 
 NOISE = 1.96  # standard errors; chance alone exceeds them on one task in twenty
@@ -91,9 +95,10 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         )
     results = read_results(run_dir, meta["step"])
     if "bpb" not in results:
+        name = run_dir.name if run_dir.resolve().parent == (home() / "runs").resolve() else str(run_dir)
         raise FileNotFoundError(
             f"{run_dir} was not evaluated at its last checkpoint, step {meta['step']}; run python -m scripts.base_eval "
-            f"{run_dir.name}"
+            f"{shlex.quote(name)}"
         )
     bpb, stats, config = results["bpb"], model_stats(model_config(meta)), meta["config"]
     return {
@@ -227,10 +232,11 @@ def markdown(comparison: dict[str, Any]) -> str:
         finished = "" if facts["finished"] else " (unfinished)"
         if facts["extended_at"]:
             finished += f" (trained longer from step {', '.join(map(str, facts['extended_at']))} on)"
+        devices = several(facts["world_size"], facts["device"])
         text += (
             f"- {name}: depth {facts['depth']} {facts['attention']}, {facts['steps']:,} steps{finished}, seed "
-            f"{facts['seed']}, protocol {facts['protocol']}, {facts['dtype']} on {facts['device']} x "
-            f"{facts['world_size']}, torch {facts['torch']}, {facts['seconds']:.0f} s in training steps, "
+            f"{facts['seed']}, protocol {facts['protocol']}, {facts['dtype']} on {devices}, "
+            f"torch {facts['torch']}, {facts['seconds']:.0f} s in training steps, "
             f"{facts['peak_memory_bytes'] / 2**30:.2f} GiB at most\n"
         )
     return text
@@ -243,33 +249,15 @@ def draw(comparison: dict[str, Any]) -> Any:
     n_panels = 2 + len(comparison["sigma"])
     figure = Figure(figsize=(5.2 * n_panels, 4.4), layout="constrained")
     axes = figure.subplots(1, n_panels)
-    for axis, key, label in ((axes[0], "tokens", "training tokens"), (axes[1], "flops", "training FLOPs")):
+    for axis, key, xlabel in ((axes[0], "tokens", "training tokens"), (axes[1], "flops", "training FLOPs")):
         for number, (name, curve) in enumerate(comparison["curves"].items()):
             x, color = [point[key] for point in curve], f"C{number}"
-            axis.plot(x, [point["val_bpb"] for point in curve], "-o", color=color, markersize=3, label=f"{name}, val")
-            axis.plot(x, [point["train_bpb"] for point in curve], ":", color=color, label=f"{name}, train")
-        axis.set(xlabel=label, ylabel="bits per byte")
+            for split, style in (("val", "-o"), ("train", ":")):
+                y, shown = [point[f"{split}_bpb"] for point in curve], label(f"{name}, {split}")
+                axis.plot(x, y, style, color=color, markersize=3, label=shown)
+        axis.set(xlabel=xlabel, ylabel="bits per byte")
         axis.grid(alpha=0.3)
         axis.legend()
     for axis, (name, sigma) in zip(axes[2:], comparison["sigma"].items(), strict=True):
         heat_map(figure, axis, sigma, f"{name}: learned bandwidth")
     return figure
-
-
-def heat_map(figure: Any, axis: Any, values: list[list[float]], title: str, *limits: float) -> None:
-    """Draw one number per layer and head, with the numbers written out if there are at most 64.
-
-    `limits`: lowest and highest value of the color scale; by default those of `values`.
-    """
-    low, high = limits or (None, None)
-    image = axis.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=high)
-    axis.set(xlabel="head", ylabel="layer", title=title)
-    axis.set_xticks(range(len(values[0])))
-    axis.set_yticks(range(len(values)))
-    if len(values) * len(values[0]) <= 64:
-        middle = (image.norm.vmin + image.norm.vmax) / 2
-        for layer, heads in enumerate(values):
-            for head, value in enumerate(heads):
-                color = "black" if value > middle else "white"
-                axis.text(head, layer, f"{value:.2f}", ha="center", va="center", color=color)
-    figure.colorbar(image, ax=axis)

@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from gkachat.files import flush, sha256
+from gkachat.files import WriteError, flush, naming, sha256
 
 CHUNK = 2**20
 RETRIED = {None, 408, 416, 425, 429, 500, 502, 503, 504}  # HTTP codes; None: an error below HTTP
@@ -42,6 +42,8 @@ def download(
             flush(partial)
             os.replace(partial, path)
             return
+        except WriteError:  # no other attempt would succeed
+            raise
         except (OSError, http.client.HTTPException) as error:
             code = getattr(error, "code", None)
             if code == 416:  # the partial file is as long as the whole or longer, so it is another file's
@@ -59,8 +61,11 @@ def _fetch_rest(url: str, partial: Path, timeout: float) -> None:
     with urllib.request.urlopen(request, timeout=timeout) as response:
         # A server that ignores the range sends the whole file, with status 200.
         continues = (response.headers["Content-Range"] or "").startswith(f"bytes {start}-")
-        with open(partial, "ab" if continues else "wb") as file:
+        with naming(partial):
+            file = open(partial, "ab" if continues else "wb", buffering=0)  # noqa: SIM115 (closed below)
+        with file:
             while chunk := response.read(CHUNK):
-                file.write(chunk)
+                with naming(partial):
+                    file.write(chunk)
         if response.length:
             raise ConnectionError(f"the connection ended {response.length:,} bytes early")

@@ -10,6 +10,7 @@ another name, <kind>_2_step_000300 and so on. A report on some examples, or some
 
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -20,9 +21,12 @@ from typing import Any
 
 import torch
 
-from gkachat.benchmark import facts, table
-from gkachat.checkpoint import MODEL
-from gkachat.files import atomic_write, read_json, write_text
+from gkachat.benchmark import facts, show, table
+from gkachat.checkpoint import MODEL, tokens_dir
+from gkachat.data.shards import read_manifest
+from gkachat.files import read_json, write_text
+from gkachat.machine import commit
+from gkachat.plots import save_figure
 
 DIRECTORY = "evals"
 COLUMNS = {
@@ -79,7 +83,7 @@ def write_result(
         "step": meta["step"],
         "checkpoint_sha256": meta["sha256"][MODEL],
         "checkpoint_version": meta.get("version"),
-        "command": f"python -m scripts.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}",
+        "command": _command(),
     }
     where = facts(device)
     tree = {**about, "facts": where, **figures, "scores": scores}
@@ -87,10 +91,53 @@ def write_result(
         about["examples"] = tree["examples"] = n
     path = _place(run_dir / DIRECTORY, tree)
     shown = {**about, **where, **figures}
-    lines = [f"- {key}: {value}" for key, value in shown.items() if len(str(value)) <= LONGEST_FACT]
+    lines = [f"- {key}: {_in_words(value)}" for key, value in shown.items() if len(str(value)) <= LONGEST_FACT]
     rows = table([{"name": task, **score} for task, score in scores.items()], COLUMNS) + "\n" if scores else ""
     write_report(path, f"# {run_dir.name}: {kind}\n\n{rows}" + "\n".join(lines) + "\n", tree)
     return path
+
+
+def result_path(run_dir: Path, kind: str, meta: dict[str, Any]) -> Path:
+    """Return the path of the .json of an evaluation of a checkpoint."""
+    return run_dir / DIRECTORY / f"{kind}_step_{meta['step']:06d}.json"
+
+
+def announce_earlier(run_dir: Path, kind: str, meta: dict[str, Any]) -> bool:
+    """Return whether this very command has evaluated this very checkpoint before, and print the report if so.
+
+    False where the code, or the text that bits per byte are taken over, may have changed since: at another commit,
+    with changes that are not committed, or with other shards.
+    """
+    path, now = result_path(run_dir, kind, meta), commit()
+    try:
+        result = read_json(path, checkpoint_sha256=str, command=str, facts=dict)
+        shards = read_manifest(tokens_dir(meta)).shards if kind == "bpb" else []
+    except (ValueError, FileNotFoundError):
+        return False
+    texts = [shard.text_sha256 for shard in shards if shard.split == "val"]
+    then = result["checkpoint_sha256"], result["command"], result["facts"].get("commit"), result.get("val_sha256", [])
+    if now == "unknown" or now.endswith("-dirty") or then != (meta["sha256"][MODEL], _command(), now, texts):
+        return False
+    if int(os.environ.get("RANK", 0)) == 0:
+        report = path.with_suffix(".md")
+        show(report.read_text() if report.exists() else "")
+        print(f"{path} has this evaluation already; delete it to evaluate again")
+    return True
+
+
+def _command() -> str:
+    return f"python -m scripts.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"
+
+
+def _in_words(value: Any) -> str:
+    """Return a JSON value as a reader of the .md expects it, not as Python writes it."""
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {_in_words(one)}" for key, one in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_in_words, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
 
 
 def write_report(path: Path, text: str, tree: dict[str, Any], figure: Any = None) -> list[str]:
@@ -100,8 +147,7 @@ def write_report(path: Path, text: str, tree: dict[str, Any], figure: Any = None
     names = [f"{path.stem}.md", f"{path.stem}.json"]
     if figure is not None:
         names.append(f"{path.stem}.png")
-        with atomic_write(path.with_suffix(".png")) as file:
-            figure.savefig(file, format="png", dpi=120)
+        save_figure(figure, path.with_suffix(".png"))
     return names
 
 

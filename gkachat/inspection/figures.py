@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from gkachat.attention.kernels.reference import visible
-from gkachat.eval.compare import heat_map
 from gkachat.inspection.statistics import STATISTICS, Inspection
+from gkachat.plots import LABEL_CHARS, heat_map, label
 
 LINE_STYLES = ("-", "--", ":", "-.")
 MAX_LABELS = 70  # rows that are labelled on one axis
@@ -40,7 +40,8 @@ def maps_figure(inspection: Inspection) -> Any:
     from matplotlib.colors import PowerNorm
 
     n = len(inspection.tokens)
-    figure, axes = _grid(len(inspection.maps), 1.2 + 0.085 * n, 0.9 + 0.085 * n, columns=3)
+    width, height = (max(2.4, edge + 0.085 * n) for edge in (1.2, 0.9))  # 2.4: the title of a head, and the color scale
+    figure, axes = _grid(len(inspection.maps), width, height, columns=3, layout="compressed")
     labels = [_token_label(token) for token in inspection.tokens]
     for axis, (name, weights) in zip(axes, inspection.maps.items(), strict=True):
         weights = weights.masked_fill(~visible(n, None), math.nan).numpy()
@@ -71,8 +72,8 @@ def sigma_figure(inspection: Inspection) -> Any:
     figure, (curves, chart) = _grid(2, 6.5, min(12, max(4.2, 0.8 + 0.16 * len(heads))))
     for (layer, head), sigma in zip(heads, rows, strict=True):
         color = colormaps["viridis"](0.9 * layer / max(1, depth - 1))
-        label = f"layer {layer}" if head == 0 else None
-        curves.plot(steps, sigma, LINE_STYLES[head % len(LINE_STYLES)], color=color, label=label)
+        first = f"layer {layer}" if head == 0 else None
+        curves.plot(steps, sigma, LINE_STYLES[head % len(LINE_STYLES)], color=color, label=first)
     curves.set(xlabel="step", ylabel="sigma", title="sigma of each head")
     curves.grid(alpha=0.3)
     curves.legend(fontsize=7, ncols=math.ceil(depth / 10))
@@ -106,13 +107,15 @@ def distances_figure(inspection: Inspection) -> Any:
     return _titled(figure, inspection, "squared distances to earlier tokens; dashed: 2 sigma squared")
 
 
-def _grid(panels: int, width: float, height: float, columns: int = 4) -> tuple[Any, list[Any]]:
+def _grid(
+    panels: int, width: float, height: float, columns: int = 4, layout: str = "constrained"
+) -> tuple[Any, list[Any]]:
     """Return a figure and its axes, `panels` of them in a grid, each width by height inches."""
     from matplotlib.figure import Figure
 
     columns = min(columns, panels)
     rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows), layout=layout)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[panels:]:
         axis.remove()
@@ -120,5 +123,6 @@ def _grid(panels: int, width: float, height: float, columns: int = 4) -> tuple[A
 
 
 def _titled(figure: Any, inspection: Inspection, subject: str) -> Any:
-    figure.suptitle(f"{inspection.run} ({inspection.attention}), step {inspection.step:,}: {subject}", parse_math=False)
+    title = f"{inspection.run} ({inspection.attention}), step {inspection.step:,}: {subject}"
+    figure.suptitle(label(title, max(LABEL_CHARS, round(9 * figure.get_figwidth()))))  # nine characters an inch
     return figure

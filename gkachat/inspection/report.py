@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 
 from gkachat.benchmark import table
-from gkachat.files import atomic_write, write_text
+from gkachat.files import write_text
 from gkachat.inspection.figures import distances_figure, maps_figure, sigma_figure, statistics_figure
 from gkachat.inspection.page import page
 from gkachat.inspection.statistics import Inspection
+from gkachat.plots import save_figure
 
 COLUMNS = {
     "layer.head": "{name}",
@@ -58,6 +59,5 @@ def write_inspection(inspection: Inspection, directory: Path) -> list[str]:
     for name, text in texts.items():
         write_text(directory / name, text)
     for name, draw in figures.items():
-        with atomic_write(directory / name) as file:
-            draw(inspection).savefig(file, format="png", dpi=120)
+        save_figure(draw(inspection), directory / name)
     return sorted({**texts, **figures})

@@ -83,12 +83,13 @@ def inspect_run(
 
     Raises:
         FileNotFoundError: the run or the checkpoint does not exist.
-        ValueError: the text is empty, a head does not exist, or a number is too small.
+        ValueError: the text is empty, a head does not exist, a number is too small, or the attention has no weights.
     """
     if documents < 1 or tokens < 2:
         raise ValueError(f"given {documents} documents and maps of {tokens} tokens, expected at least 1 and 2")
     model, tokenizer, meta = load_model(run_dir, device, step)
     config, layers = model.config, [block.attn for block in model.blocks]
+    _check_weights(type(layers[0]), config.attention)
     mapped = _mapped_heads(heads, config.depth, config.n_head)
     texts, source = _read_texts(text, tokenizer, meta, documents, config.sequence_len)
     observed = _observe(model, layers, texts, tokens, device)
@@ -108,6 +109,16 @@ def inspect_run(
         tokens=[tokenizer.decode_bytes([id]).decode(errors="backslashreplace") for id in texts[0][:tokens]],
         maps={name: observed[layer]["map"][0][head] for name, (layer, head) in mapped.items()},
     )
+
+
+def _check_weights(layer: type, attention: str) -> None:
+    """Raise ValueError for a layer class that cannot tell its weights."""
+    method = getattr(layer, "attention_weights", None)
+    if method is None or (method is Attention.attention_weights and layer.qkv is Attention.qkv):
+        raise ValueError(
+            f"attention {attention!r} cannot be inspected: its class {layer.__name__} defines neither qkv nor "
+            "attention_weights (docs/attention.md)"
+        )
 
 
 def _observe(

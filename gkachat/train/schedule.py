@@ -30,9 +30,8 @@ def resolve(config: Config, world_size: int = 1) -> Config:
     """
     train, optim, model = config.train, config.optim, config.model
     softmax = dataclasses.replace(model, attention="softmax")
-    baseline_tokens = train.baseline_tokens or max(
-        1, round(train.tokens_per_param * model_stats(softmax).scaling_params)
-    )
+    derived = train.tokens_per_param * model_stats(softmax).scaling_params
+    baseline_tokens = train.baseline_tokens or whole_budget(derived, "train.tokens_per_param", train.tokens_per_param)
     total_tokens = train.total_tokens or max(1, round(token_budget(train.protocol, model, baseline_tokens)))
 
     reference = GPTConfig(
@@ -71,6 +70,16 @@ def resolve(config: Config, world_size: int = 1) -> Config:
             weight_decay=decay if optim.weight_decay is None else optim.weight_decay,
         ),
     )
+
+
+def whole_budget(tokens: float, option: str, given: float) -> int:
+    """Return a derived number of tokens as a whole number, 1 or more.
+
+    Raises ConfigError that names the option where the number is not finite, or has more than 64 bits.
+    """
+    if not tokens < 2**63:
+        raise ConfigError([f"{option}: given {given:g}, which makes {tokens:.3g} tokens, expected fewer than 2^63"])
+    return max(1, round(tokens))
 
 
 def n_steps(config: Config) -> int:

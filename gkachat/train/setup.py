@@ -17,7 +17,7 @@ from gkachat.checkpoint import CHECKPOINTS, check_format, checkpoint_steps, load
 from gkachat.config import Config, home
 from gkachat.config_file import C, kind_of
 from gkachat.files import lock, write_text
-from gkachat.machine import check_compiler, device_name, pick_dtype
+from gkachat.machine import check_compiler, check_installed, device_name, pick_dtype
 from gkachat.model.gpt import Transformer
 from gkachat.train.distributed import World
 
@@ -91,13 +91,14 @@ def _lock_run(directory: Path) -> AbstractContextManager:
     return held
 
 
-def _check_options(directory: Path, config: Config) -> None:
+def changed_options(directory: Path, config: Config) -> list[str]:
+    """Return a line for each option that differs from those of a run, and that must not when it is resumed."""
     stored = load_run_config(directory)
     if type(stored) is not type(config):
         kind = kind_of(dataclasses.asdict(stored))
         raise ValueError(f"cannot resume {directory.name!r}: it is the run of another kind of model, a {kind}")
     free = FREE_TO_CHANGE + (LENGTH if config.train.total_tokens > stored.train.total_tokens else ())
-    changed = [
+    return [
         f"{section}.{f.name}: given {given!r}, the run has {found!r}"
         for section in vars(stored)
         if section != "run"
@@ -105,7 +106,10 @@ def _check_options(directory: Path, config: Config) -> None:
         if (given := getattr(getattr(config, section), f.name)) != (found := getattr(getattr(stored, section), f.name))
         and f.name not in free
     ]
-    if changed:
+
+
+def _check_options(directory: Path, config: Config) -> None:
+    if changed := changed_options(directory, config):
         raise ValueError(
             f"cannot resume {directory.name!r} with other options ({'; '.join(changed)}): take them back, "
             "give --overwrite to start anew, or another --run.name; only a larger token budget can be given"
@@ -137,10 +141,8 @@ def use_fp8(model: Transformer, emulate: bool = False) -> None:
 
     `emulate` rounds in the same way on any device. Raises ValueError where torchao is not installed.
     """
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError:
-        raise ValueError("run.fp8: torchao is not installed; pip install 'gkachat[fp8]'") from None
+    check_installed("torchao", "fp8", "run.fp8: ")
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     def has_kernel(module: nn.Module, name: str) -> bool:  # the head's loss reads its weight in parts
         return name != "lm_head" and module.in_features % 16 == 0 and module.out_features % 16 == 0

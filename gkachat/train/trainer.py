@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gkachat import checkpoint
-from gkachat.machine import device_name, peak_flops, peak_memory
+from gkachat.machine import device_name, peak_flops, peak_memory, several
 from gkachat.model.gpt import Transformer
 from gkachat.model.stats import ModelStats
 from gkachat.tokenizer import Tokenizer
@@ -341,7 +341,7 @@ class Trainer:
         elif self.step >= self.n_steps:
             self.report(f"run {run_dir.name!r} is finished at step {self.step}; a larger token budget trains it longer")
         else:
-            self.report(f"run {run_dir.name!r} resumes at step {self.step}")
+            self.report(f"run {run_dir.name!r} resumes at step {self.step} of {self.n_steps}")
 
     def save_checkpoint(self) -> None:
         """Start to write a checkpoint of this step, unless it exists."""
@@ -402,7 +402,7 @@ class Trainer:
         groups = ", ".join(f"{name} {n:,}" for name, n in stats.params.items() if name != "total")
         flops = stats.flops_per_token * train.total_tokens
         device, dtype = device_name(self.device), str(self.model.compute_dtype).removeprefix("torch.")
-        self.report(f"run {self.run.directory} on {device} x {self.world.size}, {dtype}")
+        self.report(f"run {self.run.directory} on {several(self.world.size, device)}, {dtype}")
         self.report(f"{model.attention}, depth {model.depth}: {stats.params['total']:,} parameters ({groups})")
         self.report(f"{self.n_steps:,} steps of {train.total_batch_size:,} tokens; {flops:.3g} FLOPs")
         highest = schedule.highest_multiplier(self.config)

@@ -14,6 +14,7 @@ from gkachat.config import ConfigError
 from gkachat.data.images import Batches, Images
 from gkachat.model.vit import ViT, model_stats
 from gkachat.train.distributed import World
+from gkachat.train.schedule import whole_budget
 from gkachat.vision_config import VisionConfig
 
 WEIGHT_DECAY = 0.05  # DeiT's
@@ -30,16 +31,17 @@ def resolve(config: VisionConfig, n_images: int, world_size: int = 1) -> VisionC
             [f"train.batch_images: given {train.batch_images}, expected a multiple of {world_size} processes, no more "
              f"than the {n_images:,} images there are"]
         )  # fmt: skip
-    steps = max(1, round(train.epochs * (n_images // train.batch_images)))
     batch = train.batch_images * T
     if train.total_batch_size not in (None, batch):
         raise ConfigError(
             [f"train.total_batch_size: given {train.total_batch_size}, expected none: train.batch_images sets it"]
         )
+    tokens = whole_budget(train.epochs * (n_images // train.batch_images) * batch, "train.epochs", train.epochs)
+    total_tokens = train.total_tokens or max(1, round(tokens / batch)) * batch
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, name=config.run_name),
-        train=dataclasses.replace(train, total_batch_size=batch, total_tokens=train.total_tokens or steps * batch),
+        train=dataclasses.replace(train, total_batch_size=batch, total_tokens=total_tokens),
         optim=dataclasses.replace(
             optim,
             lr_scale=1.0 if optim.lr_scale is None else optim.lr_scale,

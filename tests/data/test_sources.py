@@ -202,6 +202,22 @@ def test_python_source_is_the_standard_library_without_installed_packages():
     assert Path(pytest.__file__).read_text(encoding="utf-8") not in texts
 
 
+def test_python_source_names_all_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text(text_of(0))
+    (tmp_path / "b.py").symlink_to("nowhere")
+    (tmp_path / "secret").mkdir()
+
+    def scandir(path, real=os.scandir):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path), "purelib": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"^\S+/secret: Permission denied; \S+/b\.py: No such file or directory$"):
+        list(Corpus(DataConfig()))
+
+
 def test_python_source_adds_installed_packages_when_asked(tmp_path, monkeypatch):
     stdlib = tmp_path / "lib"
     for i, name in enumerate(["os.py", "json/tool.py", "site-packages/a.py", "x/dist-packages/b.py", "notes.txt"]):
@@ -211,6 +227,7 @@ def test_python_source_adds_installed_packages_when_asked(tmp_path, monkeypatch)
     (stdlib / "test_bad_encoding.py").write_bytes(b"# \xff" + b"x" * 100)
     paths = {"stdlib": str(stdlib), "purelib": str(stdlib / "site-packages")}
     monkeypatch.setattr(sysconfig, "get_paths", lambda: paths)
+    (stdlib / "loop").symlink_to(".")
     without, added = Corpus(DataConfig(val_fraction=0.5)), Corpus(DataConfig(site_packages=True))
     assert [text for _, text in without.documents()] == [text_of(1), text_of(0)]
     assert [text for _, text in added.documents()] == [text_of(1), text_of(0), text_of(2)]

@@ -62,11 +62,11 @@ def test_replies_are_greedy_end_where_the_assistant_ends_and_come_in_order(model
 
 def test_right_answers_are_counted_and_centered_on_guessing(model, tokenizer, monkeypatch):
     questions = held_out_questions("counting", 0.05, 20)
-    replies = [f"The answer is {answer}." if i % 4 else "I cannot say." for i, (_, answer) in enumerate(questions.values())]
+    answers = [answer for _, answer in questions.values()]
+    replies = [f"The answer is {answer}." if i % 4 else "I cannot say." for i, answer in enumerate(answers)]
     monkeypatch.setattr(chat, "generate_replies", lambda *args: replies)
     score = evaluate_chat(model, tokenizer, ["counting"], val_fraction=0.05, limit=20)["counting"]
     assert score["correct"] == [i % 4 > 0 for i in range(20)] and score["accuracy"] == 0.75
-    answers = [answer for _, answer in questions.values()]
     assert score["baseline"] == max(map(answers.count, answers)) / 20
     assert score["kinds"] == {"": {"correct": 15, "examples": 20}}
     assert score["centered"] == pytest.approx((0.75 - score["baseline"]) / (1 - score["baseline"]))

@@ -126,6 +126,30 @@ def test_runs_that_cannot_be_compared_are_refused(runs):
         compare_runs(runs)
 
 
+def test_an_image_run_is_named_and_not_sent_to_be_evaluated(runs):
+    path = runs[1] / "checkpoints" / "step_000008" / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_sha256": ""}))
+    with pytest.raises(ValueError, match=r"d2_gka: given an image model, expected .*scripts\.vision_report compares"):
+        compare_runs(runs)
+
+
+def test_the_same_evaluation_is_not_done_twice_unless_code_checkpoint_or_text_changed(runs, tiny_home, monkeypatch):
+    def evaluate(commit="abc", *options):
+        for module in ("eval.results", "benchmark"):
+            monkeypatch.setattr(f"gkachat.{module}.commit", lambda: commit)
+        result = run_script("base_eval", "d2_gka", *options, home=tiny_home)
+        assert (result.returncode == 0 and "val_bpb" in result.stdout) or "unigram " in result.stdout, result.stderr
+        return "has this evaluation already" not in result.stdout
+
+    assert [evaluate(), evaluate(), evaluate("def")] == [True, False, True]
+    assert evaluate("def-dirty") and evaluate("def-dirty") and evaluate("def", "--step=8") and evaluate("def")
+    assert not evaluate("def")
+    change_bpb(runs[1], val_sha256=["of another text"])
+    assert evaluate("def")
+    change_bpb(runs[1], checkpoint_sha256="of another checkpoint")
+    assert evaluate("def")
+
+
 def test_bits_per_byte_cover_all_of_val_and_are_printed_beside_the_unigram_model(runs, tiny_home, capsys):
     before = read_results(runs[1], 8)["bpb"]
     manifest = json.loads((tiny_home / "tokens" / "python-source-v512" / "manifest.json").read_text())

@@ -55,6 +55,13 @@ def fetch(server, path):
     download(url, path, digest, timeout=0.5, attempts=4, wait=0.001, report=lambda line: None)
 
 
+def test_a_full_disk_ends_it_at_once_and_names_the_file(server, tmp_path):
+    (tmp_path / ".file.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"cannot write \S+/\.file\.part: No space left on device"):
+        fetch(server, tmp_path / "file")
+    assert len(server.ranges) == 1
+
+
 @pytest.mark.parametrize("fault", ["breaks off", "stalls", "sends something else", 408, 429, 500, 503])
 def test_a_fault_is_survived_and_the_file_is_whole(server, tmp_path, fault):
     server.faults = [fault]

@@ -63,6 +63,13 @@ def test_a_report_replaces_those_that_it_covers_and_stands_beside_others(tmp_pat
     assert write(scored(a=1)) == "chat"  # a damaged one is worth nothing
 
 
+def test_the_report_has_no_python(tmp_path):
+    figures = {"limit": None, "tuned": True, "ignored": [], "names": ["a", "b"], "metrics": {"t": {"acc": 0.5}}}
+    text = write_result(tmp_path, "lm_eval", META, CPU, **figures).with_suffix(".md").read_text()
+    for line in ("- limit: none", "- tuned: yes", "- ignored: none", "- names: a, b", "- metrics: t acc 0.5"):
+        assert f"{line}\n" in text
+
+
 def test_results_are_read_by_step_and_kind_and_a_damaged_one_is_named(tmp_path):
     path = write_result(tmp_path, "core", META, CPU, SCORES)
     write_result(tmp_path, "bpb", META, CPU, val_bpb=1.5)

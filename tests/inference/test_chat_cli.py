@@ -173,6 +173,10 @@ def test_the_first_answer_on_a_cpu_does_not_wait_for_torch_to_import_its_compile
                 runpy.run_module("scripts.chat_cli", run_name="__main__", alter_sys=True)
             except SystemExit as exit:
                 assert not exit.code
+        import torch
+        from gkachat.eval.bpb import bpb_sums
+        idx = torch.zeros(1, 4, dtype=torch.long)
+        bpb_sums(torch.nn.Embedding(8, 8), [(idx, idx)], torch.ones(8))
         compiler = {{"torch._dynamo", "torch._inductor", "torch.nn.attention.flex_attention", "sympy", "triton"}}
         assert not compiler & sys.modules.keys(), compiler & sys.modules.keys()"""
     env = {**os.environ, "GKACHAT_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}

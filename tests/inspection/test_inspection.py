@@ -11,6 +11,7 @@ from conftest import TINY, live_model, run_script, untrained_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gkachat.attention import Attention, SoftmaxAttention
 from gkachat.attention.features import rms_norm, rope_table
 from gkachat.attention.kernels.reference import visible
 from gkachat.config import GKAConfig
@@ -136,6 +137,12 @@ def test_invalid_requests_end_with_one_line(home, tmp_path):
         assert result.returncode == 1 and result.stderr.count("\n") == 1
         assert result.stderr.startswith("error: ") and message in result.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_an_attention_that_cannot_tell_its_weights_is_named(home, monkeypatch):
+    monkeypatch.setattr(SoftmaxAttention, "qkv", Attention.qkv)
+    with pytest.raises(ValueError, match="'softmax' cannot be inspected: its class SoftmaxAttention defines"):
+        inspect_run(home / "runs" / "softmax", text=TEXT)
 
 
 def inspection_of(tokens, heads=("0.0",), run="a run"):

@@ -68,7 +68,7 @@ def test_the_script_prints_the_counts_as_json_and_as_tables(tmp_path):
     softmax, gka, _ = batches["paper"].split(" | ")
     assert (softmax, gka) == ("1,048,576", "524,288") and set(batches["equal-tokens"].split(" | ")) == {softmax}
     bad = run_script("cost", "--depth", 0, home=tmp_path)
-    assert (bad.returncode, bad.stderr) == (1, "error: model.depth: given 0, expected 1 or more\n")
+    assert (bad.returncode, bad.stderr) == (1, "error: model.depth: given 0, expected 1 to 1000\n")
 
 
 def test_the_plan_in_the_docs_is_the_one_that_is_counted(tmp_path):
