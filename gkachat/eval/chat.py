@@ -59,8 +59,8 @@ def evaluate_chat(
         rows: answers generated at a time.
 
     Figures are those of `task_score` (the baseline always gives the most frequent answer), `correct` (a bool per
-    question), `kinds` ({kind: correct and examples}; see `kind_of`) and `sha256` of the questions. Raises ValueError for
-    an unknown task or a limit below 1.
+    question), `kinds` ({kind: correct and examples}; see `kind_of`) and `sha256` of the questions. Raises ValueError
+    for an unknown task or a limit below 1.
     """
     if not tasks or not set(tasks) <= set(SCORED_TASKS):
         raise ValueError(f"tasks: given {', '.join(tasks) or 'none'}, expected some of {', '.join(SCORED_TASKS)}")

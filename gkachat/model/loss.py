@@ -28,10 +28,6 @@ def soft_cap(logits: Tensor) -> Tensor:
 
 def head_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
     """Return the mean cross-entropy in nats, float32, over the targets that are not -1; NaN where there are none."""
-    # A third of the tokens of conversations are not scored. A GPU would have to wait for their number.
-    if x_NC.device.type == "cpu" and not torch.compiler.is_compiling() and (unscored := targets_N == IGNORE).any():
-        scored = unscored.logical_not().nonzero()[:, 0]
-        x_NC, targets_N = x_NC.index_select(0, scored), targets_N[scored]
     return _HeadLoss.apply(x_NC, weight_VC, targets_N, torch.is_grad_enabled())
 
 
