@@ -224,7 +224,7 @@ IMAGE = "given an image model"
         (
             "base_train configs/laptop.toml --resume --run.name={}",
             [],
-            {"tuned_files": "another kind of model, a tuned language model", "digits": "kind of model, an image model"},
+            {"tuned_files": "another kind (tuned language model)", "digits": "another kind (image model)"},
         ),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
@@ -232,11 +232,10 @@ IMAGE = "given an image model"
 def test_a_script_takes_every_kind_of_run_or_names_what_it_is(words, taken, refused, kinds, monkeypatch):
     monkeypatch.setattr("gkachat.eval.chat.MAX_ANSWER_TOKENS", 2)
     if "run.name" not in words:
-        refused |= {
+        step = kinds / "runs/d2_gka/checkpoints/step_000008"
+        refused = refused | {
             str(kinds / "exported"): "given a model for transformers, expected a run",
-            str(
-                kinds / "runs/d2_gka/checkpoints/step_000008"
-            ): f"given a checkpoint, expected its run {kinds}/runs/d2_gka",
+            str(step): f"given a checkpoint, expected its run, {kinds}/runs/d2_gka, and --step",
         }
     for name in [*taken, *refused]:
         options = TINY if words.startswith("base_train") else []
