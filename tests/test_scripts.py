@@ -215,7 +215,7 @@ IMAGE = "given an image model"
         ("export_hf {} {home}/out --overwrite", ["d2_gka", *TUNED], {"digits": IMAGE}),
         ("attention_maps {} --documents 1 --tokens 4", ["d2_gka", "tuned_files"], {"digits": IMAGE}),
         ("lm_eval {} --tasks none", [], {"digits": IMAGE}),
-        ("compare d2_gka {}", ["d2_gka"], {"digits": f"{IMAGE}, which scripts.vision_report compares"}),
+        ("compare d2_gka {}", ["d2_gka"], {"digits": f"{IMAGE}, expected language models"}),
         (
             "vision_report {}",
             ["digits"],
