@@ -250,7 +250,7 @@ IMAGE = "given an image model"
         ("export_hf {} {home}/out --overwrite", ["d2_gka", *TUNED], {"digits": IMAGE}),
         ("attention_maps {} --documents 1 --tokens 4", ["d2_gka", "tuned_files"], {"digits": IMAGE}),
         ("lm_eval {} --tasks none", [], {"digits": IMAGE}),
-        ("compare d2_gka {}", ["d2_gka"], {"digits": f"{IMAGE}, which scripts.vision_report compares"}),
+        ("compare d2_gka {}", ["d2_gka"], {"digits": f"{IMAGE}, expected language models"}),
         (
             "vision_report {}",
             ["digits"],
@@ -259,7 +259,7 @@ IMAGE = "given an image model"
         (
             "base_train configs/laptop.toml --resume --run.name={}",
             [],
-            {"tuned_files": "another kind of model, a tuned language model", "digits": "kind of model, an image model"},
+            {"tuned_files": "another kind (tuned language model)", "digits": "another kind (image model)"},
         ),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
@@ -267,11 +267,10 @@ IMAGE = "given an image model"
 def test_a_script_takes_every_kind_of_run_or_names_what_it_is(words, taken, refused, kinds, monkeypatch):
     monkeypatch.setattr("gkachat.eval.chat.MAX_ANSWER_TOKENS", 2)
     if "run.name" not in words:
-        refused |= {
+        step = kinds / "runs/d2_gka/checkpoints/step_000008"
+        refused = refused | {
             str(kinds / "exported"): "given a model for transformers, expected a run",
-            str(
-                kinds / "runs/d2_gka/checkpoints/step_000008"
-            ): f"given a checkpoint, expected its run {kinds}/runs/d2_gka",
+            str(step): f"given a checkpoint, expected its run, {kinds}/runs/d2_gka, and --step",
         }
     for name in [*taken, *refused]:
         options = TINY if words.startswith("base_train") else []

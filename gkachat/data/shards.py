@@ -270,9 +270,10 @@ def write_shards(
 
 
 def check_source(directory: Path, source: dict[str, object]) -> None:
-    """Raise ValueError if the shards in a directory were made with other options than `source`, which names them."""
+    """Raise ValueError if the shards in a directory were made with other options, as far as their manifest has them."""
     before = read_manifest(directory)
-    if differences := _differences(before, replace(before, source=source)):
+    known = {name: value for name, value in source.items() if name in before.source}
+    if differences := _differences(before, replace(before, source=before.source | known)):
         raise ValueError(
             f"{directory} was made with other options ({'; '.join(differences)}): take them back, make it again with "
             "scripts.data_prep --reread, or give another data.name"

@@ -164,7 +164,8 @@ def compare_scores(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -
             n = [score_a["examples"], score_b["examples"]]
             examples = [sum(pair) for pair in zip(examples, n, strict=True)]
             differences.append(_difference(f"{kind}: {task}", *accuracies, *errors, error, n, paired))
-            centered_errors.append([e / (1 - (score_a["baseline"] or 0)) for e in (*errors, error)])
+            left = 1 - (score_a["baseline"] or 0) or 1  # where guessing is always right, nothing is centered
+            centered_errors.append([e / left for e in (*errors, error)])
             all_paired &= paired
         # Means are compared only where they have the same name, as CORE has; chat and lm_eval ask any tasks.
         name = a[kind].get("name")

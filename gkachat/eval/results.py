@@ -46,7 +46,7 @@ def task_score(accuracy: float, examples: int, seconds: float, baseline: float |
     Args:
         accuracy: share of right answers, 0 to 1.
         baseline: accuracy of guessing, 0 to 1. With it, `centered` is (accuracy - baseline) / (1 - baseline): 0 for
-            guessing, 1 for all right.
+            guessing, 1 for all right, and None where guessing is always right, as with a single example.
 
     `standard_error` is that of a share of independent answers, sqrt(p (1 - p) / n).
     """
@@ -56,7 +56,7 @@ def task_score(accuracy: float, examples: int, seconds: float, baseline: float |
         "examples": examples,
         "seconds": seconds,
         "baseline": baseline,
-        "centered": None if baseline is None else (accuracy - baseline) / (1 - baseline),
+        "centered": None if baseline in (None, 1) else (accuracy - baseline) / (1 - baseline),
     }
 
 

@@ -96,7 +96,7 @@ def changed_options(directory: Path, config: Config) -> list[str]:
     stored = load_run_config(directory)
     if type(stored) is not type(config):
         kind = kind_of(dataclasses.asdict(stored))
-        raise ValueError(f"cannot resume {directory.name!r}: it is the run of another kind of model, a {kind}")
+        raise ValueError(f"cannot resume {directory.name!r}: it is of another kind ({kind}); give another --run.name")
     free = FREE_TO_CHANGE + (LENGTH if config.train.total_tokens > stored.train.total_tokens else ())
     return [
         f"{section}.{f.name}: given {given!r}, the run has {found!r}"

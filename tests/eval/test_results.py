@@ -18,7 +18,7 @@ SCORES = {
 def test_a_score_has_its_standard_error_and_is_centered_on_guessing():
     score = task_score(0.4, 600, 1.0, baseline=0.25)
     assert score["standard_error"] == pytest.approx(0.02) and score["centered"] == pytest.approx(0.2)
-    assert task_score(0.4, 600, 1.0)["centered"] is None
+    assert task_score(0.4, 600, 1.0)["centered"] is None is task_score(1.0, 1, 1.0, baseline=1.0)["centered"]
 
 
 def test_a_result_holds_scores_figures_checkpoint_machine_and_command(tmp_path):
