@@ -203,7 +203,8 @@ def _first_line(box: str) -> str:
     flat = " ".join(message.strip().split("\n\n")[0].split())
     if no_type := re.match(NO_TYPE, flat):
         option, kinds, given = no_type.groups()
-        flat = f"{option}: " + (TOO_LARGE if given.isdecimal() else f"given {given!r}, expected {kinds}")
+        is_number = given.replace(" ", "").isdecimal()  # tyro broke it into lines
+        flat = f"{option}: " + (TOO_LARGE if is_number else f"given {given!r}, expected {kinds}")
     flat = textwrap.shorten(flat, MAX_MESSAGE, placeholder=" ...")
     return flat + (f" (did you mean {suggested[1]}?)" if suggested else "")
 

@@ -45,7 +45,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+        reason = error.strerror or f"{error} (is the disk full?)"  # NumPy gives no reason
+        raise WriteError(f"cannot write {path}: {reason}") from error
 
 
 def write_text(path: Path, text: str) -> None:

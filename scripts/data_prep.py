@@ -27,13 +27,13 @@ def announce_disk(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None
     free /= 2**30
     total = corpus.config.max_chars
     if total is None:
-        print(f"disk: about {bytes_per_char:.2f} bytes per character; {free:,.1f} GiB free at {existing}", flush=True)
+        print(f"disk: about {bytes_per_char:.2f} bytes per character; {free:,.3g} GiB free at {existing}", flush=True)
         return
     need = bytes_per_char * total / 2**30
-    print(f"disk: about {need:,.1f} GiB for {total:,} characters; {free:,.1f} GiB are free at {existing}", flush=True)
+    print(f"disk: about {need:,.3g} GiB for {total:,} characters; {free:,.3g} GiB are free at {existing}", flush=True)
     if need > free:
         raise OSError(
-            f"shards of {total:,} characters take about {need:,.1f} GiB, {free:,.1f} GiB are free at {existing}: "
+            f"shards of {total:,} characters take about {need:,.3g} GiB, {free:,.3g} GiB are free at {existing}: "
             "free some, set GKACHAT_HOME, or lower data.max_chars"
         )
 

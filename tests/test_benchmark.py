@@ -114,10 +114,8 @@ def test_tables_are_drawn_in_a_terminal_and_stay_markdown_elsewhere(monkeypatch,
     show(text)
     drawn = capsys.readouterr().out
     assert "|" not in drawn and drawn.startswith("before\n") and drawn.endswith("after\n")
-    assert [line.split() for line in drawn.splitlines() if "a " in line or "b " in line] == [
-        ["a", "[b]1"],
-        ["b", "2", "3"],
-    ]
+    rows = [line.split() for line in drawn.splitlines()]
+    assert ["a", "[b]1"] in rows and ["b", "2", "3"] in rows
 
 
 def test_bench_scripts_need_only_torch_and_numpy():

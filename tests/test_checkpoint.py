@@ -47,9 +47,7 @@ def test_a_run_is_found_by_name_and_by_path(run_dir):
 
 def test_a_run_without_its_tokenizer_says_which_one_to_copy(run_dir):
     (run_dir / "tokenizer.json").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"is missing: copy \S+/tokenizer/python-source-v512/tokenizer.json there"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"is missing: copy \S+/python-source-v512/tokenizer\.json there"):
         load_model(run_dir)
 
 

@@ -169,7 +169,7 @@ def test_overrides_win_over_the_file_and_leave_the_rest(toml):
             for digits in (2**63, "9" * 5000)
             for option in ("run.seed", "model.depth", "train.total_tokens", "train.device_batch_size")
         ),
-        (f"--run.seed {'x' * 5000}", "Error parsing --run.seed: ..."),
+        (f"--run.seed {'x' * 5000}", "Error parsing --run.seed: given 'xxxx"),
         ("--data.site_packages=yes", "invalid choice 'yes' for argument '--data.site_packages'. Expected one of"),
         ("--optim.lr_scale=big", "Error parsing --optim.lr_scale: given 'big', expected {none}|FLOAT"),
         ("--train.protocol fair", "invalid choice 'fair' for argument '--train.protocol'. Expected one of"),
@@ -177,7 +177,7 @@ def test_overrides_win_over_the_file_and_leave_the_rest(toml):
 )
 def test_an_option_that_cannot_be_read_is_named_in_one_line(words, problem):
     [found] = problems_of(None, words.split())
-    assert found.startswith(problem)
+    assert found.startswith(problem) and len(found) < 400
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_width_and_heads_follow_from_depth_unless_they_are_set(shape, n_embd, he
 
 @pytest.mark.parametrize("shape", [{"n_embd": 200}, {"n_embd": 128, "head_dim": 48}, {"n_embd": 192, "head_dim": 128}])
 def test_channels_that_do_not_divide_into_heads_are_refused(shape):
-    with pytest.raises(ConfigError, match=r"^n_embd: given \d+, expected 16 or more and a multiple of head_dim \d+$"):
+    with pytest.raises(ConfigError, match=r"^n_embd: given \d+, expected 16 to 65536 and a multiple of head_dim \d+$"):
         GPTConfig(**shape)
 
 

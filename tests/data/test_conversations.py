@@ -110,7 +110,7 @@ def test_every_conversation_is_whole_in_one_row_and_nothing_else_is_learned(seed
 
 def test_conversations_that_leave_nothing_to_learn_are_dropped_and_counted():
     talks = [(str(i), talk("long " * 50, "answer")) for i in range(20)]
-    with pytest.raises(ValueError, match=r"no conversation for train \(.*'truncated': 20, 'dropped': 20"):
+    with pytest.raises(ValueError, match=r"no conversation for train \(.*20 truncated, 20 dropped\)"):
         tokenize_conversations(talks, TOKENIZER, 16, 0.5)
 
 

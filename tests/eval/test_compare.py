@@ -155,6 +155,7 @@ def test_bits_per_byte_cover_all_of_val_and_are_printed_beside_the_unigram_model
     manifest = json.loads((tiny_home / "tokens" / "python-source-v512" / "manifest.json").read_text())
     assert before["val_tokens"] == sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "val")
     assert before["val_bpb"] != before["train_bpb"] and 2 < before["unigram_bpb"] < 8
+    (runs[1] / "evals" / "bpb_step_000008.json").unlink()
     base_eval.main("d2_gka")
     printed = capsys.readouterr().out
     assert f"{before['unigram_bpb']:.4f}" in printed and f"{before['val_bpb']:.4f}" in printed
