@@ -101,7 +101,7 @@ def test_importing_scripts_does_nothing():
         ("base_train configs/laptop.toml --resum", "Unrecognized options: --resum (did you mean --resume?)"),
         (
             "base_train configs/laptop.toml --train.baseline_tokens=none --train.tokens_per_param=1e300",
-            "train.tokens_per_param: given 1e+300, which makes ",
+            "train.tokens_per_param: given 1e+300, expected above 0",
         ),
         (
             f"chat_cli d9 --seed {10**20}",
@@ -134,7 +134,7 @@ def test_importing_scripts_does_nothing():
         ("vision_train configs/vision_digits.toml --model.patch_size=3", "given 8, expected a multiple of patch"),
         ("vision_train configs/vision_digits.toml --data.source=mnist", "Expected one of ('digits', 'huggingface')"),
         ("vision_train configs/laptop.toml", "a config of language models, which scripts.base_train reads"),
-        ("vision_train configs/vision_digits.toml --train.epochs=1e300", "train.epochs: given 1e+300, which makes "),
+        ("vision_train configs/vision_digits.toml --train.epochs=1e300", "train.epochs: given 1e+300, expected above 0"),
         ("vision_report d9", "no run 'd9'"),
         ("sweep", "given no sweep file"),
         ("sweep configs/laptop.toml", "no [sweep] table, expected one with name, base and grid"),
@@ -206,7 +206,7 @@ def test_tuning_refuses_a_run_that_exists_and_continues_it_when_asked(trained):
     again = run_script("chat_sft", *options, home=trained)
     assert again.returncode == 1 and "run 'd2_gka_chat' exists" in again.stderr
     resumed = run_script("chat_sft", *options, "--resume", home=trained)
-    assert resumed.returncode == 0 and "run 'd2_gka_chat' is finished: " in resumed.stdout, resumed.stderr
+    assert resumed.returncode == 0 and "run 'd2_gka_chat' is finished at step " in resumed.stdout, resumed.stderr
     other = run_script("chat_sft", "d2_gka", "--chat.conversations=300", "--resume", home=trained)
     assert other.returncode == 1 and "conversations: given 300, the run has 200" in other.stderr
 
@@ -317,7 +317,7 @@ def test_the_speedrun_trains_compares_and_says_how_to_talk(speedrun):
     home, result = speedrun
     assert result.returncode == 0, result.stderr
     assert "| parameters |" in result.stdout and "unigram" in result.stdout
-    assert len(re.findall(r"^ *addition\b", result.stdout, flags=re.M)) == len(ATTENTIONS)
+    assert len(re.findall(r"^d1_\w+ \|   addition\b", result.stdout, flags=re.M)) == len(ATTENTIONS)
     commands = [line.strip() for line in result.stdout.splitlines() if "scripts.chat_cli" in line]
     assert len(commands) == len(ATTENTIONS) + 1
     for command in commands:

@@ -5,6 +5,7 @@ evaluate_corpus(model, tokenizer, tokens_dir, world)["val_bpb"]        # what sc
 """
 
 import math
+import sys
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -68,7 +69,7 @@ def bpb_sums(
                 if len(idx) > 1 and idx.numel() > max_tokens:
                     pending += reversed(list(zip(idx.chunk(2), targets.chunk(2), strict=True)))
                     continue
-                if device.type == "cuda":  # where a model may be compiled; the call imports the compiler
+                if "torch._dynamo" in sys.modules:  # a compiled model has imported it, and a call here would take long
                     torch._dynamo.maybe_mark_dynamic(idx, 0)  # the last batch has fewer rows: one model serves both
                 try:
                     logits = model(idx).flatten(0, 1)

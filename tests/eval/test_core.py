@@ -93,7 +93,7 @@ def test_decisions_equal_those_of_the_plain_scorer(name, sequence_len, tokenizer
     model = random_model(sequence_len=sequence_len, **MODELS[name])
     result = evaluate_core(model, tokenizer, SHARED, 11, tokens=3000)
     assert decisions(result) == expected(model, tokenizer, SHARED, 11)
-    assert (result["piqa"]["truncated"] > 0) == (sequence_len == 300)
+    assert (result["piqa"]["truncated"] > 2) == (sequence_len == 300)  # one row is longer than 1,024 tokens
 
 
 def test_continuations_that_the_model_would_write_are_right(tokenizer, tmp_path):
