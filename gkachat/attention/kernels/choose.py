@@ -37,6 +37,8 @@ class KernelSpec:
     include_self: bool = True
     gaussian: bool = False
     """Whether scores are those of a Gaussian kernel instead of scaled dot products."""
+    shared_qk: bool = True
+    """Whether queries and keys of Gaussian scores are one tensor."""
     unit_norm: bool = False
     """Whether all queries and keys have the same norm."""
     backend: str = "auto"
@@ -69,6 +71,19 @@ def choose_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype) ->
         attend = partial(gaussian_sdpa.attend_unit_norm, softmax_attend=softmax.attend)
         return Kernel(f"softmax {softmax.name}", f"normalised features need no key bias; {softmax.reason}", attend)
     return _gaussian_kernel(spec, device, dtype)
+
+
+def choose_padded_kernel(spec: KernelSpec) -> Kernel:
+    """Return the kernel of Gaussian scores with a bias per key; `attend(qkv, key_bias_BS)` gives (B, T, H, D).
+
+    The bias is -inf for a key that is ignored. A token that sees no other key gets 0.
+    """
+    if spec.unit_norm:
+        softmax_attend = partial(gaussian_sdpa.softmax_attention, **spec.mask)
+        attend = partial(gaussian_sdpa.attend_unit_norm, softmax_attend=softmax_attend)
+    else:
+        attend = partial(gaussian_sdpa.attend, **spec.mask)
+    return Kernel("sdpa", "padding is a mask", attend)
 
 
 def choose_decode_kernel(head_dim: int, device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -131,6 +146,7 @@ def _gaussian_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype)
         ),
         (dtype not in TRITON_DTYPES, f"the dtype is {dtype}"),
         (spec.head_dim not in TRITON_HEAD_DIMS, f"heads have {spec.head_dim} channels, not 64 or 128"),
+        (not spec.shared_qk, "queries and keys differ"),
     )
     name, reason = spec.backend, "asked for by name"
     if name == "auto":
