@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gkachat.attention.kernels import decode, flash, gaussian_sdpa, reference, sdpa, window_cpu
+from gkachat.machine import no_triton
 
 HALF = (torch.bfloat16, torch.float16)
 TRITON_HEAD_DIMS = (64, 128)
@@ -89,7 +90,7 @@ def choose_padded_kernel(spec: KernelSpec) -> Kernel:
 def choose_decode_kernel(head_dim: int, device: torch.device, dtype: torch.dtype) -> Kernel:
     """Return the fastest kernel for new tokens that attend to a cache; `attend(qkv, slices)` gives (B, T, H, D)."""
     obstacles = _obstacles(
-        (device.type != "cuda", f"the device is {device.type}"),
+        (no_triton(device) is not None, no_triton(device)),
         (not HAS_TRITON, "triton is not installed"),
         (dtype not in (*HALF, torch.float32), f"the dtype is {dtype}"),
         (head_dim > 256, f"heads have {head_dim} channels, more than 256"),
@@ -141,8 +142,8 @@ def _gaussian_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype)
         (not HAS_TRITON, "triton is not installed"),
         (
             # Nothing runs on the meta device: models are counted there.
-            device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1",
-            f"the device is {device.type}",
+            no_triton(device) is not None and device.type != "meta" and os.environ.get("TRITON_INTERPRET") != "1",
+            no_triton(device),
         ),
         (dtype not in TRITON_DTYPES, f"the dtype is {dtype}"),
         (spec.head_dim not in TRITON_HEAD_DIMS, f"heads have {spec.head_dim} channels, not 64 or 128"),
