@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from gkachat.files import write_text
-from gkachat.machine import commit, device_name, processor
+from gkachat.machine import commit, device_name, processor, synchronize
 
 MIN_SAMPLE_SECONDS = 0.02  # shorter runs are repeated within a sample
 
@@ -64,9 +64,11 @@ def _seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> floa
         end.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(end) / 1000 / repeats
+    synchronize(device)
     before = time.perf_counter()
     for _ in range(repeats):
         run()
+    synchronize(device)
     return (time.perf_counter() - before) / repeats
 
 

@@ -75,7 +75,7 @@ class RunConfig:
     seed: int = 42
     """Seed of the weights and of the data order."""
     device: str = "auto"
-    """Torch device. auto: cuda if there is a GPU, otherwise cpu."""
+    """Torch device. auto: cuda for a GPU of NVIDIA or AMD, else mps for one of Apple, else cpu."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of activations. auto: bfloat16 if the device multiplies it in hardware, otherwise float32."""
     fp8: bool = False

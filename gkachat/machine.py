@@ -19,6 +19,7 @@ PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
+    "MI300X": 1307e12,
     "A100": 312e12,
     "L40S": 362e12,
     "RTX 4090": 165e12,
@@ -36,12 +37,15 @@ def peak_flops(device_name: str) -> float | None:
 def pick_device(name: str) -> torch.device:
     """Return the device that `name` (a torch device, or auto) stands for, checked and selected.
 
-    Under torchrun, cuda is the GPU of this process's local rank. It is selected before anything is allocated, so that
-    no process takes memory on another's GPU. auto is the CPU on a machine whose GPUs torch cannot use, with a warning.
+    auto is cuda (an NVIDIA GPU, or an AMD GPU with a ROCm build of torch), else mps (an Apple GPU), else the CPU; that
+    with a warning on a machine whose GPUs torch cannot use. Under torchrun, cuda is the GPU of this process's local
+    rank. It is selected before anything is allocated, so that no process takes memory on another's GPU.
     Raises ValueError for a device that cannot be used.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "mps" and os.environ.get("WORLD_SIZE", "1") != "1":  # no collectives there
+            name = "cpu"
         if name == "cpu" and (problem := unusable_gpus()):
             print(f"warning: {problem}; going on with the CPU", file=sys.stderr)
     try:
@@ -56,8 +60,33 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def no_triton(device: torch.device) -> str | None:
+    """Return why this package's Triton kernels do not run on a device, or None where they do."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    return None if is_nvidia(device) else "the device is an AMD GPU, for which the kernels are not made"
+
+
+def is_nvidia(device: torch.device) -> bool:
+    """Return whether a device is an NVIDIA GPU. torch's builds for ROCm call AMD GPUs cuda too."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the dtype for sums on a device: float64, or float32 on Apple GPUs, which have nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all work that was given to it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def count_gpus() -> int:
-    """Return the number of GPUs that torch can use. CUDA_VISIBLE_DEVICES limits it.
+    """Return the number of GPUs that torch runs one process on each. CUDA_VISIBLE_DEVICES limits it.
 
     Raises ValueError where there are GPUs that torch cannot use: a driver too old, or a torch without CUDA.
     """
@@ -147,7 +176,7 @@ def _header_scheme() -> str:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of activations that `name` (a torch dtype, or auto) stands for on this device.
 
-    auto is bfloat16 on GPUs and CPUs that multiply it in hardware, and float32 elsewhere.
+    auto is bfloat16 on CUDA GPUs and CPUs that multiply it in hardware, and float32 elsewhere.
     """
     if name == "auto":
         fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else cpu_multiplies_bfloat16()
@@ -165,9 +194,11 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the GPU's name, or "cpu" and the number of threads."""
+    """Return the GPU's name, "mps", or "cpu" and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "mps"
     threads = torch.get_num_threads()
     return f"{device.type}, {threads} thread{'' if threads == 1 else 's'}"
 
@@ -178,10 +209,14 @@ def several(n: int, device: str) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes held so far: by the device's allocator on cuda, by this process elsewhere."""
+    """Return the most bytes held so far, by the device's allocator on cuda and by this process on a CPU; on mps, those
+    that the driver holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def commit() -> str:

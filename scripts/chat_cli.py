@@ -5,17 +5,20 @@ python -m scripts.chat_cli d4_softmax_chat --compare d4_gka_chat
 python -m scripts.chat_cli d4_gka -p "def fibonacci("
 python -m scripts.chat_cli d4_gka_chat --json < messages.txt
 
-Without a terminal, each line of stdin is a message. With --json, each answer is a line with a JSON object. A line of
-stdin may then be {"messages": [...]}, which is answered by itself, apart from the conversation. A line that cannot be
-answered gives an object with `error`, and exit code 1 at the end.
+Without a terminal, each line of stdin is a message, and an error at the end lists those that could not be answered.
+With --json, stdout has one line with a JSON object for each answer, or with `error` for a message that cannot be
+answered, and all else goes to stderr. A message may then be {"messages": [...]}, which is answered apart from the
+conversation.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -28,6 +31,7 @@ from scripts.cli import run
 if TYPE_CHECKING:
     from gkachat.inference.chat import ChatSession
     from gkachat.inference.sampling import Sampling
+    from gkachat.inference.terminal import Terminal
 
 
 def main(
@@ -67,66 +71,82 @@ def main(
 
     names = [run_name or newest_run(), *([compare] if compare else [])]
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    sessions = [ChatSession.from_run(name, step=step, device=device, int8=int8) for name in names]
-    chat = Chat(sessions, sampling, as_json)
-    if system:
-        chat.set_system(system)
-    if prompt is None:
-        chat.loop(at_terminal=sys.stdin.isatty())
-        return
-    prompt = prompt.replace("\r\n", "\n").removesuffix("\r")  # of a file with such line ends
-    if not sessions[0].is_tuned and not as_json and not compare:
-        print(prompt, end="")  # the answer continues it
-    chat.ask(prompt)
+    opened = contextlib.nullcontext()
+    if prompt is None and sys.stdin.isatty():
+        from gkachat.inference.terminal import open_terminal
+
+        stream = sys.stdout if sys.stdout.isatty() and not as_json else sys.stderr
+        opened = open_terminal(stream, history=home() / "chat_history")
+    with opened as terminal:
+        sessions = [ChatSession.from_run(name, step=step, device=device, int8=int8) for name in names]
+        chat = Chat(sessions, sampling, as_json, terminal)
+        if system:
+            chat.set_system(system)
+        if prompt is None:
+            chat.loop()
+            return
+        prompt = prompt.replace("\r\n", "\n").removesuffix("\r")  # of a file with such line ends
+        if not sessions[0].is_tuned and not as_json and not compare:
+            print(prompt, end="")  # the answer continues it
+        chat.ask(prompt)
 
 
 class Chat:
     """Sends each message to one or two sessions, and prints their answers."""
 
-    def __init__(self, sessions: "list[ChatSession]", sampling: "Sampling", as_json: bool):
-        self.sessions, self.sampling, self.as_json = sessions, sampling, as_json
+    def __init__(
+        self, sessions: "list[ChatSession]", sampling: "Sampling", as_json: bool, terminal: "Terminal | None" = None
+    ):
+        self.sessions, self.sampling, self.as_json, self.terminal = sessions, sampling, as_json, terminal
 
-    def loop(self, at_terminal: bool) -> None:
-        """Answer lines and run commands until the input ends.
+    def loop(self) -> None:
+        """Answer messages and run commands until the input ends.
 
-        Without a terminal, an error ends the loop too. With `as_json`, a line that has one is answered by an object
-        with `error`, and ValueError that lists them is raised at the end.
+        An error fails its message alone. With `as_json`, an object with `error` answers it. Without a terminal,
+        ValueError that lists them is raised at the end.
         """
-        stdin, errors, number = None if at_terminal else iter(lines(sys.stdin.buffer)), [], 0
-        if at_terminal:
+        stdin, errors = None if self.terminal else iter(lines(sys.stdin.buffer)), []
+        if self.terminal:
             for session in self.sessions:
                 does = "answers" if session.is_tuned else "continues the text so far"
-                print(f"{session.name}, step {session.step}, {session.engine.model.config.attention}: {does}.")
+                self.say(f"{session.name}, step {session.step}, {session.engine.model.config.attention}: {does}.")
             self.help("")
-        while True:
-            line, number = "", number + 1
+        for number in itertools.count(1):
+            message = ""
             try:
-                line = input("> ") if at_terminal else next_line(stdin)
-                if self.as_json and line.lstrip().startswith("{"):
-                    self.answer(check_messages(parse_json(line).get("messages")))
-                elif line.startswith("/"):
-                    name, _, argument = line.strip().partition(" ")
-                    command, _ = COMMANDS.get(name, COMMANDS["/help"])
-                    command(self, argument)
-                else:
-                    self.ask(line)
+                message = self.terminal.read() if self.terminal else next_line(stdin)
+                self.respond(message)
             except EOFError:  # the end of the input, or /quit
-                if errors:
-                    raise ValueError(list_some(errors)) from None
-                return
+                break
             except KeyboardInterrupt:  # at the prompt; _print_answers handles Ctrl-C during an answer
-                if not at_terminal:
+                if not self.terminal:
                     raise
-                print("\n/quit or Ctrl-D ends.")
+                self.say("/quit or Ctrl-D ends.")
+            except BrokenPipeError:  # nobody reads the answers any more
+                raise
             except (OSError, ValueError) as error:
-                message = f"{line.strip()[:80] or f'line {number}'}: {error}"
-                if at_terminal:
-                    print(message)
-                elif self.as_json:
-                    errors.append(message)
-                    print(json.dumps({"prompt": line, "error": str(error)}, ensure_ascii=False), flush=True)
-                else:
-                    raise ValueError(message) from None
+                errors.append(f"{message.strip()[:80] or f'line {number}'}: {error}")
+                if self.as_json:
+                    print_json({"prompt": message, "error": str(error)})
+                elif self.terminal:
+                    self.say(errors[-1])
+        if errors and not self.terminal:
+            raise ValueError(list_some(errors))
+
+    def respond(self, message: str) -> None:
+        """Run a command, where the message begins with the name of one, and otherwise answer it."""
+        name, _, argument = message.partition(" ")
+        if self.as_json and message.lstrip().startswith("{"):
+            self.answer(check_messages(parse_json(message).get("messages")))
+        elif name.rstrip() in COMMANDS:
+            command, _ = COMMANDS[name.rstrip()]
+            command(self, argument.strip())
+        else:
+            self.ask(message)
+
+    def say(self, text: str) -> None:
+        """Print what is no answer: on stderr where stdout has JSON."""
+        print(text, file=sys.stderr if self.as_json else sys.stdout, flush=True)
 
     def ask(self, text: str) -> None:
         """Print the answers to a message, and add both to the conversations."""
@@ -156,24 +176,36 @@ class Chat:
 
     def save(self, argument: str) -> None:
         histories = [session.messages for session in self.sessions]
-        write_text(expand(argument), json.dumps({"system": self.sessions[0].system, "histories": histories}) + "\n")
+        file = self.file(argument, "/save")
+        write_text(file, json.dumps({"system": self.sessions[0].system, "histories": histories}) + "\n")
+        self.say(f"saved {file}")
 
     def load(self, argument: str) -> None:
-        stored = read_json(expand(argument), histories=list)
+        stored = read_json(self.file(argument, "/load"), histories=list)
         histories = [check_history(history) for history in stored["histories"]]
         if len(histories) != len(self.sessions):
             raise ValueError(f"the file has {len(histories)} conversations, expected {len(self.sessions)}")
         for session, history in zip(self.sessions, histories, strict=True):
             session.messages, session.system = history, str(stored.get("system", ""))
 
+    def file(self, argument: str, command: str) -> Path:
+        """Return the file that follows a command, or that is typed at its prompt. Raises ValueError without one."""
+        if not argument and self.terminal:
+            argument = self.terminal.read("file: ").strip()
+        if not argument:
+            raise ValueError(f"no file is named; give one, as in {command} talk.json")
+        return expand(argument)
+
     def stats(self, argument: str) -> None:
         for session in self.sessions:
-            print(", ".join(f"{key} {value}" for key, value in session.stats.items()) or "no answer yet")
+            self.say(", ".join(f"{key} {value}" for key, value in session.stats.items()) or "no answer yet")
 
     def help(self, argument: str) -> None:
         for _, text in COMMANDS.values():
-            print(text)
-        print("An empty line continues the text of a run that was not tuned. Ctrl-C stops an answer.")
+            self.say(text)
+        if self.terminal:
+            self.say(self.terminal.keys)
+        self.say("An empty line continues the text of a run that was not tuned. Ctrl-C stops an answer.")
 
     def quit(self, argument: str) -> None:
         raise EOFError
@@ -196,7 +228,7 @@ class Chat:
                 answer.close()
                 interrupted = True
             if self.as_json:
-                print(json.dumps({"prompt": prompt, "answer": text} | session.stats, ensure_ascii=False), flush=True)
+                print_json({"prompt": prompt, "answer": text} | session.stats)
             else:
                 print()
             if interrupted:
@@ -206,12 +238,17 @@ class Chat:
 COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str]] = {
     "/reset": (Chat.reset, "/reset         forget the conversation"),
     "/system": (Chat.set_system, "/system TEXT   set the system message of a tuned run; without TEXT, remove it"),
-    "/save": (Chat.save, "/save FILE     write the conversation to a file"),
-    "/load": (Chat.load, "/load FILE     continue a saved conversation"),
+    "/save": (Chat.save, "/save FILE     write the conversation to a file; without FILE, ask for one"),
+    "/load": (Chat.load, "/load FILE     continue a saved conversation; without FILE, ask for one"),
     "/stats": (Chat.stats, "/stats         show figures of the last answer"),
     "/help": (Chat.help, "/help          show this list"),
     "/quit": (Chat.quit, "/quit          end, like Ctrl-D"),
 }
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print a line with a JSON object."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def next_line(stdin: Iterator[bytes]) -> str:

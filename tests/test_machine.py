@@ -8,12 +8,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, run_script, untrained_run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import gkachat.eval.bpb
+import gkachat.inference.decoder
+import gkachat.train.vision
 from gkachat import machine
-from gkachat.config import Config, RunConfig
+from gkachat.attention.features import choose_features, rope_table
+from gkachat.attention.kernels import flash
+from gkachat.attention.kernels.choose import KernelSpec, choose_decode_kernel, choose_kernel
+from gkachat.config import Config, GPTConfig, RunConfig
+from gkachat.eval.bpb import bpb_sums
+from gkachat.inference.decoder import Decoder
+from gkachat.inference.sampling import Sampling
 from gkachat.machine import check_compiler, commit, count_gpus, peak_flops, peak_memory, pick_device, pick_dtype
+from gkachat.model.gpt import GPT
+from gkachat.model.loss import choose_head_loss
+from gkachat.model.vit import ViT
 from gkachat.tokenizer import Tokenizer
+from gkachat.train.distributed import init_process_group
 from gkachat.train.setup import build_model
+from gkachat.train.vision import ImageTask
+from gkachat.vision_config import ViTConfig
 
 
 def test_a_device_that_does_not_exist_is_named():
@@ -187,3 +204,86 @@ def test_the_commit_is_the_one_checked_out(tmp_path, monkeypatch):
 
 def test_peak_memory_is_plausible():
     assert 50 * 2**20 < peak_memory(torch.device("cpu")) < 2**40
+
+
+def test_auto_is_an_apple_gpu_where_there_is_no_cuda(monkeypatch):
+    """Nothing here has run on an Apple GPU: the test has its name alone."""
+    mps = torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    assert pick_device("auto") == mps and count_gpus() == 0  # one process, without torchrun
+    assert pick_dtype("auto", mps) == torch.float32 == machine.widest_float(mps)
+    assert machine.device_name(mps) == "mps" and peak_flops("mps") is None
+    softmax = choose_kernel(KernelSpec(64, 256, window=64), mps, torch.float32)
+    gka = choose_kernel(KernelSpec(64, 256, window=64, gaussian=True), mps, torch.float32)
+    assert softmax.name == gka.name == "sdpa" and "computes all T x T scores" in gka.reason
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert pick_device("auto") == torch.device("cpu")
+    for variable in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(variable, "0")
+    with pytest.raises(ValueError, match=r"run\.device: mps has no collectives"):
+        init_process_group("mps", 60)
+
+
+def test_an_amd_gpu_runs_on_kernels_of_torch(monkeypatch):
+    """torch calls it cuda, and its capability, (9, 4), looks like a Hopper's."""
+    cuda, half = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    flash.find.cache_clear()
+    chosen = [
+        choose_kernel(KernelSpec(64, 256), cuda, half),
+        choose_kernel(KernelSpec(64, 256, gaussian=True), cuda, half),
+        choose_decode_kernel(64, cuda, half),
+        choose_features(64, cuda, half),
+        choose_head_loss(cuda, half),
+    ]
+    flash.find.cache_clear()
+    assert [kernel.name for kernel in chosen] == ["sdpa", "sdpa", "torch", "torch", "torch"]
+    assert all("AMD" in kernel.reason for kernel in chosen)
+    assert peak_flops(machine.device_name(cuda)) == 1307e12
+    config = Config(run=RunConfig(dtype="float32", compile=False, fp8=True))
+    with pytest.raises(ValueError, match=r"AMD Instinct MI300X has no fp8 arithmetic that this package can use"):
+        build_model(lambda *args: SimpleNamespace(kernels=dict), config, cuda)
+
+
+class Float64OnDevice(TorchDispatchMode):
+    """Refuses what an Apple GPU cannot hold, on the meta device, which stands in for it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.is_meta and t.dtype == torch.float64:
+                raise TypeError(f"{function} makes a float64 tensor")
+        return result
+
+
+def test_a_device_without_float64_trains_evaluates_and_decodes(monkeypatch):
+    for module in (gkachat.eval.bpb, gkachat.inference.decoder, gkachat.train.vision):
+        monkeypatch.setattr(module, "widest_float", lambda device: machine.widest_float(torch.device("mps")))
+    monkeypatch.setattr(torch.Tensor, "item", lambda t: 1.0)  # meta tensors have no values
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: [[1.0, 0.0]] * 2)
+    with torch.device("meta"):
+        model, idx = (
+            GPT(GPTConfig(depth=2, vocab_size=64, sequence_len=200, n_embd=32, head_dim=16)),
+            torch.ones(2, 200),
+        )
+    with pytest.raises(TypeError, match="makes a float64 tensor"), Float64OnDevice():
+        model.wte.weight.double()
+    with Float64OnDevice():
+        model.cos, model.sin = rope_table(200, 16, "meta")
+        model(idx.long(), idx.long()).backward()
+        bpb_sums(model, [(idx.long(), idx.long())], torch.ones(64, dtype=torch.long))
+        decoder = Decoder(model, model.make_cache(2, 64, block=16), 64)
+        for row, sampling in enumerate((Sampling(top_p=0.9, logprobs=True), Sampling(temperature=0))):
+            decoder.set_row(row, sampling, [1])
+        decoder.step([1, 2], [0.25, 0.5])
+        images = torch.ones(2, 1, 8, 8), torch.ones(2, dtype=torch.long)
+        with torch.device("meta"):
+            vit = ViT(ViTConfig(2, "gka", 32, 16, 8, 2, 1, 10))
+        task = SimpleNamespace(batches=SimpleNamespace(val=lambda rows: [images]), metrics=())
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda t: [])
+        ImageTask.evaluate(task, 0, vit, 2, lambda: True)

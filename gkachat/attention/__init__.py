@@ -5,6 +5,7 @@ import importlib
 from gkachat.attention.base import Attention, AttentionWeights
 from gkachat.attention.gka import GaussianKernelAttention, gaussian_kernel_attention
 from gkachat.attention.gka_plus import GKAPlus
+from gkachat.attention.multihead import MultiheadGKA
 from gkachat.attention.qkv import QKV
 from gkachat.attention.softmax import SoftmaxAttention
 from gkachat.config import ATTENTIONS
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionWeights",
     "GKAPlus",
     "GaussianKernelAttention",
+    "MultiheadGKA",
     "SoftmaxAttention",
     "attention_class",
     "gaussian_kernel_attention",

@@ -46,9 +46,11 @@ class Attention(nn.Module):
     gaussian = False
     """Whether scores are -|q - k|^2 / (2 sigma^2) with the sigma that `qkv` gives. Fused kernels exist for these.
 
-    Queries and keys must be one tensor, except where `unit_norm` and `include_self` hold and `backend` is auto. Softmax
-    kernels, which ignore `sigma` and `include_self`, run a layer that neither sets `gaussian` nor overrides `scores`.
+    Softmax kernels, which ignore `sigma` and `include_self`, run a layer that neither sets `gaussian` nor overrides
+    `scores`.
     """
+    shared_qk = True
+    """Whether queries and keys are one tensor, in a layer that sets `gaussian`. The fused kernel wants it."""
     unit_norm = False
     """Whether all queries and keys have the same norm. Gaussian scores are then q.k / sigma^2, with no bias per key."""
     include_self = True
@@ -102,12 +104,21 @@ class Attention(nn.Module):
         return self.c_proj(y_BTHD.flatten(2))
 
     @torch.no_grad()
-    def attention_weights(self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None) -> AttentionWeights:
-        """Return the weights that `forward` applies to whole texts, for inspection."""
+    def attention_weights(
+        self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None, key_bias_BS: Tensor | None = None
+    ) -> AttentionWeights:
+        """Return the weights that `forward` applies to whole texts, for inspection.
+
+        `key_bias_BS` is added to the scores of each key, -inf for one that is ignored.
+        """
         qkv = self.qkv(x_BTC, idx_BT, rope)
         q_BHTD, k_BHSD = reference.queries_and_keys(qkv)
         mask = reference.visible(x_BTC.size(1), self.window, self.config.causal, self.include_self, x_BTC.device)
-        weights = reference.weights(self.scores(q_BHTD, k_BHSD, qkv), mask)
+        scores_BHTS = self.scores(q_BHTD, k_BHSD, qkv)
+        if key_bias_BS is not None:
+            bias_B11S = key_bias_BS[:, None, None]
+            scores_BHTS, mask = scores_BHTS + bias_B11S, mask & (bias_B11S > -torch.inf)
+        weights = reference.weights(scores_BHTS, mask)
         return AttentionWeights(weights, qkv.v, self.squared_distances(q_BHTD, k_BHSD, qkv))
 
     def squared_distances(self, q_BHTD: Tensor, k_BHSD: Tensor, qkv: QKV) -> Tensor | None:
@@ -116,22 +127,27 @@ class Attention(nn.Module):
 
     def choose_kernels(self, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the training kernel and the decode kernel, once. Called whenever the model moves to a device."""
+        if type(self).scores is not Attention.scores:
+            self.kernel, self.decode_kernel = plain_kernels(self.scores, self.kernel_spec)
+        else:
+            self.kernel = choose_kernel(self.kernel_spec, device, dtype)
+            self.decode_kernel = choose_decode_kernel(self.config.head_dim, device, dtype)
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """The properties of the layer that decide which kernel runs it."""
         config = self.config
-        spec = KernelSpec(
+        return KernelSpec(
             head_dim=config.head_dim,
             sequence_len=config.sequence_len,
             window=self.window,
             causal=config.causal,
             include_self=self.include_self,
             gaussian=self.gaussian,
+            shared_qk=self.shared_qk,
             unit_norm=self.unit_norm,
             backend=self.backend,
         )
-        if type(self).scores is not Attention.scores:
-            self.kernel, self.decode_kernel = plain_kernels(self.scores, spec)
-        else:
-            self.kernel = choose_kernel(spec, device, dtype)
-            self.decode_kernel = choose_decode_kernel(config.head_dim, device, dtype)
 
     def kernel_lines(self) -> list[str]:
         """Return "kernel (reason)" of each choice that training prints."""

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gkachat.machine import no_triton
+
 ROPE_BASE = 100_000.0
 
 Rope = tuple[Tensor, Tensor]
@@ -177,7 +179,7 @@ class Features(NamedTuple):
 
 def choose_features(head_dim: int, device: torch.device, dtype: torch.dtype) -> Features:
     """Return the fastest function for convolved features on a device, for activations of a dtype."""
-    obstacles = [f"the device is {device.type}"] if device.type != "cuda" else []
+    obstacles = list(filter(None, [no_triton(device)]))
     obstacles += [f"the dtype is {dtype}"] if dtype not in (torch.bfloat16, torch.float32) else []
     obstacles += [f"heads have {head_dim} channels, more than 256"] if head_dim > 256 else []
     obstacles += ["triton is not installed"] if importlib.util.find_spec("triton") is None else []

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gkachat.data.loader import val_batches
 from gkachat.data.shards import Split, read_manifest
+from gkachat.machine import widest_float
 from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
 from gkachat.train.distributed import World, all_reduce_sum
@@ -56,7 +57,7 @@ def bpb_sums(
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     token_bytes = torch.as_tensor(token_bytes, device=device, dtype=torch.int64)
-    nats = torch.zeros((), dtype=torch.float64, device=device)
+    nats = torch.zeros((), dtype=widest_float(device), device=device)
     n_bytes = torch.zeros((), dtype=torch.int64, device=device)
     max_tokens = MAX_LOGITS.get(device.type, MAX_LOGITS["cpu"]) // len(token_bytes)
     was_training = model.training
@@ -82,7 +83,7 @@ def bpb_sums(
                     continue
                 target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
                 # Not by a mask as index: its length would have to be copied from the GPU.
-                nats += torch.where(target_bytes > 0, losses.view_as(targets), 0).double().sum()
+                nats += torch.where(target_bytes > 0, losses.view_as(targets), 0).to(nats.dtype).sum()
                 n_bytes += target_bytes.sum()
     finally:
         model.train(was_training)
@@ -112,7 +113,8 @@ def evaluate_corpus(
             splits[name], sequence_len=T, batch_rows=rows, bos=tokenizer.bos, packing=packing, tokens=tokens
         )
         sums = bpb_sums(model, islice(batches, world.rank, None, world.size), token_bytes)
-        sums = torch.tensor(sums, dtype=torch.float64, device=model.wte.weight.device)
+        device = model.wte.weight.device
+        sums = torch.tensor(sums, dtype=widest_float(device), device=device)
         return bits_per_byte(*all_reduce_sum(sums, world).tolist())
 
     return {

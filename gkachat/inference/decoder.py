@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gkachat.attention.cache import Cache, CacheStep
 from gkachat.inference.sampling import Sampling, SamplingPlan, make_plan, sample, settings_tensor
+from gkachat.machine import widest_float
 from gkachat.model.gpt import GPT
 
 ROUND = 256  # where shapes must not change, a step reads a multiple of this number of cache slots
@@ -35,7 +36,8 @@ class Decoder:
         self.samplings = [Sampling()] * rows
         self.settings = settings_tensor(self.samplings, device)
         self.seen: Tensor | None = None  # (rows, V), made when a row first wants a repetition penalty
-        self.inputs = torch.zeros(rows, 3, dtype=torch.float64, device=device)  # token, length, draw: one transfer
+        # Token, length and draw of each row, in one transfer.
+        self.inputs = torch.zeros(rows, 3, dtype=widest_float(device), device=device)
         self.uses_graphs = device.type == "cuda"
         self.keeps_shapes = self.uses_graphs or compile
         # This tuning makes products with one row read their matrix as it is stored, int8 as int8.
@@ -72,7 +74,7 @@ class Decoder:
     def first(self, row: int, logits: Tensor, draw: float) -> Drawn:
         """Draw the first token after a prompt, from the logits (1, V) of its last token."""
         rows, plan = slice(row, row + 1), make_plan(self.samplings[row : row + 1])
-        draws = torch.tensor([draw], dtype=torch.float64, device=logits.device)
+        draws = torch.tensor([draw], dtype=self.inputs.dtype, device=logits.device)
         seen = self.seen[rows] if plan.penalty else None
         [(token, logprob)] = _draw(logits[:, : self.vocab_size], self.settings[rows], plan, draws, seen).tolist()
         return int(token), logprob
@@ -89,7 +91,7 @@ class Decoder:
             inputs += [(0, cache.first, 0.0)] * (rows - n)
             slots = max(buffers["k"].size(2) for buffers in cache.layers if "k" in buffers)
             longest = min(-(-longest // ROUND) * ROUND, slots)
-        self.inputs[:rows].copy_(torch.tensor(inputs, dtype=torch.float64), non_blocking=True)
+        self.inputs[:rows].copy_(torch.tensor(inputs, dtype=self.inputs.dtype), non_blocking=self.uses_graphs)
         drawn = self._replay(longest, plan) if self.uses_graphs else self._run(rows, longest, plan)
         for row in range(n):
             cache.lengths[row] += 1
@@ -131,12 +133,12 @@ def _decode_and_draw(
 
 
 def _draw(logits: Tensor, settings: Tensor, plan: SamplingPlan, draws: Tensor, seen: Tensor | None) -> Tensor:
-    """Return (B, 2) float64, which holds both exactly: ids, and log-probabilities before temperature and cuts."""
+    """Return (B, 2) in the dtype of the draws: ids, and log-probabilities before temperature and cuts."""
     ids = sample(logits, settings, plan, draws, seen)
     logprobs = torch.zeros_like(draws)
     if plan.logprobs:
-        logprobs = logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0].double()
-    return torch.stack((ids.double(), logprobs), dim=1)
+        logprobs = logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0].to(draws.dtype)
+    return torch.stack((ids.to(draws.dtype), logprobs), dim=1)
 
 
 def _record(work: Callable[[], Tensor], pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

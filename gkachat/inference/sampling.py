@@ -96,7 +96,7 @@ def sample(logits: Tensor, settings: Tensor, plan: SamplingPlan, draws: Tensor, 
     Args:
         logits: (B, V) float32.
         settings: (B, 5), from settings_tensor.
-        draws: (B,) float64 in [0, 1). Each decides its row's draw.
+        draws: (B,) in [0, 1), float64, or float32 where the device has nothing wider. Each decides its row's draw.
         seen: (B, V) bool, whether an id occurred before; needed for the repetition penalty.
     """
     temperature, top_k, top_p, min_p, penalty = settings[:, :, None].unbind(dim=1)
@@ -115,6 +115,6 @@ def sample(logits: Tensor, settings: Tensor, plan: SamplingPlan, draws: Tensor, 
         p = p * ((p.cumsum(dim=-1) - p < top_p) | (top_p == 1))
     if plan.min_p:
         p = p * (p >= p[:, :1] * min_p)
-    cumulative = p.double().cumsum(dim=-1)
+    cumulative = p.to(draws.dtype).cumsum(dim=-1)
     choice = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True).clamp(max=p.size(-1) - 1)
     return ids.gather(1, choice)[:, 0]

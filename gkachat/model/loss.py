@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gkachat.attention.features import cast
+from gkachat.machine import no_triton
 
 LOGIT_CAP = 15.0
 IGNORE = -1  # target that is not scored
@@ -42,7 +43,7 @@ class HeadLoss(NamedTuple):
 
 def choose_head_loss(device: torch.device, dtype: torch.dtype) -> HeadLoss:
     """Return the fastest function for the head's loss on a device, for activations of a dtype."""
-    obstacles = [f"the device is {device.type}"] if device.type != "cuda" else []
+    obstacles = list(filter(None, [no_triton(device)]))
     obstacles += [f"the dtype is {dtype}"] if dtype not in (torch.bfloat16, torch.float16, torch.float32) else []
     obstacles += ["triton is not installed"] if importlib.util.find_spec("triton") is None else []
     if obstacles:

@@ -39,6 +39,8 @@ def init_process_group(device_type: str, timeout: float) -> World:
     if "RANK" not in os.environ:
         return World()
     world = World(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    if world.size > 1 and device_type == "mps":
+        raise ValueError("run.device: mps has no collectives: start one process, or use the CPU")
     if world.size > 1 and not dist.is_initialized():
         limit = datetime.timedelta(seconds=max(2 * timeout, COMPILE_SECONDS) + 60)
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=limit)

@@ -17,7 +17,7 @@ from gkachat.checkpoint import CHECKPOINTS, check_format, checkpoint_steps, load
 from gkachat.config import Config, home
 from gkachat.config_file import C, kind_of
 from gkachat.files import lock, write_text
-from gkachat.machine import check_compiler, check_installed, device_name, pick_dtype
+from gkachat.machine import check_compiler, check_installed, device_name, is_nvidia, pick_dtype
 from gkachat.model.gpt import Transformer
 from gkachat.train.distributed import World
 
@@ -129,8 +129,10 @@ def build_model(cls: type[Model], config: Any, device: torch.device) -> Model:
     if device.type == "cuda" and compiled:
         check_compiler()
     if config.run.fp8:
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-            raise ValueError(f"run.fp8: {device_name(device)} has no fp8 arithmetic: leave it out")
+        if not is_nvidia(device) or torch.cuda.get_device_capability(device) < (8, 9):
+            raise ValueError(
+                f"run.fp8: {device_name(device)} has no fp8 arithmetic that this package can use: leave it out"
+            )
         use_fp8(model)
     model.recompute_blocks = config.train.recompute_blocks
     return model

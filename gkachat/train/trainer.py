@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gkachat import checkpoint
-from gkachat.machine import device_name, peak_flops, peak_memory, several
+from gkachat.machine import device_name, peak_flops, peak_memory, several, widest_float
 from gkachat.model.gpt import Transformer
 from gkachat.model.stats import ModelStats
 from gkachat.tokenizer import Tokenizer
@@ -168,7 +168,7 @@ class Trainer:
             # Weights make the sum a mean over all targets, however rows are split. Gradients are averaged over ranks.
             weight = int((targets >= 0).sum()) * world.size / n_targets
             with self.timers("data"):
-                inputs, targets = (t.to(device, non_blocking=True) for t in (inputs, targets))
+                inputs, targets = (t.to(device, non_blocking=t.is_pinned()) for t in (inputs, targets))
             last = index == len(microbatches) - 1
             with nullcontext() if last or world.size == 1 else self.forward.no_sync():
                 with self.timers("forward"):
@@ -268,7 +268,8 @@ class Trainer:
                 print(f"evaluation at step {self.step} failed: {error!r}; training goes on", file=sys.stderr)
             sums = [found.get(name, (0.0, 0.0)) for name in names]
             sums = torch.tensor([(failed, self.stop_requested > 0), *sums], dtype=torch.float64)
-            (failed, stopped), *sums = all_reduce_sum(sums.to(self.device), self.world).tolist()
+            sums = sums.to(self.device, widest_float(self.device))
+            (failed, stopped), *sums = all_reduce_sum(sums, self.world).tolist()
         self.to_compile.discard("evaluation")
         if stopped:
             self.interrupted = True

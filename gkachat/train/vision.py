@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gkachat.config import ConfigError
 from gkachat.data.images import Batches, Images
+from gkachat.machine import widest_float
 from gkachat.model.vit import ViT, model_stats
 from gkachat.train.distributed import World
 from gkachat.train.schedule import whole_budget
@@ -71,7 +72,7 @@ class ImageTask:
         """Return nats, top-1 hits and top-5 hits of this rank's share of val, each with the number of images."""
         model.eval()
         device = model.positions.device
-        sums, n = torch.zeros(3, dtype=torch.float64, device=device), 0
+        sums, n = torch.zeros(3, dtype=widest_float(device), device=device), 0
         for images, classes in self.batches.val(rows):
             if not proceed():
                 break

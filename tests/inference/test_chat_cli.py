@@ -1,13 +1,17 @@
 """Chat in the terminal and by scripts: a run that was tuned on conversations, and one that was not."""
 
+import contextlib
+import fcntl
 import io
 import json
 import os
+import pty
 import re
 import select
 import signal
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from gkachat.inference.chat import ChatSession
 from gkachat.inference.sampling import Sampling
 from gkachat.tokenizer import Tokenizer, train_tokenizer
 from scripts import chat_cli
+from scripts.cli import run
 
 TURNS = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(7)]
 CONTEXT = 32  # tokens
@@ -74,7 +79,7 @@ def test_a_base_run_continues_its_own_answer_from_the_very_same_tokens(chat):
 def test_commands_show_save_forget_and_load_the_conversation(chat, tmp_path):
     saved = tmp_path / "talk.json"
     out = chat(
-        None, "/stats", "/system be kind", "turn 1", "/stats", f"/save {saved}", "/reset", f"/load {saved}", "/?"
+        None, "/stats", "/system be kind", "turn 1", "/stats", f"/save {saved}", "/reset", f"/load {saved}", "/help"
     )
     assert "no answer yet" in out and "Ctrl-C stops an answer" in out
     assert re.search(r"run chat, tokens_read \d+, tokens_written \d, seconds [\d.]+, finished (max_tokens|stop)", out)
@@ -96,12 +101,14 @@ def test_commands_show_save_forget_and_load_the_conversation(chat, tmp_path):
         ('{"histories": [[{"role": "assistant", "content": ""}]]}', "/load {}", "role 'assistant', expected 'user'"),
         ('{"histories": [[{"role": "user", "content": ""}]]}', "/load {}", "role 'user', expected 'assistant'"),
         ("", "/system be kind", "not tuned on conversations"),
+        ("", "/save", "/save: no file is named; give one, as in /save talk.json"),
     ],
 )
-def test_a_command_that_fails_ends_a_script_with_an_error(chat, tmp_path, content, line, message):
+def test_a_command_that_fails_is_listed_at_the_end_of_a_script(chat, capsys, tmp_path, content, line, message):
     (tmp_path / "talk.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        chat("base", line.format(tmp_path / "talk.json"))
+        chat("base", line.format(tmp_path / "talk.json"), "turn", "/stats")
+    assert "tokens_written" in capsys.readouterr().out
 
 
 def test_scripts_get_json_and_may_give_whole_conversations(chat):
@@ -243,34 +250,114 @@ def test_answers_side_by_side_take_turns_and_ctrl_c_ends_both(capsys):
     assert re.search(r"x0 x1 .* y0 y1", capsys.readouterr().out) and closed == ["x", "y"]
 
 
+def test_messages_begin_with_a_slash_and_commands_with_a_known_name(chat, tmp_path):
+    typed = ["/usr/bin is a path", "/", "/helpful", " /help", "/system  be kind ", f"/save {tmp_path / 'a'}", "/stats "]
+    out = chat("chat", *typed, as_json=True)
+    prompts = [json.loads(line)["prompt"] for line in out.splitlines()]  # what is no answer goes to stderr
+    assert prompts == typed[:4] and json.loads((tmp_path / "a").read_text())["system"] == "be kind"
+
+
+def test_closed_stdin_is_an_empty_one(home, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    monkeypatch.setenv("GKACHAT_HOME", str(home))
+    monkeypatch.setattr("sys.argv", ["chat_cli", "chat", "--device=cpu"])
+    with pytest.raises(SystemExit) as exit:
+        run(chat_cli.main, chat_cli.__doc__)
+    assert not exit.value.code
+
+
+# At a terminal
+
+
+class AtTerminal:
+    """The script at a terminal that does no more than pass on bytes. stdout may go elsewhere."""
+
+    def __init__(self, home, *options, stdout=None, term="xterm"):
+        self.main, terminal = pty.openpty()
+        env = {**os.environ, "GKACHAT_HOME": str(home), "OMP_NUM_THREADS": "1", "TERM": term, "HOME": str(home)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "scripts.chat_cli", "--max-tokens=2", "--device=cpu", *options],
+            cwd=ROOT, env=env, stdin=terminal, stdout=stdout or terminal, stderr=terminal,
+            preexec_fn=self._take_terminal,
+        )  # fmt: skip
+        os.close(terminal)
+        os.set_blocking(self.main, False)
+        self.shown = b""
+
+    @staticmethod
+    def _take_terminal():
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C then sends a signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
+
+    def read_until(self, text):
+        while text not in self.shown:
+            assert select.select([self.main], [], [], 60)[0], f"{text} did not come after {self.shown}"
+            self.shown += os.read(self.main, 4096)
+        self.shown = self.shown.partition(text)[2]
+
+    def type(self, data):
+        """Type, and read what is shown meanwhile: neither side waits for the other for ever."""
+        while data:
+            _, ready, _ = select.select([], [self.main], [], 1)
+            data = data[os.write(self.main, data[:1024]) if ready else 0 :]
+            while select.select([self.main], [], [], 0)[0]:
+                self.shown += os.read(self.main, 4096)
+
+    def end(self):
+        """Read until the script ends, and return its exit code."""
+        with contextlib.suppress(OSError):
+            while select.select([self.main], [], [], 60)[0] and os.read(self.main, 4096):
+                pass
+        return self.process.wait(timeout=60)
+
+
+def test_what_is_typed_at_a_terminal_is_edited_and_no_line_is_cut(home):
+    """After the first message all is typed at once. What comes while the model answers waits for the next prompt."""
+    terminal = AtTerminal(home)
+    for line in (b"", b"ac\x1b[Db\r"):  # left
+        terminal.type(line)
+        terminal.read_until(b">\x08")  # a prompt
+    typed = {
+        b"\x1b[A": "abc",  # up
+        b"one\x1b\rtwo\x0fthree": "one\ntwo\nthree",  # Alt-Enter, Ctrl-O
+        b"\x1b[200~pasted\r\n/quit\n\tend\n\x1b[201~": "pasted\n/quit\n\tend\n",
+        b"x" * 5000: "x" * 5000,
+        b"\x1b[200~" + "é".encode() * 20_000 + b"\x1b[201~": "é" * 20_000,
+        b"half \xff a character": None,  # no text
+        b"/usr/bin": "/usr/bin",
+    }
+    for line in [*typed, b"/save", b"~/typed.json", b"/save ~", b"/quit"]:
+        terminal.type(line + b"\r")
+    assert terminal.end() == 0
+    messages = json.loads((home / "typed.json").read_text())["histories"][0]
+    expected = ["abc", *(text for text in typed.values() if text is not None)]
+    assert [message["content"] for message in messages[::2]] == expected
+    assert "+one\n+two\n+three\n" in (home / "chat_history").read_text()
+
+
+def test_stdout_has_json_alone_whatever_is_typed(home, tmp_path):
+    with (tmp_path / "out").open("wb") as out:
+        terminal = AtTerminal(home, "--json", stdout=out)
+        terminal.read_until(b"stops an answer.\r\n")
+        asked = b'{"messages": [{"role": "user", "content": "Hi"}]}'
+        for line in [b"/help", b"a\xff", b"What?", b"{", asked, b"/stats", b"/load /no/such"]:
+            terminal.type(line + b"\r")
+        terminal.type(b"\x04")
+        assert terminal.end() == 0
+    found = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [answer["prompt"] for answer in found] == ["", "What?", "{", "Hi", "/load /no/such"]
+    assert ["error" in answer for answer in found] == [True, False, True, False, True]
+
+
 def test_ctrl_c_at_a_terminal_does_not_end_the_program(home):
-    import pty
-
-    main, terminal = pty.openpty()
-    env = {**os.environ, "GKACHAT_HOME": str(home), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.chat_cli"], cwd=ROOT, env=env, stdin=terminal, stdout=terminal, stderr=terminal,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore SIGINT
-    )  # fmt: skip
-    os.close(terminal)
-
-    def read_until(text):
-        seen = b""
-        while text not in seen:
-            assert select.select([main], [], [], 60)[0], f"{text} did not come after {seen}"
-            seen += os.read(main, 4096)
-
-    def press_ctrl_c():
-        """Send SIGINT until something is printed: Python's prompt misses one between its last check and its wait."""
-        for _ in range(60):
-            process.send_signal(signal.SIGINT)
-            if select.select([main], [], [], 1)[0]:
-                return
-
-    read_until(b"stops an answer.\r\n> ")
-    press_ctrl_c()
-    read_until(b"Ctrl-D ends.\r\n> ")
-    os.write(main, b"/load nothing\n")
-    read_until(b"No such file")
-    os.write(main, b"/quit\n")
-    assert process.wait(timeout=60) == 0
+    terminal = AtTerminal(home, term="dumb")  # such a terminal cannot move its cursor
+    terminal.read_until(b"stops an answer.\r\n> ")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.read_until(b"Ctrl-D ends.\r\n> ")
+    terminal.type(b"\x03")
+    terminal.read_until(b"Ctrl-D ends.\r\n> ")
+    terminal.type(b"/load nothing\n")
+    terminal.read_until(b"No such file")
+    terminal.type(b"/quit\n")
+    assert terminal.end() == 0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gkachat.attention.kernels import decode, flash, gaussian_sdpa, reference, sdpa, window_cpu
+from gkachat.machine import no_triton
 
 HALF = (torch.bfloat16, torch.float16)
 TRITON_HEAD_DIMS = (64, 128)
@@ -37,6 +38,8 @@ class KernelSpec:
     include_self: bool = True
     gaussian: bool = False
     """Whether scores are those of a Gaussian kernel instead of scaled dot products."""
+    shared_qk: bool = True
+    """Whether queries and keys of Gaussian scores are one tensor."""
     unit_norm: bool = False
     """Whether all queries and keys have the same norm."""
     backend: str = "auto"
@@ -71,10 +74,23 @@ def choose_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype) ->
     return _gaussian_kernel(spec, device, dtype)
 
 
+def choose_padded_kernel(spec: KernelSpec) -> Kernel:
+    """Return the kernel of Gaussian scores with a bias per key; `attend(qkv, key_bias_BS)` gives (B, T, H, D).
+
+    The bias is -inf for a key that is ignored. A token that sees no other key gets 0.
+    """
+    if spec.unit_norm:
+        softmax_attend = partial(gaussian_sdpa.softmax_attention, **spec.mask)
+        attend = partial(gaussian_sdpa.attend_unit_norm, softmax_attend=softmax_attend)
+    else:
+        attend = partial(gaussian_sdpa.attend, **spec.mask)
+    return Kernel("sdpa", "padding is a mask", attend)
+
+
 def choose_decode_kernel(head_dim: int, device: torch.device, dtype: torch.dtype) -> Kernel:
     """Return the fastest kernel for new tokens that attend to a cache; `attend(qkv, slices)` gives (B, T, H, D)."""
     obstacles = _obstacles(
-        (device.type != "cuda", f"the device is {device.type}"),
+        (no_triton(device) is not None, no_triton(device)),
         (not HAS_TRITON, "triton is not installed"),
         (dtype not in (*HALF, torch.float32), f"the dtype is {dtype}"),
         (head_dim > 256, f"heads have {head_dim} channels, more than 256"),
@@ -126,11 +142,12 @@ def _gaussian_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype)
         (not HAS_TRITON, "triton is not installed"),
         (
             # Nothing runs on the meta device: models are counted there.
-            device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1",
-            f"the device is {device.type}",
+            no_triton(device) is not None and device.type != "meta" and os.environ.get("TRITON_INTERPRET") != "1",
+            no_triton(device),
         ),
         (dtype not in TRITON_DTYPES, f"the dtype is {dtype}"),
         (spec.head_dim not in TRITON_HEAD_DIMS, f"heads have {spec.head_dim} channels, not 64 or 128"),
+        (not spec.shared_qk, "queries and keys differ"),
     )
     name, reason = spec.backend, "asked for by name"
     if name == "auto":

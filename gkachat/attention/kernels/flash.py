@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gkachat.attention.qkv import QKV
+from gkachat.machine import is_nvidia
 
 HUB_BUILD = "kernels-community/flash-attn3"  # prebuilt for recent versions of torch and CUDA
 HUB_VERSION = 1  # the version of its interface, which decides which builds fit
@@ -43,6 +44,8 @@ def find(device: torch.device) -> tuple[Flash | None, str]:
     On a Hopper, version 3 comes from the package flash_attn_interface or, through the package kernels, from the
     Hugging Face hub. On an Ampere or later, version 2 comes from the package flash_attn.
     """
+    if not is_nvidia(device):
+        return None, "FlashAttention has not been tried on AMD GPUs"
     major, failures = torch.cuda.get_device_capability(device)[0], []
     hub = f"{HUB_BUILD} from the Hugging Face hub"
     candidates = [
