@@ -38,7 +38,8 @@ class Page:
         self.connection.send(json.dumps({"id": number, "method": method, "params": params}))
         while True:
             message = json.loads(self.connection.recv(timeout=60))
-            if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+            entry = message.get("params", {}).get("entry", {})
+            if message.get("method") == "Runtime.exceptionThrown" or entry.get("level") in ("warning", "error"):
                 self.errors.append(message["params"])
             if message.get("id") == number:
                 assert "error" not in message, message
@@ -65,9 +66,10 @@ class Page:
     def type(self, text):
         self.command("Input.insertText", text=text)
 
-    def press(self, key):
+    def press(self, key, shift=False):
         code, text = KEYS[key]
-        event = {"key": key, "code": key, "windowsVirtualKeyCode": code, **({"text": text} if text else {})}
+        event = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 * shift}
+        event |= {"text": text} if text else {}
         for kind in ("keyDown", "keyUp"):
             self.command("Input.dispatchKeyEvent", type=kind, **event)
 

@@ -68,12 +68,7 @@ def test_a_token_shows_the_weights_that_its_heads_gave_by_keyboard_alone(page, s
     choose(page, model0="softmax", model1="", seed="1", max_tokens="12")
     send(page, "def f(")
     page.wait_for(f"{IDLE} && document.querySelectorAll('.token').length > 2")
-    page.evaluate("document.querySelector('.log').focus()")
-    for _ in range(10):  # from the form to the newest token
-        if page.evaluate("document.activeElement.matches('.token')"):
-            break
-        page.press("Tab")
-        page.evaluate("document.activeElement == document.body && document.getElementById('model0').focus()")
+    page.press("Tab", shift=True)  # from the message to the newest token
     page.press("ArrowLeft")
     at = page.evaluate("document.activeElement.at")
     page.press("Enter")
@@ -113,7 +108,11 @@ def test_the_page_fits_a_phone_and_follows_the_systems_colours(page):
         page.look(360, 640, scheme)
         backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        assert page.evaluate("document.getElementById('send').getBoundingClientRect().bottom") <= 640
+        assert page.evaluate("document.getElementById('stop').getBoundingClientRect().bottom") <= 640
+        form, main = (
+            page.evaluate(f"document.querySelector('{it}').getBoundingClientRect().toJSON()") for it in ("form", "main")
+        )
+        assert main["bottom"] <= form["top"]
     assert len(backgrounds) == 2
 
 
