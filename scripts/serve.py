@@ -23,6 +23,7 @@ def main(
     grace: float = 10.0,
     device: str = "auto",
     int8: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    threads: int | None = None,
 ) -> None:
     """Answer requests until SIGTERM or Ctrl-C.
 
@@ -36,12 +37,18 @@ def main(
         grace: Seconds that answers have to complete when the server stops.
         device: Torch device, or auto.
         int8: Store matrices in int8, which takes less memory.
+        threads: CPU threads of the models; by default all.
     """
     from gkachat.machine import check_installed
 
     for package in ("fastapi", "uvicorn"):
         check_installed(package, "serve")
+    import torch
+
     from gkachat.serve.server import serve
+
+    if threads is not None:
+        torch.set_num_threads(threads)
 
     serve(
         run_names, host=host, port=port, api_key=api_key, rows=rows, max_waiting=queue, grace=grace, device=device,
