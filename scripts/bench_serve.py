@@ -44,10 +44,11 @@ def main() -> None:
 
     speeds = [row for run_name in options.runs for row in compare(find_run(run_name), options, device)]
     memory = [
-        {"shape": shape, "name": name, **sequences(GPTConfig(attention=name, **sizes), options.memory << 20, dtype, device)}
+        {"shape": shape, "name": name}
+        | sequences(GPTConfig(attention=name, **sizes), options.memory << 20, dtype, device)
         for shape, sizes in SHAPES.items()
         for name in ATTENTIONS
-    ]  # fmt: skip
+    ]
     text = f"{table(speeds, SPEED)}\n{table(memory, MEMORY)}"
     settings = {key: vars(options)[key] for key in ("rows", "requests", "tokens", "memory", "rounds")}
     result = {**settings, "dtype": str(dtype), "speed": speeds, "caches": memory}
