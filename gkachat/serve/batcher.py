@@ -131,7 +131,7 @@ class Batcher:
             self._thread.join(timeout=10)
 
     def _check(self, is_full: bool) -> None:
-        if self._deadline < math.inf:
+        if self._deadline < math.inf or not self._thread.is_alive():
             raise Stopping("the server is stopping")
         if is_full:
             raise QueueFull(f"{self.max_waiting} requests are waiting already; try again later")
@@ -220,4 +220,5 @@ def _run(future: Future, function: Callable[[], Any]) -> None:
     try:
         future.set_result(function())
     except Exception as error:
+        logging.exception("a call failed")
         future.set_exception(error)

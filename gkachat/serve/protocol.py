@@ -83,7 +83,7 @@ class TextRequest(BaseModel):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     # Not OpenAI's: as other servers of open models name them.
-    top_k: int | None = None
+    top_k: int | None = Field(None, le=2**24)  # exact in the float32 of its tensor
     min_p: float | None = Field(None, allow_inf_nan=False)
     repetition_penalty: float = Field(1.0, allow_inf_nan=False)
     return_token_ids: bool = False

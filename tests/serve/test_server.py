@@ -137,6 +137,7 @@ def test_a_conversation_that_is_too_long_is_refused_or_loses_its_oldest_turns(se
         (CHAT, {"messages": TURN, "temperature": "hot"}, "temperature: given 'hot'", "temperature"),
         (CHAT, {"messages": TURN, "temperature": -1}, "temperature: given -1.0, expected 0 or more", "temperature"),
         (CHAT, {"messages": TURN, "top_p": 0}, "top_p: given 0.0, expected above 0", "top_p"),
+        (CHAT, {"messages": TURN, "top_k": 10**400}, "top_k: given 1000", "top_k"),
         (CHAT, {"messages": TURN, "max_tokens": -1}, "max_tokens: given -1", "max_tokens"),
         (CHAT, {"messages": TURN, "n": 0}, "n: given 0", "n"),
         (CHAT, {"messages": TURN, "n": 10_000}, "given 10000 texts at once, expected at most 132", "n"),
@@ -272,7 +273,7 @@ def test_a_model_that_fails_ends_its_answers_and_serves_the_next(server, client,
 
 
 def test_sigterm_lets_answers_finish_and_ends_the_others_with_an_error(home):
-    command = [sys.executable, "-m", "scripts.serve", home / "runs" / "long", "--port=0", "--grace=2", "--device=cpu"]
+    command = [sys.executable, "-m", "scripts.serve", home / "runs" / "long", "--port=0", "--grace=1", "--device=cpu"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         url = re.search(r"http://127.0.0.1:\d+", process.stdout.readline())[0]
         ends, started = {}, threading.Barrier(3)
@@ -285,7 +286,7 @@ def test_sigterm_lets_answers_finish_and_ends_the_others_with_an_error(home):
                 started.wait()
                 ends[max_tokens] = [line for line in lines if line][-1]
 
-        threads = [threading.Thread(target=listen_to, args=[n]) for n in (100, 8000)]
+        threads = [threading.Thread(target=listen_to, args=[n]) for n in (20, 8000)]
         for thread in threads:
             thread.start()
         started.wait()
@@ -293,8 +294,17 @@ def test_sigterm_lets_answers_finish_and_ends_the_others_with_an_error(home):
         for thread in threads:
             thread.join()
         assert process.wait(timeout=60) == 0, process.stderr.read()
-    assert ends[100] == "data: [DONE]"
+    assert ends[20] == "data: [DONE]"
     assert "the server stopped before the answer was complete" in ends[8000]
+
+
+def test_the_benchmark_runs_from_end_to_end(home, tmp_path):
+    sizes = ["--requests=3", "--tokens=4", "--clients=2", "--rounds=1", "--memory=4", "--threads=1"]
+    result = run_script("bench_serve", "softmax", *sizes, "--device=cpu", f"--out={tmp_path / 'serve'}", home=home)
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "serve.json").read_text())
+    assert [row["name"] for row in written["speed"]][0] == "engine alone" and len(written["speed"]) == 3
+    assert all(row["fit"] * row["per_row"] <= 4 << 20 for row in written["caches"])
 
 
 @pytest.mark.parametrize(
