@@ -303,7 +303,7 @@ def test_the_benchmark_runs_from_end_to_end(home, tmp_path):
     result = run_script("bench_serve", "softmax", *sizes, "--device=cpu", f"--out={tmp_path / 'serve'}", home=home)
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "serve.json").read_text())
-    assert [row["name"] for row in written["speed"]][0] == "engine alone" and len(written["speed"]) == 3
+    assert written["speed"][0]["name"] == "engine alone" and len(written["speed"]) == 3
     assert all(row["fit"] * row["per_row"] <= 4 << 20 for row in written["caches"])
 
 
