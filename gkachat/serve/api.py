@@ -150,10 +150,13 @@ def create_app(sessions: Mapping[str, ChatSession], batcher: Batcher, api_key: s
                 yield event(fixed | {"choices": [{"index": text.index, **first} for text in texts]})
             fixed.pop("prompt_token_ids", None)
             try:
-                async for index, output in answers:
-                    if choice := texts[index].add(output):
-                        so_far = {"usage": usage()} if body.stream_options.continuous_usage_stats else {}
-                        yield event(fixed | {"choices": [choice]} | so_far)
+                async for outputs in answers:
+                    events = []
+                    for index, output in outputs:
+                        if choice := texts[index].add(output):
+                            so_far = {"usage": usage()} if body.stream_options.continuous_usage_stats else {}
+                            events.append(event(fixed | {"choices": [choice]} | so_far))
+                    yield "".join(events)
             except ApiError as error:  # the status has been sent
                 yield event(error_object(error.status_code, error.detail, error.code))
                 return
@@ -162,8 +165,9 @@ def create_app(sessions: Mapping[str, ChatSession], batcher: Batcher, api_key: s
             yield "data: [DONE]\n\n"
 
         async def whole() -> Response:
-            async for index, output in answers:
-                texts[index].add(output)
+            async for outputs in answers:
+                for index, output in outputs:
+                    texts[index].add(output)
             choices = [text.whole() for text in texts]
             return json_response(fields | {"object": format.whole, "choices": choices, "usage": usage()})
 
@@ -225,7 +229,7 @@ def _checked(text: str, param: str) -> str:
 
 
 class Answers:
-    """The texts that one HTTP request waits for: an iterator over (index of the text, output)."""
+    """The texts that one HTTP request waits for: an iterator over lists of (index of the text, output)."""
 
     def __init__(self, batcher: Batcher, run: str, requests: Sequence[engine.Request]):
         """Queue the requests. Raises ApiError if there is no room for them."""
@@ -236,15 +240,18 @@ class Answers:
         with _as_api_errors():
             batcher.submit(self.answers)
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, TokenOutput]]:
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, TokenOutput]]]:
         left = len(self.answers)
         while left:
-            index, output = await self.queue.get()
-            with _as_api_errors():
-                if isinstance(output, Exception):
-                    raise output
-            left -= bool(output.finished)
-            yield index, output
+            outputs = [await self.queue.get()]
+            outputs += [self.queue.get_nowait() for _ in range(self.queue.qsize())]
+            errors = [output for _, output in outputs if isinstance(output, Exception)]
+            outputs = [(index, output) for index, output in outputs if output not in errors]
+            left -= sum(bool(output.finished) for _, output in outputs)
+            yield outputs
+            for error in errors:
+                with _as_api_errors():
+                    raise error
 
     def close(self) -> None:
         """Free the rows of texts that have not ended."""

@@ -1,7 +1,7 @@
 """Batcher: answers the requests of many clients, on one thread that runs every model.
 
     batcher = Batcher({"d4_gka": engine}, rows=8, max_waiting=128)
-    batcher.start(deliver)          # the thread calls deliver([(answer, output), ...]) after each step
+    batcher.start(deliver)          # the thread calls deliver([(answer, output), ...])
     batcher.submit([Answer("d4_gka", request)])
     batcher.cancel(answers)
     batcher.close()
@@ -27,7 +27,11 @@ from gkachat.attention.cache import Cache
 from gkachat.inference.engine import Batch, Engine, Request, TokenOutput
 
 Deliveries = list[tuple["Answer", TokenOutput | Exception]]
-"""Outputs of one step. An exception ends its answer."""
+"""Outputs in their order. An exception ends its answer."""
+
+# Each delivery wakes the thread that talks to the clients, which takes Python's lock from this one. Ends of answers are
+# delivered at once.
+SECONDS_BETWEEN_DELIVERIES = 0.02
 
 
 class QueueFull(Exception):
@@ -143,6 +147,8 @@ class Batcher:
     def _work(self) -> None:
         if self._device.type == "cuda":  # a thread starts with the first GPU
             torch.cuda.set_device(self._device)
+        outputs: Deliveries = []
+        delivered = -math.inf
         while True:
             with self._changed:
                 self._changed.wait_for(self._has_work)
@@ -150,12 +156,17 @@ class Batcher:
             for future, function in calls:
                 _run(future, function)
             for lane in self._lanes.values():
-                for outputs in filter(None, self._advance(lane)):
-                    self._deliver(outputs)
+                outputs += self._advance(lane)
+            now = time.monotonic()
+            if outputs and (
+                now - delivered > SECONDS_BETWEEN_DELIVERIES or any(_is_end(output) for _, output in outputs)
+            ):
+                self._deliver(outputs)
+                outputs, delivered = [], now
             if self._closed:
                 return
 
-    def _advance(self, lane: _Lane) -> Iterator[Deliveries]:
+    def _advance(self, lane: _Lane) -> Deliveries:
         """Remove cancelled answers, read prompts into free rows, and draw a token for each row."""
         with self._changed:
             cancelled, lane.cancelled = lane.cancelled, set()
@@ -165,17 +176,15 @@ class Batcher:
                 lane.batch.cancel(number)
                 del lane.running[number]
         if time.monotonic() > self._deadline:
-            yield self._end(lane, Stopping("the server stopped before the answer was complete"), [*lane.waiting])
-            return
-        yield self._finish(lane, [self._add(lane, number) for number in self._admitted(lane)])
+            return self._end(lane, Stopping("the server stopped before the answer was complete"), [*lane.waiting])
+        outputs = self._finish(lane, [self._add(lane, number) for number in self._admitted(lane)])
         if lane.running:
             try:
-                outputs = lane.batch.step()
+                outputs += self._finish(lane, [(output.request, output) for output in lane.batch.step()])
             except Exception as error:  # the batch serves whoever comes next
                 logging.exception("a decode step failed")
-                yield self._end(lane, error)
-                return
-            yield self._finish(lane, [(output.request, output) for output in outputs])
+                outputs += self._end(lane, error)
+        return outputs
 
     def _admitted(self, lane: _Lane) -> Iterator[int]:
         """Yield numbers for waiting answers, as long as there are free rows."""
@@ -198,8 +207,8 @@ class Batcher:
         """Return the outputs with their answers, and forget answers that have ended."""
         deliveries = []
         for number, output in outputs:
-            ended = isinstance(output, Exception) or output.finished
-            deliveries.append((lane.running.pop(number) if ended else lane.running[number], output))
+            answer = lane.running.pop(number) if _is_end(output) else lane.running[number]
+            deliveries.append((answer, output))
         return deliveries
 
     def _end(self, lane: _Lane, error: Exception, waiting: Sequence[Answer] = ()) -> Deliveries:
@@ -212,6 +221,10 @@ class Batcher:
             for answer in waiting:
                 lane.waiting.remove(answer)
         return [(answer, error) for answer in answers]
+
+
+def _is_end(output: TokenOutput | Exception) -> bool:
+    return isinstance(output, Exception) or bool(output.finished)
 
 
 def _run(future: Future, function: Callable[[], Any]) -> None:
