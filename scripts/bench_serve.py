@@ -1,20 +1,25 @@
 """Time the server against the engine alone, and count the sequences whose caches fit in the same memory.
 
 python -m scripts.bench_serve d4_softmax d4_gka
-python -m scripts.bench_serve d4_softmax d4_gka --clients 8 64 --rounds 5 --out results/serve
+python -m scripts.bench_serve d4_softmax d4_gka --clients 8 64 --tokens 128 --rounds 5 --out results/serve
 
 Both answer the same requests with the same number of rows. Clients are threads of this process; each sends a request
-when its last one is answered. Streams have one event per token.
+when its last one is answered. Streams have one event per token. On a machine with other work, compare the CPU time of
+the process that runs the model: the server's contains HTTP and JSON.
 """
 
 import contextlib
 import ctypes
 import json
+import os
 import resource
 import subprocess
 import sys
 import threading
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 
@@ -59,11 +64,10 @@ def compare(run_dir: Any, options: Any, device: "torch.device") -> list[dict[str
     """Time the engine in this process, and a server in its own, in turns; return a row of the table for each."""
     from gkachat.benchmark import benchmark
     from gkachat.inference.chat import ChatSession
-    from gkachat.inference.engine import Request
     from gkachat.inference.sampling import Sampling
 
     session = ChatSession.from_run(run_dir, device=str(device))
-    engine, written = session.engine, {}
+    engine, written, cpu = session.engine, Counter(), Counter()
     asks = [
         {"prompt": PROMPTS[i % len(PROMPTS)], "seed": i, "max_tokens": options.tokens} for i in range(options.requests)
     ]
@@ -72,32 +76,41 @@ def compare(run_dir: Any, options: Any, device: "torch.device") -> list[dict[str
         for ask in asks
     ]
 
-    def alone() -> None:
-        outputs = engine.run([Request(r.tokens, r.sampling) for r in requests], rows=options.rows)
-        written["engine"] = sum(output.token is not None for output in outputs)
+    def measured(name: str, pid: int, work: Callable[[], int]) -> Callable[[], None]:
+        """Return a function that works, and adds up the tokens that were written and the seconds of a process."""
+
+        def run() -> None:
+            before = cpu_seconds(pid)
+            written[name] += work()
+            cpu[name] += cpu_seconds(pid) - before
+
+        return run
+
+    def alone() -> int:
+        return sum(output.token is not None for output in engine.run(requests, rows=options.rows))
 
     threads = [] if options.threads is None else ["--threads", str(options.threads)]
     command = [sys.executable, "-m", "scripts.serve", str(run_dir), "--port=0", f"--rows={options.rows}", *threads]
     with subprocess.Popen([*command, f"--device={device}"], stdout=subprocess.PIPE, text=True) as server:
         try:
             host = server.stdout.readline().rpartition("//")[2].strip("/\n")
-            contestants = {"engine alone": alone}
+            contestants = {"engine alone": measured("engine alone", os.getpid(), alone)}
             for clients in options.clients:
                 for stream in (False, True):
                     name = f"server, {clients} clients, {'streams' if stream else 'whole answers'}"
-                    contestants[name] = lambda clients=clients, stream=stream: written.__setitem__(
-                        "server", ask_all(host, session.name, asks, clients, stream)
-                    )
+                    ask = partial(ask_all, host, session.name, asks, clients, stream)
+                    contestants[name] = measured(name, server.pid, ask)
             timings = benchmark(contestants, device, options.rounds)
         finally:
             server.terminate()
-    if written["engine"] != written["server"]:
-        raise ValueError(f"the server wrote {written['server']} tokens, the engine {written['engine']}")
-    n, engine_seconds = written["engine"], timings["engine alone"].median
+    if len(set(written.values())) > 1:
+        raise ValueError(f"expected the same tokens from all, given {dict(written)}")
+    n, engine_seconds = written["engine alone"] / (options.rounds + 2), timings["engine alone"].median
     return [
         {
             "run": session.name, "name": name, "tokens_per_second": n / timing.median,
             "low": n / timing.high, "high": n / timing.low, "share": engine_seconds / timing.median,
+            "cpu_ms": 1000 * cpu[name] / written[name], "cpu_share": cpu["engine alone"] / cpu[name],
         }
         for name, timing in timings.items()
     ]  # fmt: skip
@@ -120,6 +133,13 @@ def ask_all(host: str, model: str, asks: list[dict[str, Any]], n_clients: int, s
 
     with ThreadPoolExecutor(n_clients) as pool:
         return sum(pool.map(ask, asks))
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds of a process and its threads so far (proc(5): utime and stime)."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def sequences(config: "GPTConfig", n_bytes: int, dtype: "torch.dtype", device: "torch.device") -> dict[str, Any]:
@@ -166,6 +186,8 @@ SPEED = {
     "what": "{name}",
     "tokens/s (low to high)": "{tokens_per_second:,.0f} ({low:,.0f} to {high:,.0f})",
     "of the engine": "{share:.2f}",
+    "CPU ms per token": "{cpu_ms:.3f}",
+    "engine's CPU time over it": "{cpu_share:.2f}",
 }
 MEMORY = {
     "": "{shape}, context {context}: {name}",
