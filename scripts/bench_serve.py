@@ -67,7 +67,7 @@ def compare(run_dir: Any, options: Any, device: "torch.device") -> list[dict[str
     from gkachat.inference.sampling import Sampling
 
     session = ChatSession.from_run(run_dir, device=str(device))
-    engine, written, cpu = session.engine, Counter(), Counter()
+    engine, written, cpu, counts = session.engine, Counter(), Counter(), set()
     asks = [
         {"prompt": PROMPTS[i % len(PROMPTS)], "seed": i, "max_tokens": options.tokens} for i in range(options.requests)
     ]
@@ -81,7 +81,8 @@ def compare(run_dir: Any, options: Any, device: "torch.device") -> list[dict[str
 
         def run() -> None:
             before = cpu_seconds(pid)
-            written[name] += work()
+            counts.add(n := work())
+            written[name] += n
             cpu[name] += cpu_seconds(pid) - before
 
         return run
@@ -103,14 +104,14 @@ def compare(run_dir: Any, options: Any, device: "torch.device") -> list[dict[str
             timings = benchmark(contestants, device, options.rounds)
         finally:
             server.terminate()
-    if len(set(written.values())) > 1:
-        raise ValueError(f"expected the same tokens from all, given {dict(written)}")
-    n, engine_seconds = written["engine alone"] / (options.rounds + 2), timings["engine alone"].median
+    if len(counts) > 1:
+        raise ValueError(f"expected as many tokens from the server as from the engine, given {sorted(counts)}")
+    [n], engine_seconds = counts, timings["engine alone"].median
     return [
         {
             "run": session.name, "name": name, "tokens_per_second": n / timing.median,
             "low": n / timing.high, "high": n / timing.low, "share": engine_seconds / timing.median,
-            "cpu_ms": 1000 * cpu[name] / written[name], "cpu_share": cpu["engine alone"] / cpu[name],
+            "cpu_ms": 1000 * cpu[name] / written[name], "cpu_share": cpu["engine alone"] / written["engine alone"] / (cpu[name] / written[name]),
         }
         for name, timing in timings.items()
     ]  # fmt: skip
