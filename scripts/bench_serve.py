@@ -80,10 +80,10 @@ def compare(run_dir: Any, options: Any, device: "torch.device") -> list[dict[str
         """Return a function that works, and adds up the tokens that were written and the seconds of a process."""
 
         def run() -> None:
-            before = cpu_seconds(pid)
+            before = seconds_of(pid)
             counts.add(n := work())
             written[name] += n
-            cpu[name] += cpu_seconds(pid) - before
+            cpu[name] += seconds_of(pid) - before
 
         return run
 
@@ -107,11 +107,12 @@ def compare(run_dir: Any, options: Any, device: "torch.device") -> list[dict[str
     if len(counts) > 1:
         raise ValueError(f"expected as many tokens from the server as from the engine, given {sorted(counts)}")
     [n], engine_seconds = counts, timings["engine alone"].median
+    cpu_seconds = {name: cpu[name] / written[name] for name in timings}
     return [
         {
             "run": session.name, "name": name, "tokens_per_second": n / timing.median,
             "low": n / timing.high, "high": n / timing.low, "share": engine_seconds / timing.median,
-            "cpu_ms": 1000 * cpu[name] / written[name], "cpu_share": cpu["engine alone"] / written["engine alone"] / (cpu[name] / written[name]),
+            "cpu_ms": 1000 * cpu_seconds[name], "cpu_share": cpu_seconds["engine alone"] / max(1e-9, cpu_seconds[name]),
         }
         for name, timing in timings.items()
     ]  # fmt: skip
@@ -136,7 +137,7 @@ def ask_all(host: str, model: str, asks: list[dict[str, Any]], n_clients: int, s
         return sum(pool.map(ask, asks))
 
 
-def cpu_seconds(pid: int) -> float:
+def seconds_of(pid: int) -> float:
     """Return the CPU seconds of a process and its threads so far (proc(5): utime and stime)."""
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()
