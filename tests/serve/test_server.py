@@ -234,7 +234,7 @@ def test_a_client_that_goes_away_frees_its_rows(server, slow, stream):
 def test_a_full_queue_and_a_stopping_server_refuse(sessions):
     gate, ask = threading.Event(), {"model": "gka", "prompt": "x", "max_tokens": 3}
     with serving(sessions, rows=1, max_waiting=1, api_key="secret") as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0, timeout=10)
         server.batcher.call(gate.wait)  # nothing runs
         try:
             stream = client.completions.create(stream=True, n=2, **ask)
