@@ -83,6 +83,14 @@ class Cache:
         """Bytes of all buffers, those of the prefix not counted."""
         return sum(buffer.nbytes for buffers in self.layers for buffer in buffers.values())
 
+    def bytes_of(self, length: int) -> int:
+        """Return the bytes that a row of `length` tokens fills, those of the prefix not counted.
+
+        A layer with a window overwrites its oldest tokens, and so stops growing.
+        """
+        buffers = [buffer[0] for buffers in self.layers for buffer in buffers.values()]  # (H, S, D), or (S, C)
+        return sum(buffer.nbytes // (n := buffer.size(-2)) * min(length, n) for buffer in buffers)
+
     def step(self, rows: slice, T: int, prefill: bool = False) -> "CacheStep":
         """Make room for T new tokens in each of the rows; their lengths grow at once.
 

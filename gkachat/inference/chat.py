@@ -6,9 +6,10 @@ for text in session.ask("What is 34 + 57?", Sampling(max_tokens=64)):
 session.stats    # run, tokens_read, tokens_written, seconds, finished
 """
 
+import bisect
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,9 @@ class ChatSession:
     def answer(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
         """Stream the answer to any messages, whatever the conversation is. Sets `stats`, also when closed early."""
         ids, start = self.prompt_tokens(messages, sampling.max_tokens), time.perf_counter()
-        if self.is_tuned:
-            sampling = dataclasses.replace(sampling, stop_tokens=tuple(self.engine.tokenizer.special.values()))
         text, tokens, finished = "", [], ""
         try:
-            for output in self.engine.run([Request(ids[1:], sampling)], rows=1):  # the engine puts BOS in front
+            for output in self.engine.run([self.request(ids, sampling)], rows=1):
                 tokens += [] if output.token is None else [output.token]
                 text, finished = text + output.text, output.finished
                 yield output.text
@@ -79,6 +78,12 @@ class ChatSession:
                 "seconds": round(time.perf_counter() - start, 3), "finished": finished or "interrupted",
             }  # fmt: skip
 
+    def request(self, ids: Sequence[int], sampling: Sampling) -> Request:
+        """Return the request for the answer to a prompt, BOS first. A tuned run stops at the end of its answer."""
+        if self.is_tuned:
+            sampling = dataclasses.replace(sampling, stop_tokens=tuple(self.engine.tokenizer.special.values()))
+        return Request(ids[1:], sampling)  # the engine puts BOS in front
+
     def prompt_tokens(self, messages: Messages, max_tokens: int) -> list[int]:
         """Return the ids of the messages, BOS first, cut so that `max_tokens` fit behind them in the context.
 
@@ -88,12 +93,18 @@ class ChatSession:
         context = self.engine.model.config.sequence_len
         limit, messages = context - min(max_tokens, context // 2), list(messages)
         oldest = 1 if messages[0]["role"] == "system" else 0
-        while len(ids := self._encode(messages)) > limit and len(messages) > oldest + 1:
-            del messages[oldest : oldest + 2]
+
+        def without(n_turns: int) -> list[int]:
+            return self.encode(messages[:oldest] + messages[oldest + 2 * n_turns :])
+
+        # A client may send thousands of turns, so the first number of turns that fits is searched in halves.
+        turns = range((len(messages) - oldest - 1) // 2)
+        ids = without(bisect.bisect_left(turns, True, key=lambda n: len(without(n)) <= limit))
         n_head = 2 if self.is_tuned else 1  # BOS, and the token that starts the user's text
         return ids if len(ids) <= limit else ids[:n_head] + ids[len(ids) - limit + n_head :]
 
-    def _encode(self, messages: Messages) -> list[int]:
+    def encode(self, messages: Messages) -> list[int]:
+        """Return the ids of the messages, BOS first, whatever their number."""
         tokenizer = self.engine.tokenizer
         if self.is_tuned:
             return render_prompt(tokenizer, messages)

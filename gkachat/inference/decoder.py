@@ -2,7 +2,7 @@
 
     decoder = Decoder(model, cache, vocab_size)
     decoder.set_row(row, sampling, seen_ids)      # after the row's prompt was read
-    token, logprob = decoder.first(row, logits, draw)
+    drawn = decoder.first(row, logits, draw)
     drawn = decoder.step(tokens, draws)           # for the first len(tokens) rows
 
 The device runs the model and the draw as one piece of work, and the host waits only for the drawn tokens. On a GPU the
@@ -11,20 +11,28 @@ step is recorded as a CUDA graph, once for every SamplingPlan and every ROUND to
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gkachat.attention.cache import Cache, CacheStep
-from gkachat.inference.sampling import Sampling, SamplingPlan, make_plan, sample, settings_tensor
+from gkachat.inference.sampling import TOP_LOGPROBS, Sampling, SamplingPlan, make_plan, sample, settings_tensor
 from gkachat.machine import widest_float
 from gkachat.model.gpt import GPT
 
 ROUND = 256  # where shapes must not change, a step reads a multiple of this number of cache slots
 RECOMPILE_LIMIT = 64  # torch's 8 are too few for three models at several batch sizes
 
-Drawn = tuple[int, float]
-"""A token and its log-probability; 0 where no row asked for log-probabilities."""
+
+class Drawn(NamedTuple):
+    """Token that was drawn for one row."""
+
+    token: int
+    logprob: float
+    """Its log-probability; 0 where no row asked for log-probabilities."""
+    top: list[tuple[int, float]]
+    """The TOP_LOGPROBS likeliest tokens and their log-probabilities; empty where no row asked for them."""
 
 
 class Decoder:
@@ -76,8 +84,7 @@ class Decoder:
         rows, plan = slice(row, row + 1), make_plan(self.samplings[row : row + 1])
         draws = torch.tensor([draw], dtype=self.inputs.dtype, device=logits.device)
         seen = self.seen[rows] if plan.penalty else None
-        [(token, logprob)] = _draw(logits[:, : self.vocab_size], self.settings[rows], plan, draws, seen).tolist()
-        return int(token), logprob
+        return _read(_draw(logits[:, : self.vocab_size], self.settings[rows], plan, draws, seen))[0]
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], draws: Sequence[float]) -> list[Drawn]:
@@ -95,7 +102,7 @@ class Decoder:
         drawn = self._replay(longest, plan) if self.uses_graphs else self._run(rows, longest, plan)
         for row in range(n):
             cache.lengths[row] += 1
-        return [(int(token), logprob) for token, logprob in drawn[:n].tolist()]
+        return _read(drawn[:n])
 
     def _run(self, rows: int, longest: int, plan: SamplingPlan) -> Tensor:
         seen = self.seen[:rows] if plan.penalty else None
@@ -121,7 +128,7 @@ def _decode_and_draw(
     seen: Tensor | None,
     vocab_size: int,
 ) -> Tensor:
-    """Return (B, 2): tokens and log-probabilities. Idempotent, so that it can run several times before it is recorded.
+    """Return what `_draw` does. Idempotent, so that it can run several times before it is recorded.
 
     The caller counts the new tokens in cache.lengths.
     """
@@ -133,12 +140,27 @@ def _decode_and_draw(
 
 
 def _draw(logits: Tensor, settings: Tensor, plan: SamplingPlan, draws: Tensor, seen: Tensor | None) -> Tensor:
-    """Return (B, 2) in the dtype of the draws: ids, and log-probabilities before temperature and cuts."""
+    """Return (B, 2 or 2 + 2 * TOP_LOGPROBS) in the dtype of the draws.
+
+    Columns are the drawn id, its log-probability before temperature and cuts, then the likeliest ids, then theirs.
+    """
     ids = sample(logits, settings, plan, draws, seen)
-    logprobs = torch.zeros_like(draws)
+    columns = [ids[:, None], torch.zeros_like(draws)[:, None]]
     if plan.logprobs:
-        logprobs = logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0].to(draws.dtype)
-    return torch.stack((ids.to(draws.dtype), logprobs), dim=1)
+        logprobs = logits.log_softmax(dim=-1)
+        columns[1] = logprobs.gather(1, ids[:, None])
+        if plan.top_logprobs:
+            columns += reversed(logprobs.topk(TOP_LOGPROBS, dim=-1))
+    return torch.cat([column.to(draws.dtype) for column in columns], dim=1)
+
+
+def _read(drawn: Tensor) -> list[Drawn]:
+    """Return the rows of what `_draw` returned. This waits for the device."""
+    rows = []
+    for token, logprob, *top in drawn.tolist():
+        ids, logprobs = map(int, top[: len(top) // 2]), top[len(top) // 2 :]
+        rows.append(Drawn(int(token), logprob, list(zip(ids, logprobs, strict=True))))
+    return rows
 
 
 def _record(work: Callable[[], Tensor], pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

@@ -3,6 +3,13 @@
 engine = Engine(model, tokenizer)
 for token in engine.generate(tokenizer.encode("def add("), max_tokens=64, temperature=0.8, seed=1): ...
 for output in engine.run([Request(ids, Sampling(seed=seed)) for seed in range(64)], rows=16): ...
+
+Requests that come and go take a Batch, which `run` is a loop over:
+
+batch = engine.batch(rows=16)
+output = batch.add(7, Request(ids))    # into a free row
+outputs = batch.step()                 # the next token of every row; a row that ends is free
+batch.cancel(7)
 """
 
 import codecs
@@ -15,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gkachat.attention.cache import Cache
-from gkachat.inference.decoder import Decoder
+from gkachat.inference.decoder import Decoder, Drawn
 from gkachat.inference.sampling import Sampling
 from gkachat.model.gpt import GPT
 from gkachat.tokenizer import Tokenizer
@@ -44,13 +51,15 @@ class TokenOutput:
     """Output of one decode step for one request: its next token, its end, or both."""
 
     request: int
-    """Index of the request."""
+    """Number of the request: its index in `Engine.run`."""
     token: int | None
     """Token id; None where the request ends without one."""
     text: str
     """Text that is certain by now. Bytes of an unfinished character, and what may become a stop text, are held back."""
     logprob: float | None = None
     """Log-probability of the token, where the request asked for it."""
+    top_logprobs: Sequence[tuple[int, float]] = ()
+    """The likeliest tokens and their log-probabilities, as many as the request asked for."""
     finished: str = ""
     """Reason in the last output of a request: bos, stop, max_tokens or sequence_len. Empty in earlier outputs."""
 
@@ -97,13 +106,17 @@ class Engine:
         Raises:
             ValueError: a prompt leaves no room for a token.
         """
-        waiting, batch = enumerate(requests), _Batch(self, max(1, rows), prefix)
+        waiting, batch = enumerate(requests), self.batch(rows, prefix)
         while True:
-            while len(batch.texts) < batch.n_rows and (numbered := next(waiting, None)) is not None:
+            while batch.has_room and (numbered := next(waiting, None)) is not None:
                 yield batch.add(*numbered)
-            if not batch.texts:
+            if not len(batch):
                 return
             yield from batch.step()
+
+    def batch(self, rows: int, prefix: Prefix | None = None) -> "Batch":
+        """Return an empty batch of this many rows, at least one, with a cache of its own."""
+        return Batch(self, max(1, rows), prefix)
 
     def _read_prompt(self, cache: Cache, row: int, tokens: Sequence[int]) -> Tensor:
         """Return the logits (1, V) after the last of the tokens."""
@@ -123,9 +136,9 @@ class _Text:
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.token, self.n_tokens, self.held_back = None, 0, ""
 
-    def output(self, token: int, logprob: float, is_full: bool) -> TokenOutput:
+    def output(self, drawn: Drawn, is_full: bool) -> TokenOutput:
         """Add the next token to the text, and return the output. `is_full`: the context has no room for another."""
-        finished, data = "", b""
+        token, finished, data = drawn.token, "", b""
         if token in self.stop_tokens:
             finished = "bos" if token == self.tokenizer.bos else "stop"
             token = None
@@ -138,7 +151,8 @@ class _Text:
         text, stopped = self._emit(self.utf8.decode(data, final=bool(finished)), is_last=bool(finished))
         if stopped and token is not None:
             finished = "stop"
-        return TokenOutput(self.request, token, text, logprob if self.sampling.logprobs else None, finished)
+        logprob = drawn.logprob if self.sampling.logprobs else None
+        return TokenOutput(self.request, token, text, logprob, drawn.top[: self.sampling.top_logprobs], finished)
 
     def _emit(self, text: str, is_last: bool) -> tuple[str, bool]:
         """Return the text that can be emitted now, and whether a stop text has come."""
@@ -146,14 +160,17 @@ class _Text:
         positions = [at for stop in self.sampling.stop if (at := text.find(stop)) >= 0]
         if positions:
             return text[: min(positions)], True
-        prefixes = (stop[:n] for stop in self.sampling.stop for n in range(1, len(stop)))
+        prefixes = (stop[:n] for stop in self.sampling.stop for n in range(1, min(len(stop), len(text) + 1)))
         hold = 0 if is_last else max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
         text, self.held_back = text[: len(text) - hold], text[len(text) - hold :]
         return text, False
 
 
-class _Batch:
-    """The requests that are being answered, one in each row of the cache."""
+class Batch:
+    """The requests that are being answered, one in each row of the cache. `len(batch)` counts them.
+
+    They join and leave between steps. What a row draws depends on its own prompt and seed alone, except for rounding.
+    """
 
     def __init__(self, engine: Engine, n_rows: int, prefix: Prefix | None):
         self.engine, self.prefix, self.n_rows = engine, prefix, n_rows
@@ -165,9 +182,20 @@ class _Batch:
         self.decoder = Decoder(engine.model, self.cache, engine.tokenizer.vocab_size, engine.compile)
         self.texts: list[_Text] = []
 
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a row is free."""
+        return len(self.texts) < self.n_rows
+
     @torch.inference_mode()
     def add(self, number: int, request: Request) -> TokenOutput:
-        """Read a prompt into a free row, and draw its first token."""
+        """Read a prompt into a free row, and draw its first token. `number` names the request in all outputs.
+
+        Raises ValueError for a prompt that leaves no room for a token. The batch is then as it was.
+        """
         cache, row, tokenizer = self.cache, len(self.texts), self.engine.tokenizer
         tokens, seen = list(request.tokens), set(request.tokens)
         if self.prefix is None:
@@ -184,7 +212,7 @@ class _Batch:
         logits = self.engine._read_prompt(cache, row, tokens)
         self.decoder.set_row(row, request.sampling, seen)
         text = _Text(number, request.sampling, tokenizer)
-        output = text.output(*self.decoder.first(row, logits, text.random.random()), self._is_full(row))
+        output = text.output(self.decoder.first(row, logits, text.random.random()), self._is_full(row))
         if not output.finished:
             self.texts.append(text)
         return output
@@ -192,16 +220,25 @@ class _Batch:
     def step(self) -> list[TokenOutput]:
         """Draw a token for each row, and remove the rows that have ended."""
         drawn = self.decoder.step([text.token for text in self.texts], [text.random.random() for text in self.texts])
-        outputs = [
-            self.texts[row].output(token, logprob, self._is_full(row)) for row, (token, logprob) in enumerate(drawn)
-        ]
+        outputs = [self.texts[row].output(one, self._is_full(row)) for row, one in enumerate(drawn)]
         for row in reversed(range(len(outputs))):
-            if outputs[row].finished:  # the last row moves into the free one
-                last = self.texts.pop()
-                if row < len(self.texts):
-                    self.decoder.move(len(self.texts), row)
-                    self.texts[row] = last
+            if outputs[row].finished:
+                self._remove(row)
         return outputs
+
+    def cancel(self, number: int) -> None:
+        """Free the row of a request. Nothing happens if it has none."""
+        for row, text in enumerate(self.texts):
+            if text.request == number:
+                self._remove(row)
+                return
+
+    def _remove(self, row: int) -> None:
+        """Move the last row over this one."""
+        last = self.texts.pop()
+        if row < len(self.texts):
+            self.decoder.move(len(self.texts), row)
+            self.texts[row] = last
 
     def _is_full(self, row: int) -> bool:
         return self.cache.lengths[row] >= self.sequence_len

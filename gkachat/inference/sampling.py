@@ -16,6 +16,8 @@ from torch import Tensor
 
 from gkachat.config import at_least, require
 
+TOP_LOGPROBS = 20  # the most that a row may ask for
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -41,6 +43,8 @@ class Sampling:
     """Token ids that end the generation, besides BOS."""
     logprobs: bool = False
     """Return the log-probability of each token, before temperature and cuts."""
+    top_logprobs: int = 0
+    """Return this many of the likeliest tokens with their log-probabilities beside each token."""
 
     def __post_init__(self) -> None:
         require(
@@ -50,6 +54,7 @@ class Sampling:
             min_p=(self.min_p is None or 0 <= self.min_p <= 1, "0 to 1"),
             repetition_penalty=(self.repetition_penalty > 0, "above 0"),
             stop=(all(self.stop), "texts that are not empty"),
+            top_logprobs=(0 <= self.top_logprobs <= TOP_LOGPROBS, f"0 to {TOP_LOGPROBS}"),
             **at_least(0, self, "max_tokens"),
             **at_least(1, self, "top_k"),
         )
@@ -66,6 +71,7 @@ class SamplingPlan(NamedTuple):
     min_p: bool
     penalty: bool
     logprobs: bool
+    top_logprobs: bool
 
 
 def make_plan(samplings: Sequence[Sampling]) -> SamplingPlan:
@@ -77,7 +83,8 @@ def make_plan(samplings: Sequence[Sampling]) -> SamplingPlan:
         top_p=any(s.top_p is not None for s in samplings),
         min_p=any(s.min_p is not None for s in samplings),
         penalty=any(s.repetition_penalty != 1 for s in samplings),
-        logprobs=any(s.logprobs for s in samplings),
+        logprobs=any(s.logprobs or s.top_logprobs for s in samplings),
+        top_logprobs=any(s.top_logprobs for s in samplings),
     )
 
 

@@ -92,7 +92,7 @@ def inspect_run(
     _check_weights(type(layers[0]), config.attention)
     mapped = _mapped_heads(heads, config.depth, config.n_head)
     texts, source = _read_texts(text, tokenizer, meta, documents, config.sequence_len)
-    observed = _observe(model, layers, texts, tokens, device)
+    observed = _observe(model, layers, texts, tokens)
     sigma = [layer.sigma.tolist() for layer in layers if hasattr(layer, "sigma")]
     return Inspection(
         run=run_dir.resolve().name,
@@ -121,19 +121,41 @@ def _check_weights(layer: type, attention: str) -> None:
         )
 
 
+@torch.no_grad()
+def attention_inputs(model: GPT, ids: list[int]) -> list[tuple]:
+    """Run the model over one text; return what each attention layer receives: block input, tokens and rotations."""
+    inputs: list[tuple] = []
+    hooks = [
+        block.attn.register_forward_pre_hook(lambda layer, args: inputs.append(args[:3])) for block in model.blocks
+    ]
+    try:
+        model(torch.tensor([ids], device=model.wte.weight.device), logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return inputs
+
+
+@torch.no_grad()
+def last_token_weights(model: GPT, ids: list[int]) -> Tensor:
+    """Return the weight of each token of a text at its last position, for every layer and head: (layers, H, T)."""
+    layers = [block.attn for block in model.blocks]
+    return torch.stack(
+        [
+            layer.attention_weights(*args).weights[0, :, -1].float().cpu()
+            for layer, args in zip(layers, attention_inputs(model, ids), strict=True)
+        ]
+    )
+
+
 def _observe(
-    model: GPT, layers: list[Attention], texts: list[list[int]], map_tokens: int, device: str | torch.device
+    model: GPT, layers: list[Attention], texts: list[list[int]], map_tokens: int
 ) -> list[dict[str, list[Tensor]]]:
     """Return for each layer, by name, what was observed on each text: STATISTICS, visible, map and distances."""
-    inputs: list[tuple] = []  # block input, tokens and rotations of each layer
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[:3]))
     generator = torch.Generator().manual_seed(0)
     observed: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in layers]
     for ids in texts:
-        inputs.clear()
-        model(torch.tensor([ids], device=device))
-        for layer, args, found in zip(layers, inputs, observed, strict=True):
+        for layer, args, found in zip(layers, attention_inputs(model, ids), observed, strict=True):
             weights, _, distances = layer.attention_weights(*args)
             for name, values_HT in head_statistics(weights[0].cpu()).items():
                 found[name].append(values_HT.double())

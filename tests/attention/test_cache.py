@@ -18,6 +18,14 @@ def test_a_layer_with_a_window_keeps_that_window_and_one_block():
     assert [layer["k"].size(2) for layer in cache.layers[:3]] == [129 + BLOCK - 1, 129 + BLOCK - 1, T]
 
 
+@pytest.mark.parametrize("attention", ["softmax", "gka", "gka_plus"])
+def test_bytes_of_a_row_grow_with_its_length_up_to_its_share_of_the_cache(attention):
+    cache = live_model(attention, depth=3).make_cache(4, T, block=BLOCK)
+    one, two, all = (cache.bytes_of(n) for n in (1, 2, T))
+    assert two == 2 * one and 4 * all == cache.n_bytes
+    assert all < T * one  # layers with a window, and short convolutions, stop
+
+
 def test_more_than_a_block_at_once_is_an_error():
     cache = live_model("gka").make_cache(1, T, block=BLOCK)
     with pytest.raises(ValueError, match="given 33 tokens at once, expected at most 32"):

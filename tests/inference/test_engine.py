@@ -121,6 +121,33 @@ def test_steps_of_many_models_are_all_compiled(monkeypatch):
     assert counters["stats"]["unique_graphs"] - before == 2
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_requests_that_join_and_leave_a_batch_get_the_answers_they_get_alone(engine, temperature):
+    settings = [Sampling(max_tokens=4 + 2 * i, temperature=temperature, seed=i) for i in range(len(PROMPTS))]
+    requests = [Request(prompt, s) for prompt, s in zip(PROMPTS, settings, strict=True)]
+    alone = [list(engine.generate(r.tokens, **vars(r.sampling))) for r in requests]
+    batch, waiting, tokens, cancelled = engine.batch(rows=3), list(enumerate(requests)), [[] for _ in requests], {}
+    for n_steps in range(1000):
+        outputs = []
+        if batch.has_room and waiting and n_steps % 2:  # joins beside rows of any length
+            outputs.append(batch.add(*waiting.pop(0)))
+        if n_steps in (3, 8):  # a first row leaves, and a later one
+            number = batch.texts[(n_steps == 8) * (len(batch) - 1)].request
+            batch.cancel(number)
+            cancelled[number] = len(tokens[number])
+        outputs += batch.step() if len(batch) else []
+        for output in outputs:
+            tokens[output.request] += [] if output.token is None else [output.token]
+        if not waiting and not len(batch):
+            break
+    assert len(cancelled) == 2 and len(batch) == 0
+    assert tokens == [answer[: cancelled.get(number)] for number, answer in enumerate(alone)]
+    batch.cancel(0)  # has left: nothing happens
+    with pytest.raises(ValueError, match="expected at most sequence_len"):
+        batch.add(0, Request([5] * 24))
+    assert len(batch) == 0
+
+
 def test_samples_of_one_prompt_are_those_of_their_seeds(engine):
     got = engine.samples(PROMPTS[0], 5, rows=3, max_tokens=9, seed=7)
     assert got == [list(engine.generate(PROMPTS[0], max_tokens=9, seed=7 + i)) for i in range(5)]
@@ -138,13 +165,17 @@ def test_requests_continue_a_prefix_that_was_read_once(engine):
 
 def test_logprobs_are_the_models(engine):
     prompt = PROMPTS[2]
-    settings = Sampling(max_tokens=6, temperature=0.7, top_k=5, logprobs=True)
+    settings = Sampling(max_tokens=6, temperature=0.7, top_k=5, logprobs=True, top_logprobs=3)
     outputs = [output for output in engine.run([Request(prompt, settings)]) if output.token is not None]
     tokens = [TOKENIZER.bos, *prompt, *(output.token for output in outputs)]
     logits = engine.model(torch.tensor([tokens]))[0, :, : TOKENIZER.vocab_size].log_softmax(dim=-1)
     for position, output in enumerate(outputs, len(prompt)):
         assert output.logprob == pytest.approx(logits[position, output.token].item(), abs=1e-4)
-    assert next(engine.run([Request(prompt)])).logprob is None
+        highest, ids = logits[position].topk(3)
+        assert [id for id, _ in output.top_logprobs] == ids.tolist()
+        assert [logprob for _, logprob in output.top_logprobs] == pytest.approx(highest.tolist(), abs=1e-4)
+    other = next(engine.run([Request(prompt)]))
+    assert other.logprob is None and not other.top_logprobs
 
 
 @pytest.mark.parametrize(

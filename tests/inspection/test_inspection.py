@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from gkachat.attention import Attention, SoftmaxAttention
 from gkachat.attention.features import rms_norm, rope_table
 from gkachat.attention.kernels.reference import visible
+from gkachat.checkpoint import load_model
 from gkachat.config import GKAConfig
 from gkachat.inspection.page import page
 from gkachat.inspection.report import markdown, write_inspection
-from gkachat.inspection.statistics import Inspection, head_statistics, inspect_run, sigma_history
+from gkachat.inspection.statistics import Inspection, head_statistics, inspect_run, last_token_weights, sigma_history
 from gkachat.tokenizer import Tokenizer
 
 T = 200  # longer than the short window, 129
@@ -105,6 +106,17 @@ def test_the_table_has_columns_that_apply_and_maps_show_the_chosen_heads(run, ho
     assert inspection.maps.keys() == {"1.0"} and inspection.maps["1.0"].shape == (5, 5)
     assert inspection.tokens[0] == "<|bos|>" and len(inspection.tokens) == 5
     torch.testing.assert_close(inspection.maps["1.0"].sum(dim=-1), torch.ones(5))
+
+
+def test_the_weights_of_the_last_token_are_the_last_row_of_the_maps(run):
+    model, tokenizer, _ = load_model(run)
+    ids = [tokenizer.bos, *tokenizer.encode(TEXT)][:8]
+    weights = last_token_weights(model, ids)
+    maps = inspect_run(run, text=TEXT, tokens=8).maps
+    assert weights.shape == (2, 2, 8) and len(maps) == 4
+    for name, map in maps.items():
+        torch.testing.assert_close(weights[tuple(int(i) for i in name.split("."))], map[-1])
+    assert not model.blocks[0].attn._forward_pre_hooks  # a server's model does not collect them
 
 
 def test_the_script_reads_val_documents_and_writes_figures_of_sigma_only_where_there_is_one(run, home):
