@@ -78,7 +78,7 @@ def main() -> None:
     base, args, flags = split_args(sys.argv[1:], "RUN", __doc__, RUN_FLAGS, TuningConfig, FIXED)
     if base is None:
         raise ValueError("given no run, expected the name or directory of the one to tune")
-    from gkachat.checkpoint import MODEL, find_run, load_tokenizer, load_weights, open_checkpoint
+    from gkachat.checkpoint import MODEL, check_format, find_run, load_tokenizer, load_weights, open_checkpoint
     from gkachat.data.loader import count_rows
     from gkachat.data.tuning import prepare
     from gkachat.eval.bpb import bpb_sums
@@ -92,13 +92,14 @@ def main() -> None:
     from gkachat.train.trainer import Trainer
 
     base_dir = find_run(base)
-    directory, meta = open_checkpoint(base_dir, None, MODEL)
-    tokenizer = load_tokenizer(base_dir, meta)
+    check_format(base_dir)
     try:
         config = load_config(tuning_defaults(base_dir), args, TuningConfig)
     except ConfigError as error:
         raise ConfigError([f"options: {error}"]) from None
-    device, T = pick_device(config.run.device), config.model.sequence_len
+    directory, meta = open_checkpoint(base_dir, None, MODEL)
+    tokenizer, T = load_tokenizer(base_dir, meta), config.model.sequence_len
+    device = pick_device(config.run.device)
     world = init_process_group(device.type, config.run.timeout)
     facts = model_facts(config.model)
     splits, counts = prepare(home() / "conversations", config.chat, config.run.seed, facts, tokenizer, T)

@@ -201,6 +201,13 @@ def test_training_again_under_the_same_name_is_refused(trained):
     assert result.returncode == 1 and "exists" in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_tuning_refuses_an_image_model(tmp_path):
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    shutil.copy(ROOT / "configs" / "vision_digits.toml", tmp_path / "runs" / "digits" / "config.toml")
+    result = run_script("chat_sft", "digits", home=tmp_path)
+    assert result.returncode == 1 and result.stderr.endswith("given an image model, expected a language model\n")
+
+
 def test_tuning_refuses_a_run_that_exists_and_continues_it_when_asked(trained):
     options = ["d2_gka", "--chat.conversations=200", "--chat.epochs=0.2"]
     first = run_script("chat_sft", *options, home=trained)
