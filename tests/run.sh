@@ -9,4 +9,14 @@ source scripts/setup.sh
 [ -d .venv/triton-3.6 ] || [ "$(uname -s)" != Linux ] ||
     "$PYTHON" -m pip install --quiet --no-deps --target .venv/triton-3.6 triton==3.6.0 ||
     { rm -rf .venv/triton-3.6; echo "tests: cannot install Triton 3.6; its tests are skipped" >&2; }
+# transformers' own tests of models, which only its source distribution has. Without a network they are skipped.
+version=$("$PYTHON" -c 'import importlib.metadata; print(importlib.metadata.version("transformers"))')
+fetched=.venv/transformers-tests-$version
+[ -d "$fetched" ] || {
+    mkdir -p "$fetched.tmp" &&
+        "$PYTHON" -m pip download --quiet --no-deps --no-binary transformers --dest "$fetched.tmp" "transformers==$version" &&
+        tar -xzf "$fetched.tmp/transformers-$version.tar.gz" -C "$fetched.tmp" &&
+        mv "$fetched.tmp/transformers-$version/tests" "$fetched"
+} || echo "tests: cannot fetch transformers' tests; they are skipped" >&2
+rm -rf "$fetched.tmp"
 exec "$PYTHON" -m pytest ${pytest_args[@]+"${pytest_args[@]}"}

@@ -56,6 +56,11 @@ def linear(n_in: int, n_out: int) -> nn.Linear:
     return nn.Linear(n_in, n_out, bias=False)
 
 
+def parameter(n: int) -> nn.Parameter:
+    """Return n numbers that stay in float32, also in a model of another dtype."""
+    return nn.Parameter(torch.zeros(n, dtype=torch.float32))
+
+
 class RecentInputs(DynamicLayer):
     """Cache layer with the inputs of each row's newest tokens, without padding, (B, 1, RECENT, C).
 
@@ -217,38 +222,40 @@ class Positions:
 
 
 def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, visible: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, span: Span
 ) -> tuple[Tensor, Tensor]:
     """Return softmax(scale q.k + bias) v, (B, H, T, D), and the weights, (B, H, T, S) float32."""
     scores = q.float() @ k.float().mT * scale
     if bias is not None:
         scores = scores + bias.mT
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
+    if span.visible is not None:
+        scores = scores.masked_fill(~span.visible, -torch.inf)
     weights = scores.softmax(dim=-1)
+    if span.keyless is not None:
+        weights = weights.masked_fill(span.keyless, 0)
     return weights.to(v.dtype) @ v, weights
 
 
 def sdpa_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, visible: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, span: Span
 ) -> tuple[Tensor, None]:
     """Return what `eager_attention` returns, without weights, from torch's fused kernels."""
     T, D = q.shape[-2:]
-    if bias is None:
-        is_causal = visible is None and T > 1
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal, scale=scale), None
-    if T == 1:  # nothing to fuse, and no copy of the keys
-        return eager_attention(q, k, v, scale, bias, visible)[0], None
-    # Keys get the bias as one more channel, and queries a 1. In half precision a second one holds the rounding error.
-    # Kernels want head sizes in multiples of 8, and values as wide as keys.
-    high = bias.to(k.dtype)
-    columns = [high] if k.dtype == bias.dtype else [high, (bias - high.float()).to(k.dtype)]
-    zeros = k.new_zeros(*k.shape[:-1], -(D + len(columns)) % 8)
-    ones = q.new_ones(*q.shape[:-1], len(columns))
-    q = torch.cat((q, ones, zeros[:, :, -T:]), dim=-1)
-    k = torch.cat((k, *columns, zeros), dim=-1)
-    y, _ = sdpa_attention(q, k, F.pad(v, (0, k.size(-1) - D)), scale, None, visible)
-    return y[..., :D], None
+    if bias is not None and T == 1:  # nothing to fuse, and no copy of the keys
+        return eager_attention(q, k, v, scale, bias, span)[0], None
+    if bias is not None:
+        # Keys get the bias as one more channel, and queries a 1. In half precision a second one holds the rounding
+        # error. Kernels want head sizes in multiples of 8, and values as wide as keys.
+        high = bias.to(k.dtype)
+        columns = [high] if k.dtype == bias.dtype else [high, (bias - high.float()).to(k.dtype)]
+        zeros = k.new_zeros(*k.shape[:-1], -(D + len(columns)) % 8)
+        ones = q.new_ones(*q.shape[:-1], len(columns))
+        q = torch.cat((q, ones, zeros[:, :, -T:]), dim=-1)
+        k = torch.cat((k, *columns, zeros), dim=-1)
+        v = F.pad(v, (0, k.size(-1) - D))
+    is_causal = span.visible is None and T > 1
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=span.visible, is_causal=is_causal, scale=scale)[..., :D]
+    return y if span.keyless is None else y.masked_fill(span.keyless, 0), None
 
 
 class ValueEmbedding(nn.Module):
@@ -322,15 +329,14 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.index)
         q, k, v, bias = self.compared(q, k, v, positions)
-        is_sdpa = self.config._attn_implementation == "sdpa"
-        attend, parts, weights = (sdpa_attention if is_sdpa else eager_attention), [], None
-        for queries, keys, visible, keyless in positions.spans(k.size(2), self.window, is_sdpa, not output_weights):
-            of_keys = None if bias is None else bias[:, :, keys]
-            y, weights = attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], self.scale, of_keys, visible)
-            parts.append(y if keyless is None else y.masked_fill(keyless, 0))
+        is_sdpa = self.config._attn_implementation == "sdpa" and not output_weights
+        attend, parts = (sdpa_attention if is_sdpa else eager_attention), []
+        for span in positions.spans(k.size(2), self.window, is_sdpa, not output_weights):
+            part_of_bias = None if bias is None else bias[:, :, span.keys]
+            of_queries, of_keys = q[:, :, span.queries], (t[:, :, span.keys] for t in (k, v))
+            y, weights = attend(of_queries, *of_keys, self.scale, part_of_bias, span)
+            parts.append(y)
         y_BHTD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        if output_weights and keyless is not None:
-            weights = weights.masked_fill(keyless, 0)
         return self.c_proj(y_BHTD.transpose(1, 2).flatten(2)), weights if output_weights else None
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:
@@ -373,7 +379,7 @@ class GaussianKernelAttention(Attention):
 
     def __init__(self, config: GkachatConfig, index: int):
         super().__init__(config, index)
-        self.log_sigma = nn.Parameter(torch.zeros(config.num_attention_heads))
+        self.log_sigma = parameter(config.num_attention_heads)
 
     def qkv(
         self, x_BTC: Tensor, idx_BT: Tensor | None, positions: Positions, recent: RecentInputs | None
@@ -403,7 +409,7 @@ class GKAPlus(Attention):
     def __init__(self, config: GkachatConfig, index: int):
         super().__init__(config, index)
         self.conv_q, self.conv_k, self.conv_v = ShortConv(config), ShortConv(config), ShortConv(config)
-        self.log_sigma = nn.Parameter(torch.zeros(config.num_attention_heads))
+        self.log_sigma = parameter(config.num_attention_heads)
 
     def qkv(
         self, x_BTC: Tensor, idx_BT: Tensor | None, positions: Positions, recent: RecentInputs | None
@@ -456,7 +462,7 @@ class Smear(nn.Module):
         super().__init__()
         self.index = config.num_hidden_layers
         self.gate = linear(min(SMEAR_CHANNELS, config.hidden_size), 1)
-        self.share = nn.Parameter(torch.zeros(1))
+        self.share = parameter(1)
 
     def forward(self, x_BTC: Tensor, positions: Positions, cache: DynamicCache | None) -> Tensor:
         (previous_BTC,) = positions.before(x_BTC, 1, None if cache is None else cache.layers[self.index])
@@ -475,6 +481,10 @@ class GkachatPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = [  # noqa: RUF012
         "log_sigma", "residual_scale", "x0_mix", "backout", "smear.share",
     ]  # fmt: skip
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
 
     def post_init(self) -> None:
         super().post_init()
@@ -521,10 +531,10 @@ class GkachatModel(GkachatPreTrainedModel):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
-        self.residual_scale = nn.Parameter(torch.ones(config.num_hidden_layers))
-        self.x0_mix = nn.Parameter(torch.zeros(config.num_hidden_layers))
+        self.residual_scale = parameter(config.num_hidden_layers)
+        self.x0_mix = parameter(config.num_hidden_layers)
         self.smear = Smear(config) if config.smear else None
-        self.backout = nn.Parameter(torch.zeros(1)) if config.backout else None
+        self.backout = parameter(1) if config.backout else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -550,7 +560,7 @@ class GkachatModel(GkachatPreTrainedModel):
             cache: a DynamicCache, also accepted as past_key_values.
             inputs_embeds: (B, T, C) instead of input_ids, for models without value embeddings.
             output_hidden_states: also return the input of each layer and the last hidden state.
-            output_attentions: also return each layer's weights (B, H, T, S); needs attn_implementation="eager".
+            output_attentions: also return each layer's weights (B, H, T, S), which takes eager attention.
 
         Raises:
             ValueError: another kind of cache, a mask of another shape, positions that restart within a row, or an
@@ -565,8 +575,6 @@ class GkachatModel(GkachatPreTrainedModel):
             raise ValueError("inputs_embeds: this model's value embeddings need token ids; give input_ids")
         output_hidden_states = _or(output_hidden_states, self.config.output_hidden_states)
         output_attentions = _or(output_attentions, self.config.output_attentions)
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError("output_attentions: needs model.set_attn_implementation('eager')")
         x_BTC = rms_norm(self.wte(input_ids) if inputs_embeds is None else inputs_embeds)
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
         n_past = 0 if cache is None else cache.get_seq_length()
