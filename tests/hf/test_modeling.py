@@ -4,7 +4,6 @@ test_export.py compares it with gkachat; here one way to call it is compared wit
 """
 
 import copy
-import itertools
 from importlib import metadata, reload
 
 import pytest
@@ -12,9 +11,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from gkachat.hf import configuration_gkachat, modeling_gkachat  # noqa: E402
+from gkachat.hf import configuration_gkachat  # noqa: E402
+from gkachat.hf.attention_gkachat import BLOCK, Positions  # noqa: E402
 from gkachat.hf.configuration_gkachat import GkachatConfig  # noqa: E402
-from gkachat.hf.modeling_gkachat import BLOCK, GkachatForCausalLM, GkachatForSequenceClassification  # noqa: E402
+from gkachat.hf.modeling_gkachat import GkachatForCausalLM, GkachatForSequenceClassification  # noqa: E402
 
 V, C, WINDOW = 64, 32, 9
 SHAPES = {
@@ -100,7 +100,7 @@ def test_windows_attend_in_blocks_as_they_do_at_once(model):
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
         close(model(idx).logits, expected.logits)
-    sizes = [q.stop - q.start for q, *_ in modeling_gkachat.Positions(
+    sizes = [q.stop - q.start for q, *_ in Positions(
         idx.shape, 0, None, None, model.config, idx.device
     ).spans(idx.size(1), WINDOW, True, True)]  # fmt: skip
     assert sizes == [BLOCK, BLOCK, 7]
@@ -200,7 +200,7 @@ def test_what_the_model_does_not_have_is_refused():
         for part in (model, model.model):
             with pytest.raises(ValueError, match=message):
                 part(idx, **options)
-    with pytest.raises(ValueError):
+    with pytest.raises((ValueError, ImportError)):
         make_model("gka", attn_implementation="flash_attention_2")
     for options, message in (
         ({"attention": "linear"}, "attention: given 'linear'"),
@@ -228,11 +228,12 @@ def test_a_model_split_over_two_gpus_moves_what_blocks_share(model):
         for name, module in split.named_modules():
             if name in device_map:
                 module.to(f"cuda:{device_map[name]}")
-                accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook(device_map[name]))
+                hook = accelerate.hooks.AlignDevicesHook(f"cuda:{device_map[name]}")
+                accelerate.hooks.add_hook_to_module(module, hook)
         idx, mask = torch.ones(2, 12, dtype=torch.long, device="cuda:0"), None
         cache = transformers.DynamicCache(config=model.config)
         for ids in (idx, idx[:, :1]):
             output = split(ids, attention_mask=mask, cache=cache)
         assert output.logits.device == torch.device("cuda:1")
         assert [cache.layers[i].keys.device.index for i in range(3)] == [0, 1, 1]
-    assert list(itertools.chain(split._no_split_modules)) == ["Block"]
+    assert set(split._no_split_modules) == {"Block"}

@@ -11,6 +11,7 @@ from conftest import untrained_run
 
 from gkachat.eval.harness import HarnessModel
 from gkachat.hf.export import export
+from gkachat.model.gpt import GPT
 from gkachat.tokenizer import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -36,7 +37,18 @@ def exported(request, root):
     """The directory of an exported run that was tuned on conversations."""
     tokenizer = train_tokenizer([TEXT * 20], 320)
     shape = {"attention": request.param, "depth": 2, "sequence_len": 96, "window_pattern": "L"}
-    run = untrained_run(root, request.param, tokenizer, tuned=True, **shape)
+    start = GPT.init_weights
+
+    def draw(self):
+        start(self)
+        for name, p in self.named_parameters():
+            if name.endswith(("c_proj.weight", "lm_head.weight")):
+                torch.nn.init.normal_(p, std=0.3)
+
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:  # projections start at 0, which would hide what is before them
+        patch.setattr(GPT, "init_weights", draw)
+        run = untrained_run(root, request.param, tokenizer, tuned=True, **shape)
     export(run, root / request.param)
     return root / request.param
 
@@ -129,7 +141,7 @@ def test_peft_tunes_without_being_told_names(model, tokenizer, tmp_path, kind):
     peft = pytest.importorskip("peft")
     config = {
         "lora": lambda: peft.LoraConfig(task_type="CAUSAL_LM"),
-        "ia3": lambda: peft.IA3Config(task_type="CAUSAL_LM", feedforward_modules=["c_fc"]),
+        "ia3": lambda: peft.IA3Config(task_type="CAUSAL_LM"),
         "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     }[kind]()
