@@ -44,7 +44,8 @@ It needs `transformers>=5`. `AutoModel` and `AutoModelForSequenceClassification`
   cached layers count it, as transformers' caches do. Texts packed into one row and static caches are refused.
 - **New tokens.** After `tokenizer.add_tokens(...)`, call `model.resize_token_embeddings(len(tokenizer))`.
 - **Tuning.** The logits are soft-capped: `final_logit_softcapping` in the config. LoRA and its relatives find their
-  matrices themselves. Prefix tuning {prefix_tuning}; prompt tuning and `inputs_embeds` {prompt_tuning}.
+  matrices themselves. Prefix tuning {prefix_tuning}; prompt tuning and `inputs_embeds` {prompt_tuning}. Tools that load
+  the model once more by its path, such as TRL's DPO, want `trust_remote_code=True` in their config.
 
 | | |
 | --- | --- |

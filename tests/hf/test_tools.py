@@ -122,8 +122,8 @@ def test_trl_tunes_on_preferences_and_on_rewards(exported, tokenizer, tmp_path):
     datasets = pytest.importorskip("datasets")
     pairs = [{"prompt": talk[:1], "chosen": talk[1:], "rejected": TALKS[0][1:]} for talk in TALKS]
     trainer = trl.DPOTrainer(
-        load(exported), args=trl.DPOConfig(**arguments(tmp_path / "dpo")), processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_list(pairs),
+        load(exported), args=trl.DPOConfig(**arguments(tmp_path / "dpo"), trust_remote_code=True),
+        processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(pairs),
     )  # fmt: skip
     losses, moved = trained(trainer)
     assert losses[0] == pytest.approx(0.6931, abs=1e-3) and "lm_head.weight" in moved
@@ -171,6 +171,7 @@ def test_the_pipeline_continues_texts_and_answers(model, tokenizer):
     assert pipe.preprocess("The quick")["input_ids"][0, 0] == tokenizer.bos_token_id
 
 
+@pytest.mark.parametrize("exported", ["gka"], indirect=True)
 def test_lm_eval_gives_what_our_harness_gives(exported, root):
     pytest.importorskip("lm_eval")
     import yaml
