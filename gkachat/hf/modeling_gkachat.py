@@ -124,8 +124,9 @@ class GkachatPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ShortConv):
-            init.zeros_(module.weight)
-            init.ones_(module.weight[0])
+            identity = torch.zeros_like(module.weight)
+            identity[0] = 1
+            init.copy_(module.weight, identity)  # a part of it would not be recognised as loaded, and overwritten
         elif isinstance(module, GaussianKernelAttention):
             init.constant_(module.log_sigma, 0.5 * math.log(self.config.head_dim / 2))
         elif isinstance(module, GKAPlus):

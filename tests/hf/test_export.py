@@ -319,7 +319,7 @@ def test_the_card_has_the_counts_and_the_scores_of_this_checkpoint(root, tokeniz
     card = (root / "scored" / "README.md").read_text()
     for row in (
         "val_bpb | 1.2345", "core: arc, accuracy | 0.2500", "core: mean_centered | 0.1250", "step | 7",
-        "tokens | 1234",
+        "tokens | 1234", "transformers>=5", "add_bos_token=False", "Prefix tuning is refused",
         f"parameters: total | {model_stats(load_model(run)[0].config).params['total']:,}", "license: mit",
     ):  # fmt: skip
         assert row in card
