@@ -70,12 +70,8 @@ def make_run(directory, tokenizer, tuned=False, vocab_size=400, **shape):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("export")
-    with pytest.MonkeyPatch.context() as patch:  # transformers copies the code of models there
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(root / "modules"))
-        patch.syspath_prepend(str(root / "modules"))
-        yield root
+def root(tmp_path_factory, transformers_modules):
+    return tmp_path_factory.mktemp("export")
 
 
 @pytest.fixture(scope="module", params=SHAPES)

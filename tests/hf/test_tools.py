@@ -24,12 +24,8 @@ TALKS = [
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tools")
-    with pytest.MonkeyPatch.context() as patch:  # transformers copies the code of models there
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(root / "modules"))
-        patch.syspath_prepend(str(root / "modules"))
-        yield root
+def root(tmp_path_factory, transformers_modules):
+    return tmp_path_factory.mktemp("tools")
 
 
 @pytest.fixture(scope="module", params=["softmax", "gka", "gka_plus"])
