@@ -34,7 +34,7 @@ def main(
 
     export(find_run(run_name), out, step=step, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     files = sorted(path.name for path in out.iterdir())
-    print(f"written to {out}: {', '.join(files)}; README.md says how to load it (pip install transformers)")
+    print(f"written to {out}: {', '.join(files)}; README.md says how to load it (pip install 'transformers>=5')")
 
 
 if __name__ == "__main__":

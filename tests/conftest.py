@@ -62,6 +62,16 @@ def tiny_home(corpus_home, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def transformers_modules(tmp_path_factory):
+    """Have transformers copy the code of exported models to a directory of this session, one for all test files."""
+    directory = tmp_path_factory.mktemp("modules")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(directory))
+        patch.syspath_prepend(str(directory))
+        yield
+
+
 @pytest.fixture(scope="module")
 def cauchy(tmp_path_factory):
     """The file that docs/attention.md makes, with its attention registered while a module's tests run."""

@@ -12,4 +12,14 @@ source scripts/setup.sh
 # timm, apart from the other packages: PyPI's torchvision does not fit a build of torch for CPUs, and breaks transformers.
 [ -d .venv/timm ] || "$PYTHON" -m pip install --quiet --no-deps --target .venv/timm timm 'torchvision==0.28.*' ||
     { rm -rf .venv/timm; echo "tests: cannot install timm; its test is skipped" >&2; }
+# transformers' own tests of models, which only its source distribution has. Without a network they are skipped.
+version=$("$PYTHON" -c 'import importlib.metadata; print(importlib.metadata.version("transformers"))')
+fetched=.venv/transformers-tests-$version
+[ -d "$fetched" ] || {
+    mkdir -p "$fetched.tmp" &&
+        "$PYTHON" -m pip download --quiet --no-deps --no-binary transformers --dest "$fetched.tmp" "transformers==$version" &&
+        tar -xzf "$fetched.tmp/transformers-$version.tar.gz" -C "$fetched.tmp" &&
+        mv "$fetched.tmp/transformers-$version/tests" "$fetched"
+} || echo "tests: cannot fetch transformers' tests; they are skipped" >&2
+rm -rf "$fetched.tmp"
 exec "$PYTHON" -m pytest ${pytest_args[@]+"${pytest_args[@]}"}

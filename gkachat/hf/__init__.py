@@ -1,1 +1,1 @@
-"""Export to Hugging Face transformers. configuration_gkachat.py and modeling_gkachat.py travel with the weights."""
+"""Export to Hugging Face transformers. The files that end in _gkachat.py travel with the weights."""

@@ -28,10 +28,24 @@ model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 
-Every text begins with `<|bos|>`, which the tokenizer adds only in its chat template. Text that spells a special token
-is read as that token. For untrusted text, give `split_special_tokens=True` to the tokenizer, or
-`sanitize_control_tokens=True` to its chat template, which transformers 5.24 has and 5.0 silently ignores.
-Texts packed into one row and static caches are refused.
+It needs `transformers>=5`. `AutoModel` and `AutoModelForSequenceClassification` load the same weights without the head.
+
+- **Beginning.** Every text begins with `<|bos|>`. The tokenizer puts it there, and so does the chat template; without
+  it a token costs 0.1 to 0.4 nats more. `add_special_tokens=False` leaves it out. Rolling tasks of lm-eval, such as
+  wikitext, put it there themselves: give `--model_args pretrained=...,trust_remote_code=True,add_bos_token=False`
+  for those, and only for those. Otherwise the harness scores one `<|bos|>` more in each text.
+- **End.** `{eos}` ends {ended}. Padding is another token, so that tuning also learns to end.
+- **Special tokens.** Text that spells a special token is read as that token. For untrusted text, give
+  `split_special_tokens=True` to the tokenizer, or `sanitize_control_tokens=True` to its chat template, which
+  transformers 5.24 has and 5.0 silently ignores.
+- **Chat template.** Turns of user and assistant, after at most one system message; content is a text or a list of
+  parts of type text. Tools are refused.
+- **Padding** may be anywhere in a row, also between turns: positions follow from the attention mask. Windows of
+  cached layers count it, as transformers' caches do. Texts packed into one row and static caches are refused.
+- **New tokens.** After `tokenizer.add_tokens(...)`, call `model.resize_token_embeddings(len(tokenizer))`.
+- **Tuning.** The logits are soft-capped: `final_logit_softcapping` in the config. LoRA and its relatives find their
+  matrices themselves. Prefix tuning {prefix_tuning}; prompt tuning and `inputs_embeds` {prompt_tuning}. Tools that load
+  the model once more by its path, such as TRL's DPO, want `trust_remote_code=True` in their config.
 
 | | |
 | --- | --- |
@@ -40,7 +54,7 @@ Texts packed into one row and static caches are refused.
 Code and weights are under the MIT License. The training data has terms of its own.
 """
 
-BASE_USAGE = 'inputs = tokenizer(tokenizer.bos_token + "def add(", return_tensors="pt")'
+BASE_USAGE = 'inputs = tokenizer("def add(", return_tensors="pt")'
 CHAT_USAGE = """messages = [{"role": "user", "content": "What is 2 + 2?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
 
@@ -64,9 +78,17 @@ def model_card(run_dir: Path, shape: GPTConfig, meta: dict[str, Any]) -> str:
         **{name: meta[name] for name in ("step", "tokens", "seconds", "device", "dtype", "version") if name in meta},
         **_scores(run_dir, meta["step"]),
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    usage = CHAT_USAGE if chat else BASE_USAGE
-    return CARD.format(name=run_dir.resolve().name, attention=shape.attention, usage=usage, rows=rows)
+    is_gka, needs_ids = shape.attention == "gka", shape.uses_value_embeddings
+    return CARD.format(
+        name=run_dir.resolve().name,
+        attention=shape.attention,
+        usage=CHAT_USAGE if chat else BASE_USAGE,
+        eos="<|assistant_end|>" if chat else "<|bos|>",
+        ended="an answer" if chat else "a text",
+        prefix_tuning="is refused, since the cache keeps no values" if is_gka else "works",
+        prompt_tuning="are refused, since value embeddings need token ids" if needs_ids else "work",
+        rows="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+    )
 
 
 def _scores(run_dir: Path, step: int) -> dict[str, str]:

@@ -32,6 +32,7 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 SHAPES = {
     "softmax": {"attention": "softmax"},
     "softmax_plain": {"attention": "softmax", "value_embeddings": False, "smear": False, "backout": False},
+    "softmax_conv": {"attention": "softmax", "short_conv": True},
     "gka": {"attention": "gka"},
     "gka_rope": {"attention": "gka", "gka": GKAConfig(rope=True)},
     "gka_all": {"attention": "gka", "gka": GKAConfig(rope=True, include_self=False, normalize=True)},
@@ -69,12 +70,8 @@ def make_run(directory, tokenizer, tuned=False, vocab_size=400, **shape):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("export")
-    with pytest.MonkeyPatch.context() as patch:  # transformers copies the code of models there
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(root / "modules"))
-        patch.syspath_prepend(str(root / "modules"))
-        yield root
+def root(tmp_path_factory, transformers_modules):
+    return tmp_path_factory.mktemp("export")
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -97,6 +94,11 @@ def load(path, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options).eval()
 
 
+def in_transformers(name):
+    """Return the name of a parameter of gkachat's in the exported model."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
 def some_tokens(B=2, T=LENGTH, seed=0):
     return torch.randint(391, (B, T), generator=torch.Generator().manual_seed(seed))
 
@@ -107,7 +109,7 @@ def test_logits_equal_those_of_gkachat_for_a_whole_text_its_parts_and_padded_row
     idx = some_tokens()
     expected = ours(idx)
     torch.testing.assert_close(theirs(idx, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
-    assert any(block.attn.window == WINDOW for block in theirs.blocks)
+    assert any(block.attn.window == WINDOW for block in theirs.model.blocks)
     cache = transformers.DynamicCache(config=theirs.config)
     parts = [theirs(part, cache=cache).logits for part in idx.split([3, 140, 1, 56], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
@@ -144,14 +146,9 @@ def test_a_gka_cache_is_one_tensor_per_layer_bounded_by_the_window(both):
     ours, theirs = both
     cache = transformers.DynamicCache(config=theirs.config)
     theirs(some_tokens(), cache=cache)
-    tensors = [(layer.keys, layer.values) for layer in cache.layers[:3]]  # the smear's is a fourth
-    lookback = 3 if ours.config.attention == "gka_plus" else 0  # tokens that convolutions read before a window
-    tokens = [WINDOW - 1 + lookback] * 2 + [LENGTH]
-    n_tensors = [2 if ours.config.attention == "softmax" else 1] * 3
-    if ours.config.attention == "gka_plus":  # gated value embeddings are cached beside the block input
-        n_tensors = [1 + (block.attn.value_embedding is not None) for block in ours.blocks]
-    expected = [n * 2 * 2 * 16 * kept * 4 for n, kept in zip(n_tensors, tokens, strict=True)]  # B, H, D, 4 bytes
-    assert [k.nbytes + v.nbytes for k, v in tensors] == expected
+    kept, n_tensors = [WINDOW - 1] * 2 + [LENGTH], 1 if ours.config.attention == "gka" else 2
+    expected = [n_tensors * 2 * 2 * 16 * n * 4 for n in kept]  # B, H, D, 4 bytes
+    assert [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers[:3]] == expected
 
 
 def test_loss_and_gradients_equal_those_of_gkachat(both):
@@ -165,7 +162,7 @@ def test_loss_and_gradients_equal_those_of_gkachat(both):
     for loss in losses:
         loss.backward()
     for name, p in ours.named_parameters():
-        torch.testing.assert_close(theirs.get_parameter(name).grad, p.grad, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(theirs.get_parameter(in_transformers(name)).grad, p.grad, atol=1e-5, rtol=1e-3)
     theirs.zero_grad(), ours.zero_grad(), theirs.eval()
 
 
@@ -192,8 +189,9 @@ def test_bfloat16_exports_keep_scales_in_float32_and_sharded_files_load(root, to
     ours, theirs = load_model(run)[0], load(root / "half", dtype="auto")
     dtypes = {name: p.dtype for name, p in theirs.named_parameters()}
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
-        "residual_scale", "x0_mix", "backout", "smear.share", *(f"blocks.{i}.attn.log_sigma" for i in range(3))
-    }  # fmt: skip
+        *(f"model.{name}" for name in ("residual_scale", "x0_mix", "backout", "smear.share")),
+        *(f"model.blocks.{i}.attn.log_sigma" for i in range(3)),
+    }
     ours.prepare(torch.bfloat16)
     difference = (theirs(some_tokens()).logits - ours(some_tokens())).abs()
     assert difference.mean() < 0.05  # of logits up to 15, which bfloat16 rounds to 0.06
@@ -228,22 +226,31 @@ assert not [name for name in sys.modules if name.split(".")[0] == "gkachat"]
 @given(st.lists(NO_SURROGATES | st.sampled_from(SPECIAL_TOKENS) | st.from_regex(r"[\w\s\d']+")).map("".join))
 def test_any_text_has_the_ids_of_gkachat_and_decodes_to_itself(tuned, tokenizer, text):
     theirs = tuned[2]
-    ids = theirs(text, split_special_tokens=True)["input_ids"]
-    assert ids == tokenizer.encode(text)
+    bos, *ids = theirs(text, split_special_tokens=True)["input_ids"]
+    assert bos == tokenizer.bos and ids == tokenizer.encode(text)
     assert theirs.decode(ids) == tokenizer.decode(ids) == text
     if not any(name in text for name in SPECIAL_TOKENS):
-        assert theirs(text)["input_ids"] == ids
+        assert theirs(text)["input_ids"] == [bos, *ids]
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
 
 
 def test_text_that_spells_a_special_token_is_that_token_by_default(tuned, tokenizer):
-    theirs = tuned[2]
-    assert theirs("<|bos|>a")["input_ids"] == [tokenizer.bos, *tokenizer.encode("a")]
-    assert theirs.bos_token_id == theirs.pad_token_id == tokenizer.bos
-    assert theirs.eos_token_id == tokenizer.special["<|assistant_end|>"]
-    assert theirs.decode([tokenizer.bos, *tokenizer.encode("a")], skip_special_tokens=True) == "a"
-    plain = transformers.AutoTokenizer.from_pretrained(tuned[1], trust_remote_code=False, add_bos_token=True)
+    theirs, a = tuned[2], tokenizer.encode("a")
+    assert dict(theirs("<|bos|>a", add_special_tokens=False)) == {
+        "input_ids": [tokenizer.bos, *a], "attention_mask": [1] * (1 + len(a)),
+    }  # fmt: skip
+    assert theirs.decode([tokenizer.bos, *a], skip_special_tokens=True) == "a"
+
+
+def test_texts_begin_with_bos_and_padding_is_no_token_that_ends_texts(tuned, tokenizer):
+    theirs, a, b = tuned[2], tokenizer.encode("a b"), tokenizer.encode("c")
+    assert theirs("a b")["input_ids"] == [tokenizer.bos, *a]
+    assert theirs("a b", "c")["input_ids"] == [tokenizer.bos, *a, *b]
+    assert theirs.bos_token_id == tokenizer.bos and theirs.eos_token_id == tokenizer.special["<|assistant_end|>"]
+    assert theirs.pad_token_id not in (theirs.bos_token_id, theirs.eos_token_id)
+    plain = transformers.AutoTokenizer.from_pretrained(tuned[1], add_bos_token=False)
     assert isinstance(plain, transformers.PreTrainedTokenizerFast)
-    assert plain("a b")["input_ids"] == [tokenizer.bos, *tokenizer.encode("a b")]
+    assert plain("a b")["input_ids"] == a
 
 
 PLAIN = NO_SURROGATES.filter(lambda text: not any(name in text for name in SPECIAL_TOKENS))
@@ -260,6 +267,10 @@ def test_the_chat_template_renders_what_gkachat_renders(tuned, tokenizer, system
     assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == render_prompt(
         tokenizer, messages
     )
+    parts = [message | {"content": [{"type": "text", "text": message["content"]}] * 2} for message in messages]
+    masked = theirs.apply_chat_template(parts, return_dict=True, return_assistant_tokens_mask=True)
+    ids, learned = render(tokenizer, parts)
+    assert masked["input_ids"] == ids and masked["assistant_masks"] == [int(learns) for learns in learned]
 
 
 def test_special_tokens_in_untrusted_messages_can_be_made_text(tuned, tokenizer):
@@ -275,6 +286,14 @@ def test_special_tokens_in_untrusted_messages_can_be_made_text(tuned, tokenizer)
 def test_invalid_conversations_are_refused(tuned, roles):
     with pytest.raises(Exception, match="expected turns of user and assistant"):
         tuned[2].apply_chat_template([{"role": role, "content": "x"} for role in roles])
+
+
+def test_tools_and_content_that_is_no_text_are_refused(tuned):
+    for content in (3, [{"type": "image", "url": "x"}], [{"type": "text"}]):
+        with pytest.raises(Exception, match="content: expected a text"):
+            tuned[2].apply_chat_template([{"role": "user", "content": content}])
+    with pytest.raises(Exception, match="tools: this model has none"):
+        tuned[2].apply_chat_template([{"role": "user", "content": "x"}], tools=[{"type": "function"}])
 
 
 def test_ids_beyond_the_vocabulary_are_never_generated(tuned, tokenizer):
@@ -296,7 +315,7 @@ def test_the_card_has_the_counts_and_the_scores_of_this_checkpoint(root, tokeniz
     card = (root / "scored" / "README.md").read_text()
     for row in (
         "val_bpb | 1.2345", "core: arc, accuracy | 0.2500", "core: mean_centered | 0.1250", "step | 7",
-        "tokens | 1234",
+        "tokens | 1234", "transformers>=5", "add_bos_token=False", "Prefix tuning is refused",
         f"parameters: total | {model_stats(load_model(run)[0].config).params['total']:,}", "license: mit",
     ):  # fmt: skip
         assert row in card
@@ -337,14 +356,12 @@ def test_the_script_exports_a_run(tokenizer, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_invalid_options_and_short_conv_are_refused(tokenizer, tmp_path):
+def test_invalid_options_are_refused(tokenizer, tmp_path):
     run = make_run(tmp_path / "run", tokenizer, attention="gka", depth=1)
-    convolved = make_run(tmp_path / "convolved", tokenizer, attention="softmax", depth=1, short_conv=True)
     for run_dir, options, message in (
         (run, {"step": 3}, "step"),
         (run, {"dtype": "int8"}, "dtype: given"),
         (run, {"max_shard_size": "y"}, "Y"),
-        (convolved, {}, "given softmax attention with short_conv"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             export(run_dir, tmp_path / "out", **options)
