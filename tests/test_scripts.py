@@ -134,7 +134,7 @@ def test_importing_scripts_does_nothing():
         ("vision_train configs/vision_digits.toml --model.patch_size=3", "given 8, expected a multiple of patch"),
         ("vision_train configs/vision_digits.toml --data.source=mnist", "Expected one of ('digits', 'huggingface')"),
         ("vision_train configs/laptop.toml", "a config of language models, which scripts.base_train reads"),
-        ("vision_train configs/vision_digits.toml --train.epochs=1e300", "train.epochs: given 1e+300, expected"),
+        (
             "vision_train configs/vision_digits.toml --train.epochs=1e300",
             "train.epochs: given 1e+300, expected above 0",
         ),
