@@ -258,7 +258,7 @@ IMAGE = "given an image model"
             {"digits": IMAGE},
         ),
         ("export_hf {} {home}/out --overwrite", ["d2_gka", *TUNED], {"digits": IMAGE}),
-        ("attention_maps {} --documents 1 --tokens 4", ["d2_gka", "tuned_files"], {"digits": IMAGE}),
+        ("attention_maps {} --documents 1 --tokens 4", ["tuned_files"], {"digits": IMAGE}),
         ("lm_eval {} --tasks none", [], {"digits": IMAGE}),
         ("compare d2_gka {}", ["d2_gka"], {"digits": f"{IMAGE}, expected language models"}),
         (
