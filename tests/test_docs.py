@@ -19,6 +19,7 @@ from conftest import ROOT, TINY, untrained_run
 
 import gkachat.checkpoint
 import gkachat.sweep
+import gkachat.train.setup  # before `parse` patches what it imports
 import scripts.cli
 from gkachat import config_file
 from gkachat.config import Config, ConfigError, TuningConfig
