@@ -59,12 +59,14 @@ DEVICES = {
     "base_train": ["configs/laptop.toml", "--run.device", "cuda"],
     "bench_attention": ["--device", "cuda"],
     "bench_decode": ["--device", "cuda"],
+    "bench_serve": [RUN, "--device", "cuda"],
     "bench_step": ["--device", "cuda"],
     "chat_cli": [RUN, "--device", "cuda"],
     "chat_eval": [RUN, "--device", "cuda"],
-    "chat_sft": [RUN, "--run.device", "cuda", "--tokenizer.vocab_size", "512"],
+    "chat_sft": [RUN, "--run.device", "cuda"],
     "estimate": ["configs/laptop.toml", "--run.device", "cuda"],
     "lm_eval": [RUN, "--tasks", "arc_easy", "--device", "cuda"],
+    "serve": [RUN, "--device", "cuda"],
     "vision_train": ["configs/vision_digits.toml", "--run.device", "cuda"],
 }
 

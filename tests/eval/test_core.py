@@ -257,10 +257,11 @@ def test_a_task_that_cannot_be_scored_is_named_and_the_others_are_scored(saved, 
     assert decisions(result["scores"]).keys() == {"schema", "lm"} and result["examples"] == 19
 
 
-def test_a_short_evaluation_leaves_a_full_report_and_what_is_kept_of_an_interrupted_one(saved, small):
+def test_a_short_evaluation_leaves_a_full_report_and_what_is_kept_of_an_interrupted_one(saved, small, monkeypatch):
     kept = saved / "evals" / ".core_step_000001.partial.json"
     base_eval.main("random", eval="core", bundle=small)
     kept.write_text("of a full evaluation")
+    monkeypatch.setattr("sys.argv", ["base_eval", "--max-per-task", "2"])  # the same command would not evaluate again
     base_eval.main("random", eval="core", bundle=small, max_per_task=2)
     assert kept.read_text() == "of a full evaluation"
     names = {path.name for path in (saved / "evals").glob("*.json")} - {kept.name}
