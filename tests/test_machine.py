@@ -78,7 +78,9 @@ def test_no_script_touches_a_gpu_before_it_selects_that_of_its_rank(script, corp
     def set_device(device):
         raise Selected(device)
 
-    untrained_run(tmp_path, "tiny", Tokenizer.load(corpus_home / "tokenizer" / "python-source-v512"))
+    run_dir = untrained_run(tmp_path, "tiny", Tokenizer.load(corpus_home / "tokenizer" / "python-source-v512"))
+    options = (run_dir / "config.toml").read_text()
+    (run_dir / "config.toml").write_text(options.replace("vocab_size = 32768", "vocab_size = 512"))  # the tokenizer's
     (tmp_path / "tokenizer").symlink_to(corpus_home / "tokenizer")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
