@@ -52,7 +52,7 @@ def spoil(checkpoint, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t["x0_mix"].fill_(torch.nan), "x0_mix is torch.float32, expected finite float32"),
+        (lambda t: t["x0_mix"].fill_(torch.nan), "x0_mix has numbers that are not finite, expected finite float32"),
         (lambda t: t.update(x0_mix=t["x0_mix"].double()), "x0_mix is torch.float64, expected finite float32"),
         (lambda t: t.update(x0_mix=torch.ones(3)), "not of the shape in its meta.json"),
         (lambda t: t.pop("x0_mix"), "not of the shape in its meta.json"),
