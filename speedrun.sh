@@ -92,7 +92,7 @@ step() {
 # Do a step for every run: each_run NAME FUNCTION. On GPUs each run has all of them, one run after the other. Without, all
 # run at the same time with a share of the cores: one small model cannot keep more than one or two of them busy.
 each_run() {
-    local name=$1 i pid status=0 failed= began=$SECONDS pids=()
+    local name=$1 i run status=0 failed= began=$SECONDS pids=()
     if [ "$gpus" -gt 0 ]; then
         for i in "${!runs[@]}"; do step "$name ${runs[i]}" "$2" "${runs[i]}"; done
         return

@@ -50,8 +50,8 @@ def tuning_batch(base_batch: int, tokens: int) -> int:
 def tuning_defaults(base_dir: Path) -> dict[str, Any]:
     """Return the config of a run, as tables, with the defaults of fine-tuning it.
 
-    Learning rates stay. They fall to zero, there is no weight decay, and the length of training follows
-    from the conversations.
+    Learning rates stay, and fall to zero. There is no weight decay. The length of training follows from the
+    conversations, and the batch from that length.
     """
     tree, base = read_toml(base_dir / "config.toml"), base_dir.name
     if kind_of(tree) == "image model":

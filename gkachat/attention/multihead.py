@@ -22,7 +22,7 @@ from gkachat.config import GKAConfig
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What the layer asks of a model's config, for a layer that stands alone."""
+    """Width, heads, mask and kernel options of a GKA layer outside a model, under the names of a model's config."""
 
     n_embd: int
     n_head: int

@@ -167,7 +167,7 @@ class Muon(torch.optim.Optimizer):
         """Update the matrices of one stack; with `ok` 0 instead of 1, all products below come to no change."""
         momentum = group["momentum"]
         grads = torch.stack([p.grad for p in stack.own])
-        grads.masked_fill_(ok == 0, 0)
+        grads.masked_fill_(ok <= 0, 0)
         stack.momentum.lerp_(grads, (1 - momentum) * ok)
         steps = grads.lerp_(stack.momentum, momentum) if self.nesterov else stack.momentum
         steps = orthogonalize(steps, self.dtype)
