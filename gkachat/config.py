@@ -27,6 +27,7 @@ ATTENTIONS: dict[str, str | type] = {
     "softmax": "gkachat.attention.softmax:SoftmaxAttention",
     "gka": "gkachat.attention.gka:GaussianKernelAttention",
     "gka_plus": "gkachat.attention.gka_plus:GKAPlus",
+    "gka_conv": "gkachat.attention.gka_conv:GKAConv",
 }
 """Maps each attention to "module:Class" of its layer, or to the class if `gkachat.attention.register` added it."""
 

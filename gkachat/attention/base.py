@@ -33,7 +33,7 @@ class AttentionWeights(NamedTuple):
     weights: Tensor
     """(B, H, T, S) float32. A row sums to 1, or to 0 where it has no key."""
     values: Tensor
-    """(B, S, H, D). The layer's output is `weights @ values` through c_proj."""
+    """(B, S, H, D). The layer's output is `weights @ values` through `output` and c_proj."""
     distances: Tensor | None
     """(B, H, T, S) float32: squared distances between queries and keys, for layers that have a bandwidth."""
 
@@ -58,18 +58,24 @@ class Attention(nn.Module):
     backend = "auto"
     """Kernel by name, for Gaussian scores; auto: the fastest one that can run."""
     lookback = 0
-    """Number of earlier block inputs that `qkv` needs, as short convolutions do."""
+    """Number of earlier inputs that `qkv` needs, as short convolutions do."""
+    taps = 1
+    """Number of inputs that a key and a value are convolutions of, in a layer whose `qkv` has `taps`."""
 
     def __init__(self, config: GPTConfig, index: int):
         super().__init__()
         self.config, self.window = config, config.window(index)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
+    def inputs(self, x_BTC: Tensor, rope: Rope | None) -> Tensor:
+        """Return what `qkv` reads of each token, (B, T, ...): the block input, unless a subclass makes something of it."""
+        return x_BTC
+
     def qkv(self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None) -> QKV:
-        """Return queries, keys and values of the last T tokens of the block input.
+        """Return queries, keys and values of the last T tokens.
 
         Args:
-            x_BTC: block input after its norm. While decoding, `lookback` earlier block inputs stand in front of it.
+            x_BTC: `inputs` of the tokens. While decoding, those of `lookback` earlier tokens stand in front of them.
             idx_BT: token ids, T of them; None in image models.
             rope: (cos, sin) of the T positions; None in image models.
         """
@@ -92,16 +98,21 @@ class Attention(nn.Module):
 
         With a cache, the new tokens are written to it, and attend to the cached tokens as well.
         """
+        inputs = self.inputs(x_BTC, rope)
         if cache is None:
-            y_BTHD = self.kernel.attend(self.qkv(x_BTC, idx_BT, rope))
+            y_BTHD = self.kernel.attend(self.qkv(inputs, idx_BT, rope))
         else:
-            qkv = self.qkv(cache.with_lookback(x_BTC), idx_BT, rope)
+            qkv = self.qkv(cache.with_lookback(inputs), idx_BT, rope)
             cache.append(qkv)
             if cache.is_prefill:  # there is no past: the training kernel attends within the new tokens
                 y_BTHD = self.kernel.attend(qkv)
             else:
                 y_BTHD = self.decode_kernel.attend(qkv, cache.slices(self.include_self))
-        return self.c_proj(y_BTHD.flatten(2))
+        return self.c_proj(self.output(y_BTHD, x_BTC, rope).flatten(2))
+
+    def output(self, y_BTHD: Tensor, x_BTC: Tensor, rope: Rope | None) -> Tensor:
+        """Return what `c_proj` reads, (B, T, H, D): the mean of the values, unless a subclass makes something of it."""
+        return y_BTHD
 
     @torch.no_grad()
     def attention_weights(
@@ -111,7 +122,7 @@ class Attention(nn.Module):
 
         `key_bias_BS` is added to the scores of each key, -inf for one that is ignored.
         """
-        qkv = self.qkv(x_BTC, idx_BT, rope)
+        qkv = self.qkv(self.inputs(x_BTC, rope), idx_BT, rope)
         q_BHTD, k_BHSD = reference.queries_and_keys(qkv)
         mask = reference.visible(x_BTC.size(1), self.window, self.config.causal, self.include_self, x_BTC.device)
         scores_BHTS = self.scores(q_BHTD, k_BHSD, qkv)
@@ -157,7 +168,7 @@ class Attention(nn.Module):
     def cache_spec(self) -> LayerCacheSpec:
         """Specification of what the cache keeps of each token: norms of keys only where Gaussian scores need them."""
         key_norms = self.gaussian and not self.unit_norm
-        return LayerCacheSpec(self.window, True, self.shares_kv, key_norms, self.lookback)
+        return LayerCacheSpec(self.window, True, self.shares_kv, key_norms, self.lookback, self.taps)
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:
         """Reshape (B, T, C) to (B, T, H, D)."""

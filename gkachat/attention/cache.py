@@ -32,6 +32,9 @@ class LayerCacheSpec(NamedTuple):
     """Whether |k|^2 is kept beside the keys."""
     lookback: int = 0
     """Number of earlier inputs that the layer reads."""
+    taps: int = 1
+    """Number of tokens that a key and a value are convolutions of. Above 1, the cache keeps one tensor that both are
+    made of, whose earlier tokens are also those that `lookback` asks for, and a scale per key."""
 
 
 class Cache:
@@ -57,26 +60,31 @@ class Cache:
             block: largest number of tokens that a step adds to a row.
             prefix: a cache of one row that every row continues.
         """
-        self.specs, self.prefix, self.block, self.device = specs, prefix, block, device
+        self.specs, self.prefix, self.length, self.block, self.device = specs, prefix, length, block, device
         self.head_dim = config.head_dim
         self.first = 0 if prefix is None else prefix.lengths[0]  # position of a row's first token in this cache
         self.lengths = [self.first] * rows
         self.layers: list[dict[str, Tensor]] = []
         for spec in specs:
-            slots = min(length, spec.window + block - 1) if spec.window else length
+            halo = spec.taps - 1
+            slots = min(length, spec.window + block - 1 + halo) if spec.window else length
             shape = (rows, config.n_head, slots)
             buffers = {}
             if spec.has_keys:
-                buffers["k"] = torch.zeros(*shape, config.head_dim, dtype=dtype, device=device)
+                buffers["k"] = torch.zeros(*shape[:2], halo + slots, config.head_dim, dtype=dtype, device=device)
+            if halo:
+                scales = torch.float16 if dtype == torch.bfloat16 else dtype  # bfloat16 would round scores by 0.4 %
+                buffers["key_scales"] = torch.zeros(*shape, 1, dtype=scales, device=device)
             if spec.has_keys and not spec.shares_kv:
                 buffers["v"] = torch.zeros_like(buffers["k"])
             if spec.key_norms:
                 buffers["key_norms"] = torch.zeros(*shape, 1, dtype=torch.float32, device=device)
-            if spec.lookback:
+            if spec.lookback and not halo:
                 # Where one block holds the whole text, `lengths` may be set back to any token: every input is kept.
                 recent = length if block >= length else min(length, spec.lookback + 1)
                 buffers["x"] = torch.zeros(rows, recent, config.n_embd, dtype=dtype, device=device)
             self.layers.append(buffers)
+        self._start(slice(0, rows))
 
     @property
     def n_bytes(self) -> int:
@@ -103,9 +111,23 @@ class Cache:
         if prefill and any(lengths):
             raise ValueError(f"cache: prefill of rows that hold {lengths} tokens, expected empty rows")
         for row in range(*rows.indices(len(self.lengths))):
+            if self.lengths[row] == self.first:
+                self._start(slice(row, row + 1))
             self.lengths[row] += T
         longest = max(lengths) + T - self.first
         return CacheStep(self, rows, torch.tensor(lengths, device=self.device), T, longest, prefill)
+
+    def _start(self, rows: slice) -> None:
+        """Put the last tokens of the prefix, or zeros, before the first slot of layers with taps."""
+        for index, (spec, buffers) in enumerate(zip(self.specs, self.layers, strict=True)):
+            if halo := spec.taps - 1:
+                before = buffers["k"][rows, :, :halo]
+                if self.prefix is None:
+                    before.zero_()
+                else:
+                    newest = torch.arange(self.first - halo, self.first, device=self.device)[None]
+                    shared = self.prefix.layers[index]["k"]
+                    before.copy_(shared[:, :, tap_slots(newest - self.prefix.first, shared.size(2), halo)[0]])
 
     def move(self, source: int, target: int) -> None:
         """Copy one row over another."""
@@ -113,6 +135,14 @@ class Cache:
             for buffer in buffers.values():
                 buffer[target] = buffer[source]
         self.lengths[target] = self.lengths[source]
+
+
+def tap_slots(tokens: Tensor, size: int, halo: int) -> Tensor:
+    """Return where tokens lie in a buffer of this size whose first `halo` slots hold what comes before the others.
+
+    Tokens are counted from the cache's first; down to -halo they come before it.
+    """
+    return torch.where(tokens < 0, halo + tokens, halo + tokens % (size - halo))
 
 
 class CacheStep:
@@ -190,16 +220,26 @@ class LayerCache:
     def __init__(self, step: CacheStep, index: int):
         self.step, self.cache, self.index = step, step.cache, index
         self.buffers, self.spec = step.cache.layers[index], step.cache.specs[index]
-        self.is_prefill, self.rotates_keys = step.is_prefill, False
+        self.is_prefill, self.rotates_keys, self.halo = step.is_prefill, False, self.spec.taps - 1
 
-    def with_lookback(self, x_BTC: Tensor) -> Tensor:
-        """Store the new block inputs, and return them behind the `lookback` earlier ones, (B, lookback + T, C).
+    @property
+    def slots(self) -> int:
+        """Number of tokens whose keys the layer holds."""
+        return self.buffers["k"].size(2) - self.halo
 
-        Inputs before the text are zeros. Without lookback, x_BTC is returned as it is.
+    def with_lookback(self, x: Tensor) -> Tensor:
+        """Return the new inputs (B, T, ...) behind the `lookback` earlier ones, (B, lookback + T, ...), and store them.
+
+        Inputs before the text are zeros. Without lookback, x is returned as it is. Layers with taps have stored their
+        inputs as keys.
         """
         lookback = self.spec.lookback
         if not lookback:
-            return x_BTC
+            return x
+        if self.halo:
+            tokens = self.step.before(lookback)[0] - self.cache.first
+            past = self.buffers["k"][self.step.row_index, :, tap_slots(tokens, self.buffers["k"].size(2), self.halo)]
+            return torch.cat((past, x), dim=1)
         cache, buffer = self.cache, self.buffers["x"]
         slots = buffer.size(1)
         before, in_text = self.step.before(lookback)
@@ -207,19 +247,24 @@ class LayerCache:
         if (prefix := cache.prefix) is not None:
             shared = prefix.layers[self.index]["x"][0]
             past = torch.where((before >= cache.first)[..., None], past, shared[(before - prefix.first) % len(shared)])
-        buffer[self.step.row_index, self.step.slots(slots)[:, -slots:]] = x_BTC[:, -slots:]
-        return torch.cat((past * in_text, x_BTC), dim=1)
+        buffer[self.step.row_index, self.step.slots(slots)[:, -slots:]] = x[:, -slots:]
+        return torch.cat((past * in_text, x), dim=1)
 
     def append(self, qkv: QKV) -> None:
-        """Write keys and values of the new tokens, and the norms of the keys if the layer needs them."""
+        """Write keys and values of the new tokens, and the norms or scales of the keys if the layer needs them."""
         k, self.rotates_keys = qkv.cached_k, qkv.unrotated_k is not None
         new = {"k": k, "v": qkv.v}
         if "key_norms" in self.buffers:
             new["key_norms"] = k.float().square().sum(dim=-1, keepdim=True)  # a rotation keeps the norm
-        slots = self.step.slots(self.buffers["k"].size(2))
+        slots, rows, n = self.step.slots(self.slots), self.step.row_index, self.slots
+        if halo := self.halo:
+            self.buffers["key_scales"][rows, :, slots] = qkv.taps.key_scales(k.size(1)).to(self.buffers["key_scales"].dtype)
+            if self.spec.window and n < self.cache.length:  # the slots before the first then follow the last ones
+                self.buffers["k"][rows, :, torch.where(slots < n - halo, halo + slots, slots - (n - halo))] = k
+            slots = halo + slots
         for name, tensor in new.items():
             if name in self.buffers:
-                self.buffers[name][self.step.row_index, :, slots] = tensor
+                self.buffers[name][rows, :, slots] = tensor
 
     def slices(self, include_self: bool) -> list[KVSlice]:
         """Return the cached keys and values that the new tokens may attend to: of the prefix, if any, and of the rows.
@@ -229,18 +274,19 @@ class LayerCache:
         slices, step = [], self.step
         if (prefix := self.cache.prefix) is not None:
             buffers = prefix.layers[self.index]
-            slots = min(buffers["k"].size(2), prefix.lengths[0])
+            slots = min(buffers["k"].size(2) - self.halo, prefix.lengths[0])
             slices.append(self._slice(buffers, slice(None), slots, slots, of_prefix=True))
-        slots = self.buffers["k"].size(2)
-        own = self._slice(self.buffers, step.rows, step.longest, slots, of_prefix=False)
+        own = self._slice(self.buffers, step.rows, step.longest, self.slots, of_prefix=False)
         if not include_self:
-            positions, _, _ = step.view(self.spec.window, slots, False, self.rotates_keys)
+            positions, _, _ = step.view(self.spec.window, self.slots, False, self.rotates_keys)
             is_self = positions[:, None, None, :] == step.positions[:, None, :, None]
             own = own._replace(mask=own.mask.masked_fill(is_self, -torch.inf))
         return [*slices, own]
 
     def _slice(self, buffers: dict[str, Tensor], rows: slice, n: int, slots: int, of_prefix: bool) -> KVSlice:
         """Return the keys and values in the first n slots of the buffers."""
-        k, v, norms = (buffers[name][rows, :, :n] if name in buffers else None for name in ("k", "v", "key_norms"))
+        names = "v", "key_norms", "key_scales"
+        k = buffers["k"][rows, :, : self.halo + n]
+        v, norms, scales = (buffers[name][rows, :, :n] if name in buffers else None for name in names)
         _, mask, rope = self.step.view(self.spec.window, slots, of_prefix, self.rotates_keys)
-        return KVSlice(k, k if v is None else v, mask, norms, rope)
+        return KVSlice(k, k if v is None else v, mask, norms, scales, rope)

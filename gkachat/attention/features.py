@@ -32,6 +32,13 @@ def rms_norm(x: Tensor, gain_H: Tensor | None = None) -> Tensor:
     return _RMSNorm.apply(x, gain_H)
 
 
+def rms_scale(x: Tensor) -> Tensor:
+    """Return one over the root mean square of the last axis, (..., 1) in float32, or in float64 for such an x."""
+    wide_x = cast(x, torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
+    return (norm.square() / x.size(-1) + torch.finfo(wide_x.dtype).eps).rsqrt()
+
+
 class _RMSNorm(torch.autograd.Function):
     """RMS norm that saves its output, which the next operation saves anyway, and one number per row.
 
@@ -42,8 +49,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor | None) -> Tensor:
         wide_x = cast(x, torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
-        scale = (norm.square() / x.size(-1) + torch.finfo(wide_x.dtype).eps).rsqrt()
+        scale = rms_scale(wide_x)
         if gain is not None:
             scale = scale * cast(gain, scale.dtype)[:, None]
         y = cast(wide_x * scale, x.dtype)
@@ -131,7 +137,12 @@ class ShortConv(nn.Module):
 
     def forward(self, x_BTHD: Tensor, T: int) -> Tensor:
         """Return the convolution at the last T tokens, (B, T, H, D). Earlier tokens serve only as the past of these."""
-        return _ShortConv.apply(x_BTHD, self.weight.to(x_BTHD.dtype))[:, -T:]
+        return short_conv(x_BTHD, self.weight)[:, -T:]
+
+
+def short_conv(x_BTHD: Tensor, weight_NHD: Tensor) -> Tensor:
+    """Return y_t = sum_n w_n x_(t-n), with 0 before the first token, (B, T, H, D)."""
+    return _ShortConv.apply(x_BTHD, weight_NHD.to(x_BTHD.dtype))
 
 
 class _ShortConv(torch.autograd.Function):
@@ -164,7 +175,7 @@ def convolved_features(
     They are those of the last T tokens, where T is that of the rope. The weights are those of three ShortConv.
     """
     T = rope[0].size(-2)
-    q, k, v = (_ShortConv.apply(x_BSHD, weight.to(x_BSHD.dtype))[:, -T:] for weight in weights)
+    q, k, v = (short_conv(x_BSHD, weight)[:, -T:] for weight in weights)
     return rms_norm(apply_rope(q, rope), gain_H), rms_norm(apply_rope(k, rope)), v
 
 

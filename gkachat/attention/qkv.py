@@ -4,7 +4,25 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from gkachat.attention.features import Rope, rotate
+from gkachat.attention.features import Rope, rms_scale, rotate, short_conv
+
+
+class Taps(NamedTuple):
+    """Keys and values as short convolutions of one tensor, which the cache keeps in their place.
+
+    k_j = norm(sum_n key_weight_n x_(j-n)),  v_j = sum_n value_weight_n x_(j-n)
+    """
+
+    x: Tensor
+    """(B, N - 1 + T, H, D): that tensor at N - 1 earlier tokens, while decoding, and at the T new ones."""
+    key_weight: Tensor
+    """(N, H, D)"""
+    value_weight: Tensor
+    """(N, H, D)"""
+
+    def key_scales(self, T: int) -> Tensor:
+        """Return what the norm multiplies the keys of the last T tokens by, (B, T, H, 1)."""
+        return rms_scale(short_conv(self.x, self.key_weight)[:, -T:])
 
 
 class QKV(NamedTuple):
@@ -22,10 +40,14 @@ class QKV(NamedTuple):
     unrotated_k: Tensor | None = None
     """Keys before their rotation. Where given, the cache keeps these in place of `k` and rotates them whenever it reads
     them, so that keys and unrotated values can share one tensor."""
+    taps: Taps | None = None
+    """What keys and values are convolutions of. Where given, the cache keeps that in place of both."""
 
     @property
     def cached_k(self) -> Tensor:
         """The keys as the cache keeps them; the same object as `v` where one tensor serves as keys and values."""
+        if self.taps is not None:
+            return self.taps.x[:, -self.k.size(1) :]
         return self.k if self.unrotated_k is None else self.unrotated_k
 
 
@@ -36,16 +58,24 @@ class KVSlice(NamedTuple):
     """
 
     k: Tensor
-    """(B or 1, H, S, D)"""
+    """(B or 1, H, S, D); (B or 1, H, N - 1 + S, D) of what keys and values are convolutions of, where qkv has taps."""
     v: Tensor
     """(B or 1, H, S, D); the same object as `k` where one tensor serves as both."""
     mask: Tensor
     """(B, 1, T, S), added to the scores: 0 where the key is seen, minus infinity elsewhere."""
     key_norms: Tensor | None = None
     """(B or 1, H, S, 1) float32, |k|^2. Half of it is subtracted from q.k, as a Gaussian kernel demands."""
+    key_scales: Tensor | None = None
+    """(B or 1, H, S, 1), what the norm multiplies each key by, where qkv has taps."""
     rope: Rope | None = None
     """(cos, sin), each (B or 1, 1, S, D/2), for keys that were cached unrotated; None for rotated keys."""
 
     def rotated_keys(self) -> Tensor:
         """Return the keys after their rotation, (B or 1, H, S, D)."""
         return self.k if self.rope is None else rotate(self.k, *self.rope)
+
+    def convolved(self, taps: Taps) -> "KVSlice":
+        """Return the slice with the keys and values that the taps make of it."""
+        x_BSHD, S = self.k.transpose(1, 2), self.mask.size(-1)
+        k, v = (short_conv(x_BSHD, w)[:, -S:].transpose(1, 2) for w in (taps.key_weight, taps.value_weight))
+        return self._replace(k=(k * self.key_scales).to(k.dtype), v=v, key_scales=None)

@@ -34,4 +34,4 @@ class ValueEmbedding(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return table and gate, each in a group of its own."""
-        return {"value_embeddings": [self.table.weight], "value_gates": [self.gate.weight]}
+        return {"value_embeddings": [self.table.weight], "gates": [self.gate.weight]}

@@ -34,7 +34,7 @@ class ModelStats:
     flops_per_token: int
     """Training FLOPs, forward and backward."""
     cache_bytes_per_token: int
-    """Bytes of keys and values that decoding keeps for each token of context, in bfloat16."""
+    """Bytes of keys and values that decoding keeps for each token of context, in bfloat16, with scales of keys."""
 
     @property
     def scaling_params(self) -> int:
@@ -50,7 +50,8 @@ def model_stats(config: GPTConfig) -> ModelStats:
     groups = {name: sum(p.numel() for p in group) for name, group in model.parameter_groups().items()}
     multiplied = sum(groups.get(name, 0) for name in ("matrices", "lm_head", "convolutions"))
     seen = sum(min(block.attn.window or config.sequence_len, config.sequence_len) for block in model.blocks)
-    cached = sum(1 if block.attn.shares_kv else 2 for block in model.blocks) * config.n_embd
+    tensors = sum(1 if block.attn.shares_kv else 2 for block in model.blocks)
+    cached = tensors * config.n_embd + sum(block.attn.taps > 1 for block in model.blocks) * config.n_head  # key scales
     return ModelStats(
         params={"total": sum(groups.values()), **groups},
         flops_per_token=6 * multiplied + 12 * config.n_embd * seen,
@@ -64,7 +65,7 @@ def state_bytes(config: GPTConfig, world_size: int = 1) -> int:
     Muon keeps one number per weight, AdamW two.
     """
     params = model_stats(config).params
-    muon = params["matrices"] + params.get("value_gates", 0)
+    muon = params["matrices"] + params.get("gates", 0)
     return 8 * params["total"] + 4 * (muon + 2 * (params["total"] - muon)) // world_size
 
 

@@ -277,7 +277,7 @@ def make_optimizers(
     """
     groups = model.parameter_groups()
     muon = Muon(
-        groups.pop("matrices") + groups.pop("value_gates", []),
+        groups.pop("matrices") + groups.pop("gates", []),
         lr=config.lr_scale * config.matrix_lr,
         weight_decay=config.weight_decay,
         nesterov=config.muon_nesterov,
@@ -299,7 +299,7 @@ def make_optimizers(
         "positions": config.position_lr,
     }
     if unknown := groups.keys() - lr.keys():
-        known = ", ".join(["matrices", "value_gates", *lr])
+        known = ", ".join(["matrices", "gates", *lr])
         raise ValueError(f"parameter groups: given {', '.join(sorted(unknown))}, expected some of {known}")
     adamw_groups = []
     for name, params in groups.items():

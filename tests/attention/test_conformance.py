@@ -195,20 +195,22 @@ def test_bfloat16_stays_close_to_float32_and_decodes_as_it_evaluates(case):
 @EVERY
 def test_the_cache_keeps_what_is_declared_and_counted(case):
     attn, config = model(case).blocks[0].attn, model(case).config
-    qkv = attn.qkv(torch.randn(1, 9, 32), text(1, 9), rope_table(9, 16))
-    assert (qkv.cached_k is qkv.v) == attn.shares_kv
+    rope = rope_table(9, 16)
+    qkv = attn.qkv(attn.inputs(torch.randn(1, 9, 32), rope), text(1, 9), rope)
+    assert ((qkv.cached_k is qkv.v) or qkv.taps is not None) == attn.shares_kv
     if attn.gaussian:
         assert qkv.sigma is not None
     if attn.unit_norm:
         for t in (qkv.q, qkv.k):  # the root of head_dim
             torch.testing.assert_close(t.norm(dim=-1), torch.full((1, 9, 2), 4.0), rtol=1e-4, atol=0)
-    # At full windows every token has one slot. model_stats counts bfloat16, and keys and values alone.
+    # At full windows every token has one slot. model_stats counts bfloat16: keys, values and scales of keys.
     made = GPT(dataclasses.replace(config, window_pattern="L"), torch.bfloat16)
     cache = made.make_cache(1, 50, block=10)
-    kept = sum(layer[name].nbytes for layer in cache.layers for name in ("k", "v") if name in layer)
-    assert kept == 50 * model_stats(config).cache_bytes_per_token
+    kept = sum(layer[name].nbytes for layer in cache.layers for name in ("k", "v", "key_scales") if name in layer)
+    halo = 3 * (attn.taps - 1) * config.n_embd * 2
+    assert kept == 50 * model_stats(config).cache_bytes_per_token + halo
     norms = 3 * 50 * config.n_head * 4 if attn.gaussian and not attn.unit_norm else 0
-    recent = 3 * (attn.lookback + 1) * config.n_embd * 2 if attn.lookback else 0
+    recent = 3 * (attn.lookback + 1) * config.n_embd * 2 if attn.lookback and attn.taps == 1 else 0
     recent += 2 * config.n_embd * 2  # the smear's: one embedding before the new one
     assert cache.n_bytes == kept + norms + recent
 
@@ -248,7 +250,8 @@ def test_attention_weights_are_those_that_forward_applies(case, untrained):
         torch.nn.init.eye_(attn.c_proj.weight)
     found = attn.attention_weights(x, idx, rope)
     y_BTHD = (found.weights @ found.values.transpose(1, 2)).transpose(1, 2)
-    torch.testing.assert_close(attn.c_proj(y_BTHD.flatten(2)), attn(x, idx, rope), rtol=1e-9, atol=1e-9)
+    y_BTC = attn.c_proj(attn.output(y_BTHD, x, rope).flatten(2))
+    torch.testing.assert_close(y_BTC, attn(x, idx, rope), rtol=1e-9, atol=1e-9)
     rows = found.weights.sum(dim=-1)
     torch.testing.assert_close(rows[:, :, 1:], torch.ones_like(rows[:, :, 1:]))
     assert (rows[:, :, 0] == 0).all() if not attn.include_self else (rows[:, :, 0] == 1).all()

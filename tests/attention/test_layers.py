@@ -129,7 +129,7 @@ def test_value_embeddings_cost_parameters_and_no_flops():
         without, having = (
             model_stats(GPTConfig(depth=20, attention=name, value_embeddings=wanted)) for wanted in (False, True)
         )
-        assert having.params.keys() - without.params.keys() == {"value_embeddings", "value_gates"}
+        assert having.params.keys() - without.params.keys() == {"value_embeddings", "gates"}
         assert having.params["matrices"] == without.params["matrices"]
         assert having.flops_per_token == without.flops_per_token
 

@@ -38,7 +38,7 @@ def test_int8_weights_are_the_nearest_of_255_steps_per_row(attention):
         assert ((new - weight).abs() <= 0.5001 * step).all()
         weight.data.copy_(new)
     groups = plain.parameter_groups()
-    assert len(found) == len(groups["matrices"]) + len(groups.get("value_gates", [])) + 2  # head, smear
+    assert len(found) == len(groups["matrices"]) + len(groups.get("gates", [])) + 2  # head, smear
     torch.testing.assert_close(logits(quantized), logits(rounded), rtol=1e-5, atol=1e-5)
     exact = logits(plain)
     assert 0 < (logits(quantized) - exact).abs().max() < 0.1 * exact.std()

@@ -11,23 +11,26 @@ from torch import Tensor
 from gkachat.attention.qkv import QKV, KVSlice
 
 
+MATERIALIZE = 8  # new tokens from which on it is faster to make all keys and values than to read the cache by tap
+
+
 def attend(qkv: QKV, slices: Sequence[KVSlice]) -> Tensor:
     """Return softmax attention of the new queries to the keys of all slices, (B, T, H, D).
 
     Scores are scale (q.k - |k|^2 / 2), the second term only where a slice has key norms, and `scale` is 1 / sigma^2
     where qkv has a bandwidth. A token that sees no key gets 0.
+
+    With taps, keys and values are convolutions of what the slices hold. Since q.(w x) = (w q).x, a query becomes one
+    for each tap, and nothing but their scores is added up over neighbours: the cache is read as it is.
     """
-    B, T, H, D = qkv.q.shape
+    T, taps = qkv.q.size(1), qkv.taps
+    if taps is not None and T >= MATERIALIZE:
+        slices, taps = [part.convolved(taps) for part in slices], None
     q = qkv.q.transpose(1, 2)
     scale = qkv.scale if qkv.sigma is None else qkv.sigma.square().reciprocal()[:, None, None]
     scores = []
     for part in slices:
-        k = part.rotated_keys()
-        if k.size(0) < B:  # shared by all rows: one product
-            shared = q.transpose(0, 1).reshape(H, B * T, D) @ k[0].mT
-            products = shared.view(H, B, T, -1).transpose(0, 1)
-        else:
-            products = q @ k.mT
+        products = _products(q, part.rotated_keys()) if taps is None else _tap_products(q, part, taps.key_weight)
         bias = part.mask if part.key_norms is None else part.mask - (0.5 * scale * part.key_norms).mT
         scores.append(products.float() * scale + bias)
     all_scores = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
@@ -36,8 +39,39 @@ def attend(qkv: QKV, slices: Sequence[KVSlice]) -> Tensor:
     weights = (weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).to(q.dtype)
     y = 0
     for part, w in zip(slices, weights.split([score.size(-1) for score in scores], dim=-1), strict=True):
-        if (v := part.v).size(0) < B:
-            y = y + (w.transpose(0, 1).reshape(H, B * T, -1) @ v[0]).view(H, B, T, D).transpose(0, 1)
-        else:
-            y = y + w @ v
+        y = y + (_sums(w, part.v) if taps is None else _tap_sums(w, part, taps.value_weight))
     return y.transpose(1, 2)
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """Return q.k, (B, H, T, S); rows that share the keys share one product."""
+    if k.size(0) == q.size(0):
+        return q @ k.mT
+    B, H, T, D = q.shape
+    return (q.transpose(0, 1).reshape(H, B * T, D) @ k[0].mT).view(H, B, T, -1).transpose(0, 1)
+
+
+def _sums(w: Tensor, v: Tensor) -> Tensor:
+    """Return the sums of values by weights (B, H, T, S), (B, H, T, D); rows that share the values share one product."""
+    if v.size(0) == w.size(0):
+        return w @ v
+    B, H, T, S = w.shape
+    return (w.transpose(0, 1).reshape(H, B * T, S) @ v[0]).view(H, B, T, -1).transpose(0, 1)
+
+
+def _tap_products(q: Tensor, part: KVSlice, key_weight: Tensor) -> Tensor:
+    """Return q.k, (B, H, T, S), of keys that are convolutions of what the slice holds."""
+    N, S = len(key_weight), part.mask.size(-1)
+    by_tap = q[:, :, :, None] * key_weight.to(q.dtype).transpose(0, 1)[:, None]  # (B, H, T, N, D)
+    products = _products(by_tap.flatten(2, 3), part.k).unflatten(2, (-1, N)).float()
+    return sum(products[..., n, N - 1 - n :][..., :S] for n in range(N)) * part.key_scales.mT
+
+
+def _tap_sums(w: Tensor, part: KVSlice, value_weight: Tensor) -> Tensor:
+    """Return the sums of values by weights, (B, H, T, D), where values are convolutions of what the slice holds."""
+    N, S = len(value_weight), w.size(-1)
+    by_tap = w.new_zeros(*w.shape[:3], N, N - 1 + S)
+    for n in range(N):
+        by_tap[..., n, N - 1 - n :][..., :S] = w
+    sums = _sums(by_tap.flatten(2, 3), part.v).unflatten(2, (-1, N))  # (B, H, T, N, D)
+    return (sums * value_weight.to(w.dtype).transpose(0, 1)[:, None]).sum(dim=-2)

@@ -1,0 +1,68 @@
+"""gka_conv: Gaussian Kernel Attention on short convolutions of one tensor, which is all that decoding keeps of a token.
+
+    r_t = rope(x_t)    q = norm(conv(r))    k = norm(conv(r))    v = conv(r)    s_ij = q_i . k_j / sigma^2
+    y_i = 2 sigmoid(W x_i[:12]) rope^-1(sum_j softmax_j(s_ij) v_j)
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from gkachat.attention.base import Groups
+from gkachat.attention.features import Rope, ShortConv, apply_rope, rms_norm
+from gkachat.attention.gka import GaussianKernelAttention
+from gkachat.attention.kernels import reference
+from gkachat.attention.linear import Linear
+from gkachat.attention.qkv import QKV, Taps
+from gkachat.config import GPTConfig
+
+SHARPNESS = 1.2  # q.k / sigma^2 starts as sharp as softmax attention's logits
+GATE_CHANNELS = 12  # channels of the block input that the gates read
+
+
+class GKAConv(GaussianKernelAttention):
+    """Gaussian Kernel Attention on short convolutions of the rotated block input. Caches that one tensor."""
+
+    gaussian = False
+    taps, lookback = ShortConv.TAPS, ShortConv.TAPS - 1
+
+    def __init__(self, config: GPTConfig, index: int):
+        super().__init__(config, index)
+        self.unit_norm, self.include_self = False, True  # options of published GKA
+        self.conv_q, self.conv_k, self.conv_v = (ShortConv(config.n_head, config.head_dim) for _ in range(3))
+        self.gate = Linear(GATE_CHANNELS, config.n_head)
+
+    def inputs(self, x_BTC: Tensor, rope: Rope) -> Tensor:
+        """Return the block input, split into heads and rotated, (B, T, H, D)."""
+        return apply_rope(self.split_heads(x_BTC), rope)
+
+    def qkv(self, r_BTHD: Tensor, idx_BT: Tensor, rope: Rope) -> QKV:
+        T = idx_BT.size(1)
+        q, k, v = (conv(r_BTHD, T) for conv in (self.conv_q, self.conv_k, self.conv_v))
+        gain_H = self.sigma.square().reciprocal()
+        taps = Taps(r_BTHD, self.conv_k.weight, self.conv_v.weight)
+        return QKV(rms_norm(q, gain_H), rms_norm(k), v, taps=taps)
+
+    def output(self, y_BTHD: Tensor, x_BTC: Tensor, rope: Rope) -> Tensor:
+        """Rotate back, and multiply each head by its gate."""
+        cos, sin = rope
+        gate_BTH = 2 * torch.sigmoid(self.gate(x_BTC[..., :GATE_CHANNELS]))
+        return gate_BTH[..., None] * apply_rope(y_BTHD, (cos, -sin))
+
+    def squared_distances(self, q_BHTD: Tensor, k_BHSD: Tensor, qkv: QKV) -> Tensor:
+        """Return |q_i - k_j|^2 of the features before q was divided by sigma^2."""
+        return reference.squared_distances(q_BHTD * self.sigma.square()[:, None, None], k_BHSD)
+
+    def init_weights(self) -> None:
+        """Start keys as delays, queries and values as the identity, bandwidths at softmax attention's sharpness."""
+        super().init_weights()
+        nn.init.constant_(self.log_sigma, math.log(self.config.head_dim**0.25 / SHARPNESS))
+        self.conv_q.init_weights()
+        self.conv_k.init_weights(ShortConv.KEY_DELAYS)
+        self.conv_v.init_weights()
+        nn.init.zeros_(self.gate.weight)
+
+    def parameter_groups(self) -> Groups:
+        convolutions = [conv.weight for conv in (self.conv_q, self.conv_k, self.conv_v)]
+        return super().parameter_groups() | {"convolutions": convolutions, "gates": [self.gate.weight]}
