@@ -125,9 +125,9 @@ class Cache:
                 if self.prefix is None:
                     before.zero_()
                 else:
-                    newest = torch.arange(self.first - halo, self.first, device=self.device)[None]
+                    newest = torch.arange(self.first - halo, self.first, device=self.device)
                     shared = self.prefix.layers[index]["k"]
-                    before.copy_(shared[:, :, tap_slots(newest - self.prefix.first, shared.size(2), halo)[0]])
+                    before.copy_(shared[:, :, tap_slots(newest - self.prefix.first, shared.size(2) - halo, halo)])
 
     def move(self, source: int, target: int) -> None:
         """Copy one row over another."""
@@ -137,12 +137,12 @@ class Cache:
         self.lengths[target] = self.lengths[source]
 
 
-def tap_slots(tokens: Tensor, size: int, halo: int) -> Tensor:
-    """Return where tokens lie in a buffer of this size whose first `halo` slots hold what comes before the others.
+def tap_slots(tokens: Tensor, n: int, halo: int) -> Tensor:
+    """Return where tokens lie in a buffer of n slots behind a halo, which holds those before the first.
 
-    Tokens are counted from the cache's first; down to -halo they come before it.
+    Tokens are counted from the cache's first one, and begin at -halo.
     """
-    return torch.where(tokens < 0, halo + tokens, halo + tokens % (size - halo))
+    return torch.where(tokens < 0, tokens, tokens % n) + halo
 
 
 class CacheStep:
@@ -163,18 +163,32 @@ class CacheStep:
         self.positions = lengths[:, None] + torch.arange(T, device=cache.device)  # (B, T)
         self.row_index = torch.arange(len(cache.lengths), device=cache.device)[rows, None]  # (B, 1)
         self._views: dict[tuple, tuple[Tensor, Tensor, Rope | None]] = {}
-        self._slots: dict[int, Tensor] = {}
+        self._slots: dict[tuple, Tensor] = {}
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int) -> "LayerCache":
         """Return the part of this step that one layer reads and writes."""
         return LayerCache(self, index)
 
-    def slots(self, n: int) -> Tensor:
-        """Return the slots (B, T) of the new tokens in a buffer with n slots, computed once for all layers."""
-        if n not in self._slots:
-            self._slots[n] = (self.positions - self.cache.first) % n
-        return self._slots[n]
+    def slots(self, n: int, halo: int = 0) -> Tensor:
+        """Return where new tokens lie (B, T) in a buffer of n slots behind a halo, computed once for all layers."""
+        if (n, halo) not in self._slots:
+            self._slots[n, halo] = (self.positions - self.cache.first) % n + halo
+        return self._slots[n, halo]
+
+    def slots_before(self, n: int, halo: int) -> Tensor:
+        """Return where new tokens also lie (B, T): the last ones of n slots in the halo, others where they lie anyway."""
+        if (n, -halo) not in self._slots:
+            slots = self.slots(n)
+            self._slots[n, -halo] = torch.where(slots < n - halo, halo + slots, slots - (n - halo))
+        return self._slots[n, -halo]
+
+    def taps(self, n: int, halo: int) -> Tensor:
+        """Return where the `halo` tokens before the new ones lie (B, halo) in such a buffer."""
+        if (n, halo, "before") not in self._slots:
+            tokens = self.positions[:, :1] - self.cache.first + torch.arange(-halo, 0, device=self.cache.device)
+            self._slots[n, halo, "before"] = tap_slots(tokens, n, halo)
+        return self._slots[n, halo, "before"]
 
     def before(self, lookback: int) -> tuple[Tensor, Tensor]:
         """Return the positions (B, lookback) before the new tokens, and whether the text has them (B, lookback, 1).
@@ -237,8 +251,7 @@ class LayerCache:
         if not lookback:
             return x
         if self.halo:
-            tokens = self.step.before(lookback)[0] - self.cache.first
-            past = self.buffers["k"][self.step.row_index, :, tap_slots(tokens, self.buffers["k"].size(2), self.halo)]
+            past = self.buffers["k"][self.step.row_index, :, self.step.taps(self.slots, self.halo)]
             return torch.cat((past, x), dim=1)
         cache, buffer = self.cache, self.buffers["x"]
         slots = buffer.size(1)
@@ -258,10 +271,10 @@ class LayerCache:
             new["key_norms"] = k.float().square().sum(dim=-1, keepdim=True)  # a rotation keeps the norm
         slots, rows, n = self.step.slots(self.slots), self.step.row_index, self.slots
         if halo := self.halo:
-            self.buffers["key_scales"][rows, :, slots] = qkv.taps.key_scales(k.size(1)).to(self.buffers["key_scales"].dtype)
-            if self.spec.window and n < self.cache.length:  # the slots before the first then follow the last ones
-                self.buffers["k"][rows, :, torch.where(slots < n - halo, halo + slots, slots - (n - halo))] = k
-            slots = halo + slots
+            self.buffers["key_scales"][rows, :, slots] = qkv.taps.key_scales.to(self.buffers["key_scales"].dtype)
+            if n < self.cache.length:  # slots that wrap: what lies before the first is what lies in the last
+                self.buffers["k"][rows, :, self.step.slots_before(n, halo)] = k
+            slots = self.step.slots(n, halo)
         for name, tensor in new.items():
             if name in self.buffers:
                 self.buffers[name][rows, :, slots] = tensor

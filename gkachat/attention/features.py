@@ -29,14 +29,12 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def rms_norm(x: Tensor, gain_H: Tensor | None = None) -> Tensor:
     """Divide the last axis by its root mean square, and multiply each head of (B, T, H, D) by its gain, if given."""
-    return _RMSNorm.apply(x, gain_H)
+    return _RMSNorm.apply(x, gain_H)[0]
 
 
-def rms_scale(x: Tensor) -> Tensor:
-    """Return one over the root mean square of the last axis, (..., 1) in float32, or in float64 for such an x."""
-    wide_x = cast(x, torch.promote_types(x.dtype, torch.float32))
-    norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
-    return (norm.square() / x.size(-1) + torch.finfo(wide_x.dtype).eps).rsqrt()
+def rms_norm_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `rms_norm(x)` and what it multiplied x by, (..., 1) in float32 or wider, without gradient."""
+    return _RMSNorm.apply(x, None)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -47,17 +45,19 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
         wide_x = cast(x, torch.promote_types(x.dtype, torch.float32))
-        scale = rms_scale(wide_x)
+        norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
+        scale = (norm.square() / x.size(-1) + torch.finfo(wide_x.dtype).eps).rsqrt()
         if gain is not None:
             scale = scale * cast(gain, scale.dtype)[:, None]
         y = cast(wide_x * scale, x.dtype)
         ctx.save_for_backward(y, scale, gain)
-        return y
+        ctx.mark_non_differentiable(scale)
+        return y, scale
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx, dy: Tensor, _: None) -> tuple[Tensor, Tensor | None]:
         y, scale, gain = ctx.saved_tensors
         wide_dy, wide_y = cast(dy, scale.dtype), cast(y, scale.dtype)
         along, dgain = (wide_dy * wide_y).sum(dim=-1, keepdim=True) / y.size(-1), None
@@ -141,8 +141,17 @@ class ShortConv(nn.Module):
 
 
 def short_conv(x_BTHD: Tensor, weight_NHD: Tensor) -> Tensor:
-    """Return y_t = sum_n w_n x_(t-n), with 0 before the first token, (B, T, H, D)."""
+    """Return y_t = sum_n w_n x_(t-n) with 0 before the first token, (B, T, H, D)."""
     return _ShortConv.apply(x_BTHD, weight_NHD.to(x_BTHD.dtype))
+
+
+def short_convs(x_BSHD: Tensor, weights: Sequence[Tensor], T: int) -> list[Tensor]:
+    """Return the convolutions by several weights at the last T tokens, each (B, T, H, D)."""
+    if T > 1 or x_BSHD.size(1) != len(weights[0]):
+        return [short_conv(x_BSHD, weight)[:, -T:] for weight in weights]
+    # Decoding a token takes two operations in all, where the number of operations decides the time.
+    flipped = torch.stack([weight.flip(0) for weight in weights]).to(x_BSHD.dtype)[:, None]
+    return list((flipped * x_BSHD).sum(dim=2, keepdim=True))
 
 
 class _ShortConv(torch.autograd.Function):

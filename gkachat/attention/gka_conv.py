@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gkachat.attention.base import Groups
-from gkachat.attention.features import Rope, ShortConv, apply_rope, rms_norm
+from gkachat.attention.features import Rope, ShortConv, apply_rope, rms_norm, rms_norm_and_scale, short_convs
 from gkachat.attention.gka import GaussianKernelAttention
 from gkachat.attention.kernels import reference
 from gkachat.attention.linear import Linear
@@ -37,12 +37,13 @@ class GKAConv(GaussianKernelAttention):
         """Return the block input, split into heads and rotated, (B, T, H, D)."""
         return apply_rope(self.split_heads(x_BTC), rope)
 
-    def qkv(self, r_BTHD: Tensor, idx_BT: Tensor, rope: Rope) -> QKV:
-        T = idx_BT.size(1)
-        q, k, v = (conv(r_BTHD, T) for conv in (self.conv_q, self.conv_k, self.conv_v))
-        gain_H = self.sigma.square().reciprocal()
-        taps = Taps(r_BTHD, self.conv_k.weight, self.conv_v.weight)
-        return QKV(rms_norm(q, gain_H), rms_norm(k), v, taps=taps)
+    def qkv(self, r_BSHD: Tensor, idx_BT: Tensor, rope: Rope) -> QKV:
+        """Convolve three times, normalise what is compared, and divide q by sigma^2."""
+        convs, T = (self.conv_q, self.conv_k, self.conv_v), idx_BT.size(1)
+        q, k, v = short_convs(r_BSHD, [conv.weight for conv in convs], T)
+        k, key_scales = rms_norm_and_scale(k)
+        taps = Taps(r_BSHD[:, -T:], self.conv_k.weight, self.conv_v.weight, key_scales)
+        return QKV(rms_norm(q, self.sigma.square().reciprocal()), k, v, taps=taps)
 
     def output(self, y_BTHD: Tensor, x_BTC: Tensor, rope: Rope) -> Tensor:
         """Rotate back, and multiply each head by its gate."""

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from gkachat.attention.features import Rope, rms_scale, rotate, short_conv
+from gkachat.attention.features import Rope, rotate, short_conv
 
 
 class Taps(NamedTuple):
@@ -14,15 +14,13 @@ class Taps(NamedTuple):
     """
 
     x: Tensor
-    """(B, N - 1 + T, H, D): that tensor at N - 1 earlier tokens, while decoding, and at the T new ones."""
+    """(B, T, H, D): that tensor at the new tokens."""
     key_weight: Tensor
     """(N, H, D)"""
     value_weight: Tensor
     """(N, H, D)"""
-
-    def key_scales(self, T: int) -> Tensor:
-        """Return what the norm multiplies the keys of the last T tokens by, (B, T, H, 1)."""
-        return rms_scale(short_conv(self.x, self.key_weight)[:, -T:])
+    key_scales: Tensor
+    """(B, T, H, 1), what the norm multiplied each new key by."""
 
 
 class QKV(NamedTuple):
@@ -47,7 +45,7 @@ class QKV(NamedTuple):
     def cached_k(self) -> Tensor:
         """The keys as the cache keeps them; the same object as `v` where one tensor serves as keys and values."""
         if self.taps is not None:
-            return self.taps.x[:, -self.k.size(1) :]
+            return self.taps.x
         return self.k if self.unrotated_k is None else self.unrotated_k
 
 

@@ -60,18 +60,26 @@ def _sums(w: Tensor, v: Tensor) -> Tensor:
 
 
 def _tap_products(q: Tensor, part: KVSlice, key_weight: Tensor) -> Tensor:
-    """Return q.k, (B, H, T, S), of keys that are convolutions of what the slice holds."""
-    N, S = len(key_weight), part.mask.size(-1)
+    """Return q.k in float32, (B, H, T, S), of keys that are convolutions of what the slice holds."""
     by_tap = q[:, :, :, None] * key_weight.to(q.dtype).transpose(0, 1)[:, None]  # (B, H, T, N, D)
-    products = _products(by_tap.flatten(2, 3), part.k).unflatten(2, (-1, N)).float()
-    return sum(products[..., n, N - 1 - n :][..., :S] for n in range(N)) * part.key_scales.mT
+    products = _products(by_tap.flatten(2, 3), part.k).contiguous().unflatten(2, by_tap.shape[2:4])
+    return _aligned(products).sum(dim=-2, dtype=torch.float32) * part.key_scales.mT
 
 
 def _tap_sums(w: Tensor, part: KVSlice, value_weight: Tensor) -> Tensor:
     """Return the sums of values by weights, (B, H, T, D), where values are convolutions of what the slice holds."""
     N, S = len(value_weight), w.size(-1)
     by_tap = w.new_zeros(*w.shape[:3], N, N - 1 + S)
-    for n in range(N):
-        by_tap[..., n, N - 1 - n :][..., :S] = w
+    _aligned(by_tap).copy_(w[:, :, :, None])
     sums = _sums(by_tap.flatten(2, 3), part.v).unflatten(2, (-1, N))  # (B, H, T, N, D)
     return (sums * value_weight.to(w.dtype).transpose(0, 1)[:, None]).sum(dim=-2)
+
+
+def _aligned(by_tap: Tensor) -> Tensor:
+    """Return a view (..., N, S) of a tensor (..., N, N - 1 + S) in which each tap's row begins a token earlier.
+
+    Column s then holds, in row n, what belongs to token s - n.
+    """
+    N, n_tokens = by_tap.shape[-2:]
+    rows = by_tap.flatten(-2)[..., N - 1 : N * n_tokens - 1].unflatten(-1, (N, n_tokens - 1))
+    return rows[..., : n_tokens - (N - 1)]
