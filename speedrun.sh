@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the same model with softmax attention, Gaussian Kernel Attention as published (gka) and gka with additions
-# (gka_plus), evaluates and compares them, and tunes each on conversations.
+# (gka_conv), evaluates and compares them, and tunes each on conversations.
 #
 #   bash speedrun.sh                 without a GPU: laptop size, minutes; with GPUs: depth 20 on all of them, hours
 #   bash speedrun.sh --overwrite     start anew (default: keep finished runs and continue interrupted ones)

@@ -26,7 +26,6 @@ DIRECTORY_NAME = "a directory name, not a path, that does not start with - or ~"
 ATTENTIONS: dict[str, str | type] = {
     "softmax": "gkachat.attention.softmax:SoftmaxAttention",
     "gka": "gkachat.attention.gka:GaussianKernelAttention",
-    "gka_plus": "gkachat.attention.gka_plus:GKAPlus",
     "gka_conv": "gkachat.attention.gka_conv:GKAConv",
 }
 """Maps each attention to "module:Class" of its layer, or to the class if `gkachat.attention.register` added it."""
@@ -201,7 +200,7 @@ class GPTConfig:
     depth: int = 20
     """Number of layers. Width, token budget and learning rates follow from it."""
     attention: str = "softmax"
-    """Attention layer: softmax, gka, gka_plus, or another that is registered."""
+    """Attention layer: softmax, gka, gka_conv, or another that is registered."""
     vocab_size: int | None = None
     """Rows of the embedding and of lm_head. None: tokenizer.vocab_size (32,768 without a tokenizer)."""
     sequence_len: int = 2048
@@ -221,7 +220,7 @@ class GPTConfig:
     """Subtract a learned share of the residual stream after the middle layer at the end. The share starts at 0.2. A
     model of fewer than 3 layers has none: its middle layer is its last, and the share would change nothing."""
     short_conv: bool = False
-    """softmax: each channel of queries, keys and values mixes the last 4 tokens, as in gka_plus."""
+    """softmax: each channel of queries, keys and values mixes the last 4 tokens, as in gka_conv."""
     gka: GKAConfig = field(default_factory=GKAConfig)
 
     def __post_init__(self) -> None:
@@ -234,12 +233,12 @@ class GPTConfig:
             object.__setattr__(self, "head_dim", HEAD_DIM if self.n_embd % HEAD_DIM == 0 else 64)
         # An invalid head_dim or depth has a problem of its own, and is not reported once more as one of n_embd.
         divides = self.head_dim > 0 and self.n_embd % self.head_dim == 0
-        no_values = self.attention == "gka" and self.value_embeddings
+        no_values = self.attention in ("gka", "gka_conv") and self.value_embeddings
         require(
             self,
             value_embeddings=(
                 not no_values,
-                "false with attention 'gka', whose values are its inputs (or use gka_plus)",
+                f"false with attention {self.attention!r}, whose values are made of the cached input alone",
             ),
             attention=(self.attention in ATTENTIONS, " or ".join(map(repr, ATTENTIONS))),
             window_pattern=(bool(self.window_pattern) and set(self.window_pattern) <= set("SL"), "letters S and L"),
@@ -363,7 +362,7 @@ class OptimConfig:
     smear_lr: float = 0.2
     """Gate and scale of the smear, and scale of the backout. `lr_scale` leaves it alone."""
     sigma_lr: float = 0.01
-    """Log bandwidths (log sigma) of gka and gka_plus."""
+    """Log bandwidths (log sigma) of gka and gka_conv."""
     conv_lr: float = 0.02
     """Taps of short convolutions."""
     position_lr: float = 0.01

@@ -14,8 +14,8 @@ A sweep file:
     "run.seed" = [42, 43]
     [sweep.set]                     # options of all runs; "none" unsets what the base sets
     "model.n_embd" = "none"
-    [sweep.set.gka_plus]            # options of the runs with this attention
-    "model.value_embeddings" = true
+    [sweep.set.softmax]             # options of the runs with this attention
+    "model.short_conv" = true
 """
 
 import dataclasses

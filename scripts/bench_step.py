@@ -12,7 +12,7 @@ VARIANTS = {
     "softmax, short_conv": {"short_conv": True},
     "gka": {"attention": "gka"},
     "gka normalised": {"attention": "gka", "gka": GKAConfig(normalize=True)},
-    "gka_plus": {"attention": "gka_plus"},
+    "gka_conv": {"attention": "gka_conv"},
 }
 
 

@@ -68,7 +68,7 @@ def model_facts(config: GPTConfig) -> dict[str, str]:
     from gkachat.model.stats import model_stats
 
     return {
-        "attention": {"gka": "Gaussian kernel", "gka_plus": "Gaussian kernel"}.get(config.attention, config.attention),
+        "attention": {"gka": "Gaussian kernel", "gka_conv": "Gaussian kernel"}.get(config.attention, config.attention),
         "parameters": f"{model_stats(config).params['total']:,}",
         "depth": str(config.depth),
     }

@@ -1,6 +1,6 @@
 """Compare evaluated runs: a table on the terminal, and comparison.md, .json and .png.
 
-python -m scripts.compare d4_softmax d4_gka d4_gka_plus
+python -m scripts.compare d4_softmax d4_gka d4_gka_conv
 """
 
 import datetime

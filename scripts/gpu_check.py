@@ -29,7 +29,7 @@ from gkachat.files import atomic_write, write_text
 from gkachat.text import expand
 from scripts.cli import run
 
-ATTENTIONS = ("softmax", "gka", "gka_plus")
+ATTENTIONS = ("softmax", "gka", "gka_conv")
 CARRIED, CACHE = Path("build/gpu_check"), Path("build/gpu_cache")  # ignored by git
 BACKGROUND_SECONDS = 150
 POLL_SECONDS = 0.1

@@ -1,7 +1,7 @@
 """Serve trained runs over HTTP: OpenAI's completions and chat completions, and a page to talk to them.
 
 python -m scripts.serve d4_gka_chat
-python -m scripts.serve d4_softmax_chat d4_gka_plus_chat --port 8080
+python -m scripts.serve d4_softmax_chat d4_gka_conv_chat --port 8080
 
 The page is at http://127.0.0.1:8000/. SIGTERM and Ctrl-C end the server once its answers are complete.
 """

@@ -59,10 +59,10 @@ def features() -> list[tuple]:
     found = []
     for dtype in ("bf16", "fp32"):
         for D in (64, 128, 256):
-            (rows, half), (chunks, width) = module.forward_tile(D), module.backward_tile(D)
+            (rows, columns), (chunks, width) = module.forward_tile(D), module.backward_tile(D)
             backward = {"D": D, "BD": width, "CHUNKS": chunks, "CHUNK": module.CHUNK}
             for kernel, constants in (
-                (module.forward_kernel, {"BT": rows, "HALF": half}),
+                (module.forward_kernel, {"BT": rows, "BD": columns}),
                 (module.backward_kernel, backward),
             ):
                 types = {}
@@ -70,7 +70,7 @@ def features() -> list[tuple]:
                     if name.startswith("stride") or name == "D":
                         types[name] = "i32/16"
                     elif (name.isupper() and len(name) > 1) or name in "XQKV":
-                        single = name in ("WQ", "WK", "WV", "GAIN", "COS", "SIN", "DW", "DGAIN")
+                        single = name in ("WQ", "WK", "WV", "GAIN", "SCALES", "DW", "DGAIN")
                         types[name] = f"*{'fp32' if single else dtype}/16"
                     else:
                         types[name] = "i32"

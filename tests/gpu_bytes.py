@@ -1,7 +1,7 @@
 """Count the bytes that compiled training moves on a GPU, from Inductor's own kernels. It needs CUDA, or a null GPU.
 
     python tests/gpu_bytes.py head --plain      head and loss in plain PyTorch; without --plain: the Triton form
-    python tests/gpu_bytes.py gka_plus          four blocks of d20's width, without the head; also softmax
+    python tests/gpu_bytes.py gka_conv          four blocks of d20's width, without the head; also softmax
 
 The method: every kernel reads each tensor that it takes once and writes each result once. Slices count as slices, and
 a tensor that one kernel reads twice counts once, as if a cache held it. The same rule counts inside our operators.
@@ -154,7 +154,7 @@ def inside_operators() -> dict[str, Counter]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["head", "softmax", "gka", "gka_plus"])
+    parser.add_argument("what", choices=["head", "softmax", "gka", "gka_conv"])
     parser.add_argument("--plain", action="store_true", help="the reference in the place of our Triton kernels")
     parser.add_argument("--depth", type=int, default=4, help="blocks; every other one has value embeddings")
     options = parser.parse_args()

@@ -204,7 +204,7 @@ def test_an_option_that_cannot_be_read_is_named_in_one_line(words, problem):
         ("[data]\nfiles = [1]", "data.files: given 1, expected str"),
         ("model = 3", "model: given 3, expected a table"),
         ("[model]\ngka = true", "model.gka: given True, expected a table"),
-        ("[model]\nattention = 'linear'", "model.attention: given 'linear', expected 'softmax' or 'gka' or 'gka_plus'"),
+        ("[model]\nattention = 'linear'", "model.attention: given 'linear', expected 'softmax' or 'gka' or 'gka_conv'"),
         ("[run]\ndtype = 3", "run.dtype: given 3, expected Literal['auto', 'float32', 'bfloat16']"),
     ],
 )
@@ -361,11 +361,11 @@ def test_value_embeddings_are_by_default_those_of_softmax_alone():
     assert {name: dataclasses.replace(default, attention=name).uses_value_embeddings for name in ATTENTIONS} == {
         name: name == "softmax" for name in ATTENTIONS
     }
-    assert GPTConfig(attention="gka_plus", value_embeddings=True).uses_value_embeddings
     assert not GPTConfig(value_embeddings=False).uses_value_embeddings
     assert not ViTConfig().uses_value_embeddings
-    with pytest.raises(ConfigError, match=r"^value_embeddings: given True, expected false with attention 'gka'"):
-        GPTConfig(attention="gka", value_embeddings=True)
+    for name in ("gka", "gka_conv"):
+        with pytest.raises(ConfigError, match=rf"^value_embeddings: given True, expected false with attention '{name}'"):
+            GPTConfig(attention=name, value_embeddings=True)
 
 
 def test_the_models_vocabulary_follows_the_tokenizers(toml):

@@ -334,7 +334,7 @@ def test_the_speedrun_trains_compares_and_says_how_to_talk(speedrun):
         words = shlex.split(command.partition("scripts.chat_cli")[2])
         spoken = run_script("chat_cli", *words, "-p", "What is 12 + 34?", "--max-tokens", 3, home=home)
         assert spoken.returncode == 0 and spoken.stdout
-    assert (home / "comparisons" / "d1_softmax-d1_gka-d1_gka_plus" / "comparison.png").exists()
+    assert (home / "comparisons" / "d1_softmax-d1_gka-d1_gka_conv" / "comparison.png").exists()
 
 
 def test_the_steps_of_a_second_speedrun_keep_what_is_finished(speedrun):

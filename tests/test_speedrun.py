@@ -278,7 +278,7 @@ def test_ctrl_c_after_the_tokenization_has_its_exit_code(start, tmp_path):
 AT_ONCE = """if [[ "$*" == *{script}* ]]; then
     echo "$OMP_NUM_THREADS" >> {path}/threads; touch {path}/here_$3; trap 'echo stopped >> {path}/stopped; exit 130' INT
     until [ -e {path}/go ]; do sleep 0.05; done
-    echo "done"; echo "and stderr" >&2; [[ "$*" != *gka_plus* ]] || exit {code}
+    echo "done"; echo "and stderr" >&2; [[ "$*" != *gka_conv* ]] || exit {code}
 fi"""
 
 
@@ -293,7 +293,7 @@ def test_without_gpus_runs_are_evaluated_at_the_same_time_and_a_failure_ends_non
     started_at_once(process, tmp_path)
     (tmp_path / "go").touch()
     output, error = process.communicate(timeout=60)
-    assert process.returncode == 3 and error == "speedrun: evaluate d4_gka_plus failed (exit code 3)\n"
+    assert process.returncode == 3 and error == "speedrun: evaluate d4_gka_conv failed (exit code 3)\n"
     lines = output.splitlines()
     for attention in ATTENTIONS:
         assert {f"d4_{attention} | done", f"d4_{attention} | and stderr"} < {*lines}
@@ -400,7 +400,7 @@ def test_hours_follow_from_steps_passes_and_devices(tmp_path):
     assert result.returncode == 0, result.stderr
     assert not any(tmp_path.iterdir())
     *rows, total = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()[2:6]]
-    assert [row[0] for row in (*rows, total)] == ["d2_softmax", "d2_gka", "d2_gka_plus", "all"]
+    assert [row[0] for row in (*rows, total)] == ["d2_softmax", "d2_gka", "d2_gka_conv", "all"]
     for row in rows:
         steps, a_pass, optimizers = int(row[2]), *(float(cell.split()[0]) for cell in row[4:6])
         assert steps == 100 and a_pass > 0

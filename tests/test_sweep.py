@@ -70,8 +70,8 @@ def test_runs_of_a_budget_train_until_it_is_spent(plan):
 
 
 def test_options_of_an_attention_hold_for_its_runs_alone(plan):
-    fixed = '"model.short_conv" = true\n[sweep.set.gka_plus]\n"model.value_embeddings" = true'
-    shapes = [run.config.model for run in plan('"model.attention" = ["softmax", "gka", "gka_plus"]', fixed).runs]
+    fixed = '"model.short_conv" = true\n[sweep.set.gka_conv]\n"model.value_embeddings" = true'
+    shapes = [run.config.model for run in plan('"model.attention" = ["softmax", "gka", "gka_conv"]', fixed).runs]
     assert [shape.value_embeddings for shape in shapes] == [None, None, True]
     assert all(shape.short_conv for shape in shapes)
 

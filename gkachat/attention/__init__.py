@@ -4,7 +4,7 @@ import importlib
 
 from gkachat.attention.base import Attention, AttentionWeights
 from gkachat.attention.gka import GaussianKernelAttention, gaussian_kernel_attention
-from gkachat.attention.gka_plus import GKAPlus
+from gkachat.attention.gka_conv import GKAConv
 from gkachat.attention.multihead import MultiheadGKA
 from gkachat.attention.qkv import QKV
 from gkachat.attention.softmax import SoftmaxAttention
@@ -14,7 +14,7 @@ __all__ = [
     "QKV",
     "Attention",
     "AttentionWeights",
-    "GKAPlus",
+    "GKAConv",
     "GaussianKernelAttention",
     "MultiheadGKA",
     "SoftmaxAttention",

@@ -150,8 +150,7 @@ def short_convs(x_BSHD: Tensor, weights: Sequence[Tensor], T: int) -> list[Tenso
     if T > 1 or x_BSHD.size(1) != len(weights[0]):
         return [short_conv(x_BSHD, weight)[:, -T:] for weight in weights]
     # Decoding a token takes two operations in all, where the number of operations decides the time.
-    flipped = torch.stack([weight.flip(0) for weight in weights]).to(x_BSHD.dtype)[:, None]
-    return list((flipped * x_BSHD).sum(dim=2, keepdim=True))
+    return list((torch.stack(weights).to(x_BSHD.dtype)[:, None] * x_BSHD.flip(1)).sum(dim=2, keepdim=True))
 
 
 class _ShortConv(torch.autograd.Function):
@@ -177,15 +176,16 @@ class _ShortConv(torch.autograd.Function):
 
 
 def convolved_features(
-    x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor, rope: Rope
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return q = gain norm(rope(conv(x))), k = norm(rope(conv(x))) and v = conv(x), each (B, T, H, D).
+    x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor, T: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q = gain norm(conv(x)), k = norm(conv(x)) and v = conv(x) of the last T tokens, each (B, T, H, D).
 
-    They are those of the last T tokens, where T is that of the rope. The weights are those of three ShortConv.
+    The weights are those of three ShortConv. Also returns what the norm multiplied the keys by, (B, T, H, 1), without
+    gradient.
     """
-    T = rope[0].size(-2)
-    q, k, v = (short_conv(x_BSHD, weight)[:, -T:] for weight in weights)
-    return rms_norm(apply_rope(q, rope), gain_H), rms_norm(apply_rope(k, rope)), v
+    q, k, v = short_convs(x_BSHD, weights, T)
+    k, key_scales = rms_norm_and_scale(k)
+    return rms_norm(q, gain_H), k, v, key_scales
 
 
 class Features(NamedTuple):
@@ -207,5 +207,5 @@ def choose_features(head_dim: int, device: torch.device, dtype: torch.dtype) -> 
         return Features("torch", f"no triton kernel: {'; '.join(obstacles)}", convolved_features)
     from gkachat.attention import features_triton
 
-    reason = "convolutions, rotation and norm in one pass"
+    reason = "convolutions and norms in one pass"
     return Features("triton", reason, features_triton.convolved_features)

@@ -1,6 +1,6 @@
-"""Convolutions, rotation and norm of gka_plus in Triton: one kernel forward, one backward.
+"""Convolutions and norms of gka_conv in Triton: one kernel forward, one backward.
 
-Forward, x is read once and q, k and v are written. Rows that several taps read come from a cache. Backward, a row of a
+Forward, x is read once and q, k, v and the scales of the keys are written. Rows that several taps read come from a cache. Backward, a row of a
 tile walks through a chunk of tokens, one at a time, and reads x, dq, dk and dv of each. The last rows of x and of dx
 stay in registers: what a tap reaches back to is neither read nor computed again, but for a few rows between chunks. The
 sums of the gradients of weights and gain have a fixed order. A number of x in bfloat16 moves 8 bytes forward and 10
@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gkachat.attention.features import Rope, ShortConv
+from gkachat.attention.features import ShortConv
 from gkachat.attention.kernels.gaussian_triton import contiguous_channels, on_device_of_first
 from gkachat.attention.kernels.gaussian_triton_kernels import rounded
 
 N_TAPS = tl.constexpr(ShortConv.TAPS)
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
-TILE = 1024  # numbers in a tile of the forward, half a head wide
+TILE = 2048  # numbers in a tile of the forward, a head wide
 WALK_TILE = 512  # numbers in a tile of the backward, a head wide: with 4 warps, a warp sums over a head of 128
 CHUNK = 64  # tokens that a row of the backward's tile walks through, and three of the next chunk
 
@@ -58,33 +58,29 @@ def _convolve(X, W, rows, columns, stride_t, stride_n, S, n_columns):
 
 
 @triton.jit
-def _convolve_and_rotate(X, W, Q, gain, rows, look, columns, cos, sin, stride_xt, S, T, H, D):
-    """Write the normalised, rotated convolution of one block, times gain."""
-    a = _convolve(X, W, rows + look, columns, stride_xt, H * D, S, D // 2)
-    b = _convolve(X + D // 2, W + D // 2, rows + look, columns, stride_xt, H * D, S, D // 2)
-    scale = gain * tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + EPS)[:, None]
-    _store(Q, (a * cos + b * sin) * scale, rows, columns, H * D, T, D // 2)
-    _store(Q + D // 2, (b * cos - a * sin) * scale, rows, columns, H * D, T, D // 2)
+def _convolve_and_normalise(X, W, Q, gain, rows, look, columns, stride_xt, S, T, H, D):
+    """Write the normalised convolution of one block, times gain. Return what the norm multiplied it by."""
+    c = _convolve(X, W, rows + look, columns, stride_xt, H * D, S, D)
+    scale = tl.rsqrt(tl.sum(c * c, 1) / D + EPS)
+    _store(Q, c * (gain * scale)[:, None], rows, columns, H * D, T, D)
+    return scale
 
 
 @triton.jit
 def forward_kernel(
-    X, WQ, WK, WV, GAIN, COS, SIN, Q, K, V, stride_xb, stride_xt, stride_xh, stride_cb, stride_ct, S, T, H, D, n_blocks,
-    BT: tl.constexpr, HALF: tl.constexpr,
+    X, WQ, WK, WV, GAIN, Q, K, V, SCALES, stride_xb, stride_xt, stride_xh, S, T, H, D, n_blocks,
+    BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Write q, k and v of one block of tokens of one head."""
+    """Write q, k, v and the scales of the keys of one block of tokens of one head."""
     batch, head, block = _place(H, n_blocks)
-    rows, columns = block * BT + tl.arange(0, BT), tl.arange(0, HALF)
+    rows, columns = block * BT + tl.arange(0, BT), tl.arange(0, BD)
     X += batch * stride_xb + head * stride_xh
-    cos = _load(COS + batch * stride_cb, rows, columns, stride_ct, T, D // 2)
-    sin = _load(SIN + batch * stride_cb, rows, columns, stride_ct, T, D // 2)
     weight, out, gain = head * D, batch * T * H * D + head * D, tl.load(GAIN + head)
-    _convolve_and_rotate(X, WQ + weight, Q + out, gain, rows, S - T, columns, cos, sin, stride_xt, S, T, H, D)
-    _convolve_and_rotate(X, WK + weight, K + out, 1.0, rows, S - T, columns, cos, sin, stride_xt, S, T, H, D)
-    for half in tl.static_range(2):
-        at = half * (D // 2)
-        v = _convolve(X + at, WV + weight + at, rows + S - T, columns, stride_xt, H * D, S, D // 2)
-        _store(V + out + at, v, rows, columns, H * D, T, D // 2)
+    _convolve_and_normalise(X, WQ + weight, Q + out, gain, rows, S - T, columns, stride_xt, S, T, H, D)
+    scale = _convolve_and_normalise(X, WK + weight, K + out, 1.0, rows, S - T, columns, stride_xt, S, T, H, D)
+    tl.store(SCALES + batch * T * H + rows.to(tl.int64) * H + head, scale, mask=rows < T)
+    v = _convolve(X, WV + weight, rows + S - T, columns, stride_xt, H * D, S, D)
+    _store(V + out, v, rows, columns, H * D, T, D)
 
 
 @triton.jit
@@ -99,15 +95,15 @@ def _load_taps(W, columns, stride_n, D):
 
 
 @triton.jit
-def _through_norm(c, DQ, rows, columns, partner, cos, sin, gain, stride_t, T, D):
+def _through_norm(c, DQ, rows, columns, gain, stride_t, T, D):
     """Return the gradient of a convolution c, and each row's part of the gradient of gain.
 
-    With u = dq rotated back and r = 1 / rms(c) they are gain r (u - r^2 c mean(u c)) and r sum(u c).
+    With r = 1 / rms(c) they are gain r (dq - r^2 c mean(dq c)) and r sum(dq c).
     """
-    u = _load(DQ, rows, columns, stride_t, T, D) * cos + _load(DQ, rows, partner, stride_t, T, D) * sin
+    dq = _load(DQ, rows, columns, stride_t, T, D)
     r = tl.rsqrt(tl.sum(c * c, 1) / D + EPS)
-    along = r * tl.sum(u * c, 1)
-    return (gain * r)[:, None] * (u - (r * along / D)[:, None] * c), along
+    along = r * tl.sum(dq * c, 1)
+    return (gain * r)[:, None] * (dq - (r * along / D)[:, None] * c), along
 
 
 @triton.jit
@@ -132,7 +128,7 @@ def _store_taps(DW, dw_0, dw_1, dw_2, dw_3, columns, D):
 
 @triton.jit
 def backward_kernel(
-    X, WQ, WK, WV, GAIN, COS, SIN, DQ, DK, DV, DX, DW, DGAIN, stride_xb, stride_xt, stride_xh, stride_cb, stride_ct,
+    X, WQ, WK, WV, GAIN, DQ, DK, DV, DX, DW, DGAIN, stride_xb, stride_xt, stride_xh,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, S, T, H,
     n_blocks, D: tl.constexpr, BD: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -142,16 +138,11 @@ def backward_kernel(
     """
     batch, head, block = _place(H, n_blocks)
     columns = tl.arange(0, BD)
-    # Channel i rotates with its partner, i + D/2 or i - D/2. The sine's sign is that of the rotation back.
-    partner = tl.where(columns < D // 2, columns + D // 2, columns - D // 2)
-    sign = tl.where(columns < D // 2, -1.0, 1.0)[None, :]
     X += batch * stride_xb + head * stride_xh
     DQ += batch * stride_qb + head * stride_qh
     DK += batch * stride_kb + head * stride_kh
     DV += batch * stride_vb + head * stride_vh
     DX += batch * S * H * D + head * D
-    COS += batch * stride_cb
-    SIN += batch * stride_cb
     gain = tl.load(GAIN + head)
     wq_0, wq_1, wq_2, wq_3 = _load_taps(WQ + head * D, columns, H * D, D)
     wk_0, wk_1, wk_2, wk_3 = _load_taps(WK + head * D, columns, H * D, D)
@@ -169,13 +160,11 @@ def backward_kernel(
         rows = first + step
         t = rows - (S - T)  # output token at each input row; before the first, dq, dk and dv count as 0
         x_0 = _load(X, rows, columns, stride_xt, S, D)
-        cos = _load(COS, t, columns % (D // 2), stride_ct, T, D // 2)
-        sin = _load(SIN, t, columns % (D // 2), stride_ct, T, D // 2) * sign
         dc_v = _load(DV, t, columns, stride_vt, T, D)
         c = wq_0 * x_0 + wq_1 * x_1 + wq_2 * x_2 + wq_3 * x_3
-        dc_q, along = _through_norm(c, DQ, t, columns, partner, cos, sin, gain, stride_qt, T, D)
+        dc_q, along = _through_norm(c, DQ, t, columns, gain, stride_qt, T, D)
         c = wk_0 * x_0 + wk_1 * x_1 + wk_2 * x_2 + wk_3 * x_3
-        dc_k, _ = _through_norm(c, DK, t, columns, partner, cos, sin, 1.0, stride_kt, T, D)
+        dc_k, _ = _through_norm(c, DK, t, columns, 1.0, stride_kt, T, D)
         dx_0 = tl.zeros([CHUNKS, BD], tl.float32)
         dx_0, dx_1, dx_2, dx_3 = _add_to_inputs(dx_0, dx_1, dx_2, dx_3, dc_q, wq_0, wq_1, wq_2, wq_3)
         dx_0, dx_1, dx_2, dx_3 = _add_to_inputs(dx_0, dx_1, dx_2, dx_3, dc_k, wk_0, wk_1, wk_2, wk_3)
@@ -197,9 +186,9 @@ def backward_kernel(
 
 
 def forward_tile(D: int) -> tuple[int, int]:
-    """Return rows and columns of a tile of the forward, which holds half of each head."""
-    half = max(16, triton.next_power_of_2(D // 2))
-    return TILE // half, half
+    """Return rows and columns of a tile of the forward."""
+    width = max(16, triton.next_power_of_2(D))
+    return TILE // width, width
 
 
 def backward_tile(D: int) -> tuple[int, int]:
@@ -211,41 +200,41 @@ def backward_tile(D: int) -> tuple[int, int]:
 @torch.library.custom_op("gkachat::features", mutates_args=())
 @on_device_of_first
 def features(
-    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, gain: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k and v, each (B, T, H, D).
+    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, gain: Tensor, T: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q, k and v, each (B, T, H, D), and the scales of the keys (B, T, H, 1) in float32.
 
-    x is (B, S, H, D), weights are (4, H, D), gain is (H,) float32, and tables are (T, D/2) or (B, T, D/2).
+    x is (B, S, H, D), weights are (4, H, D), and gain is (H,) float32.
     """
-    (B, S, H, D), T = x.shape, cos.size(-2)
-    x, cos, sin = contiguous_channels(x), cos.contiguous(), sin.contiguous()
+    B, S, H, D = x.shape
+    x = contiguous_channels(x)
     q, k, v = (x.new_empty(B, T, H, D) for _ in range(3))
-    BT, half = forward_tile(D)
+    scales = x.new_empty(B, T, H, 1, dtype=torch.float32)
+    BT, width = forward_tile(D)
     n_blocks = triton.cdiv(T, BT)
     forward_kernel[(n_blocks * B * H,)](
-        x, w_q.contiguous(), w_k.contiguous(), w_v.contiguous(), gain.contiguous(), cos, sin, q, k, v, *x.stride()[:3],
-        *_table_strides(cos), S, T, H, D, n_blocks, BT=BT, HALF=half,
+        x, w_q.contiguous(), w_k.contiguous(), w_v.contiguous(), gain.contiguous(), q, k, v, scales, *x.stride()[:3],
+        S, T, H, D, n_blocks, BT=BT, BD=width,
     )  # fmt: skip
-    return q, k, v
+    return q, k, v, scales
 
 
 @torch.library.custom_op("gkachat::features_backward", mutates_args=())
 @on_device_of_first
 def features_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, gain: Tensor, cos: Tensor,
-    sin: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, gain: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, of the three weights and of gain."""
-    (B, S, H, D), T = x.shape, cos.size(-2)
+    (B, S, H, D), T = x.shape, dq.size(1)
     x, dq, dk, dv = (contiguous_channels(t) for t in (x, dq, dk, dv))
-    cos, sin, w_q, w_k, w_v = (t.contiguous() for t in (cos, sin, w_q, w_k, w_v))
+    w_q, w_k, w_v = (t.contiguous() for t in (w_q, w_k, w_v))
     dx = x.new_empty(B, S, H, D)
     chunks, width = backward_tile(D)
     n_blocks = triton.cdiv(S, chunks * CHUNK)
     dw = x.new_empty(B, H, n_blocks, 3, ShortConv.TAPS, D, dtype=torch.float32)
     dgain = x.new_empty(B, H, n_blocks, dtype=torch.float32)
     backward_kernel[(n_blocks * B * H,)](
-        x, w_q, w_k, w_v, gain.contiguous(), cos, sin, dq, dk, dv, dx, dw, dgain, *x.stride()[:3], *_table_strides(cos),
+        x, w_q, w_k, w_v, gain.contiguous(), dq, dk, dv, dx, dw, dgain, *x.stride()[:3],
         *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], S, T, H, n_blocks,
         D=D, BD=width, CHUNKS=chunks, CHUNK=CHUNK,
     )  # fmt: skip
@@ -254,34 +243,31 @@ def features_backward(
     return dx, *dw, dgain.sum((0, 2))
 
 
-def _table_strides(table: Tensor) -> tuple[int, int]:
-    return (table.stride(0) if table.ndim == 3 else 0), table.stride(-2)
-
-
 @features.register_fake
-def _(x, w_q, w_k, w_v, gain, cos, sin):
+def _(x, w_q, w_k, w_v, gain, T):
     B, _, H, D = x.shape
-    return tuple(x.new_empty(B, cos.size(-2), H, D) for _ in range(3))
+    return *(x.new_empty(B, T, H, D) for _ in range(3)), x.new_empty(B, T, H, 1, dtype=torch.float32)
 
 
 @features_backward.register_fake
-def _(dq, dk, dv, x, w_q, w_k, w_v, gain, cos, sin):
+def _(dq, dk, dv, x, w_q, w_k, w_v, gain):
     return tuple(t.new_empty(t.shape) for t in (x, w_q, w_k, w_v, gain))
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.mark_non_differentiable(output[3])
 
 
-def _backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
-    return *features_backward(dq, dk, dv, *ctx.saved_tensors), None, None
+def _backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor, _: None):
+    return *features_backward(dq, dk, dv, *ctx.saved_tensors), None
 
 
 features.register_autograd(_backward, setup_context=_save)
 
 
 def convolved_features(
-    x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor, rope: Rope
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return q, k and v of the last T tokens, each (B, T, H, D). T is that of the rope."""
-    return features(x_BSHD, *weights, gain_H.float(), *rope)
+    x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor, T: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q, k, v and the scales of the keys, of the last T tokens."""
+    return features(x_BSHD, *weights, gain_H.float(), T)

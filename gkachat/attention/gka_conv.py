@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gkachat.attention.base import Groups
-from gkachat.attention.features import Rope, ShortConv, apply_rope, rms_norm, rms_norm_and_scale, short_convs
+from gkachat.attention.features import Rope, ShortConv, apply_rope, choose_features
 from gkachat.attention.gka import GaussianKernelAttention
 from gkachat.attention.kernels import reference
 from gkachat.attention.linear import Linear
@@ -38,12 +38,15 @@ class GKAConv(GaussianKernelAttention):
         return apply_rope(self.split_heads(x_BTC), rope)
 
     def qkv(self, r_BSHD: Tensor, idx_BT: Tensor, rope: Rope) -> QKV:
-        """Convolve three times, normalise what is compared, and divide q by sigma^2."""
-        convs, T = (self.conv_q, self.conv_k, self.conv_v), idx_BT.size(1)
-        q, k, v = short_convs(r_BSHD, [conv.weight for conv in convs], T)
-        k, key_scales = rms_norm_and_scale(k)
-        taps = Taps(r_BSHD[:, -T:], self.conv_k.weight, self.conv_v.weight, key_scales)
-        return QKV(rms_norm(q, self.sigma.square().reciprocal()), k, v, taps=taps)
+        """Convolve the rotated input three times, normalise what is compared, and divide q by sigma^2.
+
+        A softmax kernel's backward lacks the derivative of the norms. That part of the gradient is parallel to the
+        feature, and the backward of the norm removes it.
+        """
+        weights = self.conv_q.weight, self.conv_k.weight, self.conv_v.weight
+        gain_H, T = self.sigma.square().reciprocal(), idx_BT.size(1)
+        q, k, v, key_scales = self.features.compute(r_BSHD, weights, gain_H, T)
+        return QKV(q, k, v, taps=Taps(r_BSHD[:, -T:], *weights[1:], key_scales))
 
     def output(self, y_BTHD: Tensor, x_BTC: Tensor, rope: Rope) -> Tensor:
         """Rotate back, and multiply each head by its gate."""
@@ -54,6 +57,13 @@ class GKAConv(GaussianKernelAttention):
     def squared_distances(self, q_BHTD: Tensor, k_BHSD: Tensor, qkv: QKV) -> Tensor:
         """Return |q_i - k_j|^2 of the features before q was divided by sigma^2."""
         return reference.squared_distances(q_BHTD * self.sigma.square()[:, None, None], k_BHSD)
+
+    def choose_kernels(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().choose_kernels(device, dtype)
+        self.features = choose_features(self.config.head_dim, device, dtype)
+
+    def kernel_lines(self) -> list[str]:
+        return [*super().kernel_lines(), f"features {self.features.name} ({self.features.reason})"]
 
     def init_weights(self) -> None:
         """Start keys as delays, queries and values as the identity, bandwidths at softmax attention's sharpness."""

@@ -15,7 +15,7 @@ QK_SCALE = 1.2  # sharpens the logits of normalised queries and keys
 class SoftmaxAttention(Attention):
     """Scaled dot-product attention with rotary positions, normalised queries and keys, and gated value embeddings.
 
-    `config.short_conv` adds the short convolutions of gka_plus to queries, keys and values, for like-for-like runs.
+    `config.short_conv` adds the short convolutions of gka_conv to queries, keys and values, for like-for-like runs.
     """
 
     def __init__(self, config: GPTConfig, index: int):
@@ -41,7 +41,7 @@ class SoftmaxAttention(Attention):
         return QKV(q, k, v, scale=self.config.head_dim**-0.5)
 
     def init_weights(self) -> None:
-        """Fill projections uniformly with standard deviation 1 / sqrt(C); convolutions start as in gka_plus."""
+        """Fill projections uniformly with standard deviation 1 / sqrt(C); convolutions start as in gka_conv."""
         super().init_weights()
         for projection in (self.c_q, self.c_k, self.c_v):
             uniform_(projection.weight, projection.in_features**-0.5)

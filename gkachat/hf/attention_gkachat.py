@@ -375,7 +375,7 @@ class GaussianKernelAttention(Attention):
         return k[:, :, -positions.n_new :], k, keys, bias
 
 
-class GKAPlus(Attention):
+class GKAConv(Attention):
     """GKA on short convolutions of the block input, rotated and RMS-normalised.
 
     All keys then have the same norm, so that there is no bias.
@@ -399,4 +399,4 @@ class GKAPlus(Attention):
         return rms_norm(positions.rotate(q), gain), rms_norm(positions.rotate(k)), v
 
 
-ATTENTIONS = {"softmax": SoftmaxAttention, "gka": GaussianKernelAttention, "gka_plus": GKAPlus}
+ATTENTIONS = {"softmax": SoftmaxAttention, "gka": GaussianKernelAttention, "gka_conv": GKAConv}

@@ -4,22 +4,22 @@ from transformers import PretrainedConfig
 from transformers.utils.versions import require_version
 
 require_version("transformers>=5", "A gkachat export needs transformers 5 or newer: pip install -U 'transformers>=5'")
-ATTENTIONS = ("softmax", "gka", "gka_plus")
+ATTENTIONS = ("softmax", "gka", "gka_conv")
 
 
 class GkachatConfig(PretrainedConfig):
     """Shape of a model in modeling_gkachat.py.
 
     Args:
-        attention: "softmax", "gka" (Gaussian Kernel Attention, arXiv 2605.02144) or "gka_plus" (the same kernel on
+        attention: "softmax", "gka" (Gaussian Kernel Attention, arXiv 2605.02144) or "gka_conv" (the same kernel on
             short convolutions of the block input).
         window: tokens visible to layers of type "sliding_attention", the query's own included. transformers sizes its
             caches by `sliding_window`, which is the same number.
         layer_types: "full_attention" or "sliding_attention" for each layer.
         smear: add a share of the previous token's embedding to each token's.
         backout: subtract a share of the residual stream after the middle layer at the end.
-        value_embedding_layers: softmax and gka_plus: layers that add a learned vector per token to the values.
-        short_conv: softmax: queries, keys and values mix the last 4 tokens, as in gka_plus.
+        value_embedding_layers: softmax and gka_conv: layers that add a learned vector per token to the values.
+        short_conv: softmax: queries, keys and values mix the last 4 tokens, as in gka_conv.
         gka_rope: gka: rotate features by position before they are compared.
         gka_include_self: gka: let a token attend to itself.
         gka_normalize: gka: RMS-normalise each head's channels before they are compared and averaged.

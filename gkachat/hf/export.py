@@ -23,7 +23,7 @@ from gkachat.model.gpt import GPT
 from gkachat.model.loss import LOGIT_CAP
 from gkachat.tokenizer import BOS, Tokenizer
 
-ATTENTIONS = ("softmax", "gka", "gka_plus")  # those that attention_gkachat.py has
+ATTENTIONS = ("softmax", "gka", "gka_conv")  # those that attention_gkachat.py has
 SOURCES = ("configuration_gkachat.py", "attention_gkachat.py", "modeling_gkachat.py")
 END_OF_ANSWER = "<|assistant_end|>"
 PAD = "<|output_end|>"  # no text has it; a token that ends texts would be left out of the loss as padding

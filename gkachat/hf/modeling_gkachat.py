@@ -6,7 +6,7 @@ The model is a pre-norm transformer with parameter-free RMSNorm, a relu^2 MLP, a
 and two learned scalars per layer. Each embedding gets a share of the previous one (smear), and a share of the residual
 stream after the middle layer is subtracted at the end (backout). Attention is softmax attention or Gaussian Kernel
 Attention (GKA, arXiv 2605.02144). GKA has no query, key or value projections: it compares and averages the block input
-itself (gka) or short convolutions of it (gka_plus).
+itself (gka) or short convolutions of it (gka_conv).
 Shapes: B batch, T new tokens, S tokens in the cache and new, H heads, C channels.
 MIT License, the gkachat developers.
 """
@@ -27,7 +27,7 @@ from .attention_gkachat import (
     ATTENTIONS,
     QK_SCALE,
     GaussianKernelAttention,
-    GKAPlus,
+    GKAConv,
     Positions,
     RecentInputs,
     ShortConv,
@@ -129,7 +129,7 @@ class GkachatPreTrainedModel(PreTrainedModel):
             init.copy_(module.weight, identity)  # a part of it would not be recognised as loaded, and overwritten
         elif isinstance(module, GaussianKernelAttention):
             init.constant_(module.log_sigma, 0.5 * math.log(self.config.head_dim / 2))
-        elif isinstance(module, GKAPlus):
+        elif isinstance(module, GKAConv):
             init.constant_(module.log_sigma, 0.25 * math.log(self.config.head_dim) - math.log(QK_SCALE))
         elif isinstance(module, Smear):
             init.zeros_(module.share)

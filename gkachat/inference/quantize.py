@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gkachat.attention.features import ShortConv
 from gkachat.attention.linear import Linear
 from gkachat.model.gpt import GPT
 
@@ -30,7 +31,7 @@ class Int8Linear(nn.Module):
 
 
 def for_inference(model: GPT, dtype: torch.dtype, int8: bool = False) -> GPT:
-    """Convert a model in place: embeddings and matrices in `dtype`, no gradients, eval mode. Returns the model.
+    """Convert a model in place: embeddings, matrices and convolutions in `dtype`, no gradients, eval mode. Returns the model.
 
     `int8` keeps matrices and head in int8 with a scale per row, half of bfloat16's bytes. A compiled step on a GPU
     reads them as int8. Elsewhere they are widened first, which saves memory and no time.
@@ -39,7 +40,7 @@ def for_inference(model: GPT, dtype: torch.dtype, int8: bool = False) -> GPT:
         for name, child in module.named_children():
             if int8 and isinstance(child, Linear):
                 setattr(module, name, Int8Linear(child))
-            elif isinstance(child, Linear | nn.Embedding):
+            elif isinstance(child, Linear | nn.Embedding | ShortConv):
                 child.to(dtype)
     model.prepare(dtype)
     return model.requires_grad_(False).eval()

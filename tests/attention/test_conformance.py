@@ -26,7 +26,6 @@ CASES = {name: {"attention": name} for name in ATTENTIONS} | {
     "gka with rope": {"attention": "gka", "gka": GKAConfig(rope=True)},
     "gka with rope and norm": {"attention": "gka", "gka": GKAConfig(rope=True, normalize=True)},
     "gka without self": {"attention": "gka", "gka": GKAConfig(rope=True, include_self=False)},
-    "gka_plus with value embeddings": {"attention": "gka_plus", "value_embeddings": True},
     "cauchy": {"attention": "cauchy"},  # the example of docs/attention.md
 }
 EVERY = pytest.mark.parametrize("case", CASES)

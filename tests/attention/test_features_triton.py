@@ -7,41 +7,39 @@ from conftest import live_model
 pytest.importorskip("triton")
 
 from gkachat.attention import features_triton
-from gkachat.attention.features import choose_features, convolved_features, rope_at, rope_table
+from gkachat.attention.features import choose_features, convolved_features, rope_table
 
 # Arithmetic is float32; q, k, v and dx are rounded to the dtype once, to 2^-9 of themselves in bfloat16 at most, and
 # gradients of weights and gain are not rounded.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-3}
 
 
-def inputs(B, S, T, H, D, dtype, *, rows=False):
-    """A strided x, split into heads, with weights, gain and tables; `rows`: positions of each row of the batch."""
+def inputs(B, S, H, D, dtype):
+    """A strided x, split into heads, with weights and gain."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(B, S, H * D + 16, generator=generator)[..., : H * D].to(dtype).view(B, S, H, D)
     weights = [torch.randn(4, H, D, generator=generator) for _ in range(3)]
-    gain = torch.rand(H, generator=generator) + 0.1
-    rope = rope_at(torch.arange(B)[:, None] * 7 + torch.arange(T), D) if rows else rope_table(T, D)
-    return x, weights, gain, rope
+    return x, weights, torch.rand(H, generator=generator) + 0.1
 
 
 @pytest.mark.parametrize(
-    ("B", "S", "T", "H", "D", "rows"),
+    ("B", "S", "T", "H", "D"),
     [
-        (1, 37, 37, 3, 64, False),  # several chunks of tokens, and several blocks of chunks
-        (3, 2, 2, 1, 128, False),  # fewer tokens than taps
-        (3, 4, 1, 3, 16, True),  # decoding: three tokens in front, positions by row
-        (1, 21, 18, 1, 10, True),  # a head that fills no tile
-        (1, 5, 5, 1, 256, False),
+        (1, 37, 37, 3, 64),  # several chunks of tokens, and several blocks of chunks
+        (3, 2, 2, 1, 128),  # fewer tokens than taps
+        (3, 4, 1, 3, 16),  # decoding: three tokens in front
+        (1, 21, 18, 1, 10),  # a head that fills no tile
+        (1, 5, 5, 1, 256),
     ],
 )
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_features_and_gradients_are_those_of_the_definition(B, S, T, H, D, rows, dtype, monkeypatch):
+def test_features_and_gradients_are_those_of_the_definition(B, S, T, H, D, dtype, monkeypatch):
     monkeypatch.setattr(features_triton, "CHUNK", 4)
-    x, weights, gain, rope = inputs(B, S, T, H, D, dtype, rows=rows)
+    x, weights, gain = inputs(B, S, H, D, dtype)
     leaves = [t.detach().requires_grad_() for t in (x, *weights, gain)]
-    out = features_triton.convolved_features(leaves[0], leaves[1:4], leaves[4], rope)
+    *out, scales = features_triton.convolved_features(leaves[0], leaves[1:4], leaves[4], T)
     exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
-    exact = convolved_features(exact_leaves[0], exact_leaves[1:4], exact_leaves[4], tuple(t.double() for t in rope))
+    *exact, exact_scales = convolved_features(exact_leaves[0], exact_leaves[1:4], exact_leaves[4], T)
     generator = torch.Generator().manual_seed(1)
     into = [torch.randn(B, H, T, D, generator=generator).to(dtype).transpose(1, 2) for _ in out]
     got = *out, *torch.autograd.grad(out, leaves, into)
@@ -50,21 +48,23 @@ def test_features_and_gradients_are_those_of_the_definition(B, S, T, H, D, rows,
     for name, a, b in zip(names, got, expected, strict=True):
         assert a.dtype == (torch.float32 if name.startswith(("dw", "dg")) else dtype) and a.shape == b.shape
         assert (a.double() - b).norm() <= TOLERANCE[dtype] * b.norm(), name
+    torch.testing.assert_close(scales.double(), exact_scales, rtol=1e-5, atol=0)
+    assert not scales.requires_grad
 
 
 def test_the_operators_are_registered_in_full():
-    x, weights, gain, rope = inputs(1, 6, 5, 2, 16, torch.float32)
-    args = (x.contiguous(), *weights, gain, *(t.contiguous() for t in rope))
+    x, weights, gain = inputs(1, 6, 2, 16, torch.float32)
+    args = (x.contiguous(), *weights, gain)
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
-    leaves = tuple(t.requires_grad_() for t in args[:5])
-    torch.library.opcheck(features_triton.features, (*leaves, *args[5:]), test_utils=tests)
+    leaves = tuple(t.requires_grad_() for t in args)
+    torch.library.opcheck(features_triton.features, (*leaves, 5), test_utils=tests)
     gradients = [torch.randn(1, 5, 2, 16) for _ in range(3)]
     args = tuple(t.detach() for t in args)
     torch.library.opcheck(features_triton.features_backward, (*gradients, *args), test_utils=tests[:2])
 
 
 def test_a_compiled_layer_is_one_graph_with_equal_outputs_and_gradients():
-    layer = live_model("gka_plus", depth=1).blocks[0].attn
+    layer = live_model("gka_conv", depth=1).blocks[0].attn
     x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
     idx, rope = torch.arange(18).view(2, 9), rope_table(9, 16)
     expected = layer(x, idx, rope)
@@ -81,7 +81,7 @@ def test_the_choice_and_its_reason_are_in_the_lines_that_training_prints():
     assert choose_features(128, torch.device("cuda"), torch.bfloat16).name == "triton"
     assert "the dtype is torch.float16" in choose_features(128, torch.device("cuda"), torch.float16).reason
     assert "heads have 512 channels" in choose_features(512, torch.device("cuda"), torch.bfloat16).reason
-    assert "layers 0, 1: features torch (no triton kernel: the device is cpu)" in live_model("gka_plus").kernel_lines()
+    assert "layers 0, 1: features torch (no triton kernel: the device is cpu)" in live_model("gka_conv").kernel_lines()
 
 
 def test_the_kernels_compile_for_a_gpu_without_spills(compiled_resources):

@@ -57,11 +57,16 @@ def gka_definition(attn, x_BTC, idx, rope):
     return -distances / (2 * (2 * attn.log_sigma).exp()[:, None, None]), x
 
 
-def gka_plus_definition(attn, x_BTC, idx, rope):
-    x = x_BTC.view(B, T, H, D)
-    q, k = (rms_norm(apply_rope(convolved(x, conv.weight), rope)) for conv in (attn.conv_q, attn.conv_k))
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (-2 * attn.log_sigma).exp()[:, None, None]
-    return scores, with_value_embedding(convolved(x, attn.conv_v.weight), attn.value_embedding, x_BTC, idx)
+def gka_conv_definition(attn, x_BTC, idx, rope):
+    r = apply_rope(x_BTC.view(B, T, H, D), rope)
+    q, k, v = (convolved(r, conv.weight) for conv in (attn.conv_q, attn.conv_k, attn.conv_v))
+    scores = torch.einsum("bihd,bjhd->bhij", rms_norm(q), rms_norm(k))
+    return scores * (-2 * attn.log_sigma).exp()[:, None, None], v
+
+
+def gka_conv_output(attn, y_BTHD, x_BTC, rope):
+    gate = 2 * torch.sigmoid(x_BTC[..., :12] @ attn.gate.weight.T)
+    return apply_rope(y_BTHD, (rope[0], -rope[1])) * gate[..., None]
 
 
 @pytest.mark.parametrize(
@@ -72,8 +77,7 @@ def gka_plus_definition(attn, x_BTC, idx, rope):
         ("gka", gka_definition, {}),
         ("gka", gka_definition, {"gka": GKAConfig(rope=True, include_self=False)}),
         ("gka", gka_definition, {"gka": GKAConfig(rope=False, normalize=True)}),
-        ("gka_plus", gka_plus_definition, {}),
-        ("gka_plus", gka_plus_definition, {"value_embeddings": True}),
+        ("gka_conv", gka_conv_definition, {}),
     ],
 )
 def test_outputs_and_gradients_are_those_of_the_definition(attention, definition, options):
@@ -86,7 +90,9 @@ def test_outputs_and_gradients_are_those_of_the_definition(attention, definition
     def defined(x):
         scores, v = definition(attn, x, idx, rope)
         weights = scores.masked_fill(~mask & has_key, -torch.inf).softmax(-1) * has_key
-        return torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2) @ attn.c_proj.weight.T
+        y = torch.einsum("bhij,bjhd->bihd", weights, v)
+        y = gka_conv_output(attn, y, x, rope) if attention == "gka_conv" else y
+        return y.flatten(2) @ attn.c_proj.weight.T
 
     for function in (lambda x: attn(x, idx, rope), defined):
         leaf = x.clone().requires_grad_()
@@ -117,35 +123,34 @@ def test_bandwidths_start_at_the_root_of_half_the_head_and_stay_in_float32():
         torch.testing.assert_close(block.attn.sigma, torch.full((2,), math.sqrt(8)))
 
 
-@pytest.mark.parametrize(("name", "depth"), [*itertools.product(("softmax", "gka_plus"), (3, 4))])
-def test_value_embeddings_are_in_every_other_layer_and_the_last(name, depth):
-    model = live_model(name, depth=depth, value_embeddings=True)
+@pytest.mark.parametrize("depth", [3, 4])
+def test_value_embeddings_are_in_every_other_layer_and_the_last(depth):
+    model = live_model("softmax", depth=depth, value_embeddings=True)
     has = [block.attn.value_embedding is not None for block in model.blocks]
     assert has[-1] and all(a != b for a, b in itertools.pairwise(has))
 
 
 def test_value_embeddings_cost_parameters_and_no_flops():
-    for name in ("softmax", "gka_plus"):
-        without, having = (
-            model_stats(GPTConfig(depth=20, attention=name, value_embeddings=wanted)) for wanted in (False, True)
-        )
-        assert having.params.keys() - without.params.keys() == {"value_embeddings", "gates"}
-        assert having.params["matrices"] == without.params["matrices"]
-        assert having.flops_per_token == without.flops_per_token
+    without, having = (model_stats(GPTConfig(depth=20, value_embeddings=wanted)) for wanted in (False, True))
+    assert having.params.keys() - without.params.keys() == {"value_embeddings", "gates"}
+    assert having.params["matrices"] == without.params["matrices"]
+    assert having.flops_per_token == without.flops_per_token
 
 
-def test_gka_plus_adds_less_than_a_hundredth_of_the_parameters():
-    gka, plus = (model_stats(GPTConfig(depth=20, attention=name)) for name in ("gka", "gka_plus"))
-    added = plus.params["total"] - gka.params["total"]
-    assert added == plus.params["convolutions"] == 20 * 12 * 1280  # three convolutions of 4 taps
-    assert plus.flops_per_token - gka.flops_per_token == 6 * added
-    assert added < 0.01 * gka.params["total"] and plus.params["matrices"] == gka.params["matrices"]
+def test_gka_conv_adds_less_than_a_hundredth_of_the_parameters_and_of_the_cache():
+    gka, conv = (model_stats(GPTConfig(depth=20, attention=name)) for name in ("gka", "gka_conv"))
+    added = conv.params["total"] - gka.params["total"]
+    assert conv.params["convolutions"] == 20 * 12 * 1280 and conv.params["gates"] == 20 * 12 * 10
+    assert added == conv.params["convolutions"] + conv.params["gates"]
+    assert conv.flops_per_token - gka.flops_per_token == 6 * conv.params["convolutions"]
+    assert added < 0.01 * gka.params["total"] and conv.params["matrices"] == gka.params["matrices"]
+    assert conv.cache_bytes_per_token == gka.cache_bytes_per_token * 129 / 128  # a scale per head and token
 
 
-def test_an_untrained_gka_plus_token_finds_what_followed_a_token_like_itself():
+def test_an_untrained_gka_conv_token_finds_what_followed_a_token_like_itself():
     """In a text said twice, the heads give most weight to what came 1, 2 and 3 tokens after it the first time."""
     n = 12
-    attn = GPT(GPTConfig(depth=1, attention="gka_plus", vocab_size=16, sequence_len=24, n_embd=192, head_dim=64))
+    attn = GPT(GPTConfig(depth=1, attention="gka_conv", vocab_size=16, sequence_len=24, n_embd=192, head_dim=64))
     attn = attn.blocks[0].attn
     x = rms_norm(torch.randn(n, 3, 64, generator=torch.Generator().manual_seed(0))).repeat(2, 1, 1).view(1, 2 * n, 192)
     weights = attn.attention_weights(x, torch.zeros(1, 2 * n, dtype=torch.long), rope_table(2 * n, 64)).weights[0]
@@ -157,5 +162,5 @@ def test_an_untrained_gka_plus_token_finds_what_followed_a_token_like_itself():
 def test_registered_names_are_unique_and_unknown_ones_are_listed():
     with pytest.raises(ValueError, match="attention 'gka' exists already"):
         register("gka", attention_class("gka"))
-    with pytest.raises(ValueError, match="given 'linear', expected one of softmax, gka, gka_plus"):
+    with pytest.raises(ValueError, match="given 'linear', expected one of softmax, gka, gka_conv"):
         attention_class("linear")

@@ -36,8 +36,8 @@ SHAPES = {
     "gka": {"attention": "gka"},
     "gka_rope": {"attention": "gka", "gka": GKAConfig(rope=True)},
     "gka_all": {"attention": "gka", "gka": GKAConfig(rope=True, include_self=False, normalize=True)},
-    "gka_plus": {"attention": "gka_plus"},
-    "gka_plus_embedded": {"attention": "gka_plus", "value_embeddings": True},
+    "gka_conv": {"attention": "gka_conv"},
+    "gka_conv_embedded": {"attention": "gka_conv", "value_embeddings": True},
 }
 LENGTH, WINDOW = 200, 129  # the short windows hide some tokens
 PROPERTY = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
@@ -129,7 +129,7 @@ def test_generate_gives_the_greedy_tokens_of_the_engine(both, tokenizer):
     assert found[: len(expected)] == expected and found[len(expected) :] in ([], [tokenizer.bos])
 
 
-@pytest.mark.parametrize("both", ["softmax", "gka_all", "gka_plus_embedded"], indirect=True)
+@pytest.mark.parametrize("both", ["softmax", "gka_all", "gka_conv_embedded"], indirect=True)
 def test_rows_padded_on_the_left_continue_as_they_do_alone(both):
     _, theirs = both
     rows = [some_tokens(1, T, seed)[0].tolist() for seed, T in enumerate((5, 131, 60))]
@@ -166,7 +166,7 @@ def test_loss_and_gradients_equal_those_of_gkachat(both):
     theirs.zero_grad(), ours.zero_grad(), theirs.eval()
 
 
-@pytest.mark.parametrize("both", ["gka_plus"], indirect=True)
+@pytest.mark.parametrize("both", ["gka_conv"], indirect=True)
 def test_beam_search_and_sampling_run_and_unsupported_inputs_are_refused(both):
     _, theirs = both
     rows = theirs.generate(some_tokens(2, 4), max_new_tokens=6, num_beams=3, num_return_sequences=2, do_sample=False)

@@ -22,7 +22,7 @@ SHAPES = {
     "softmax_conv": {"attention": "softmax", "short_conv": True},
     "gka": {"attention": "gka"},
     "gka_rope": {"attention": "gka", "gka_rope": True, "gka_include_self": False},
-    "gka_plus": {"attention": "gka_plus"},
+    "gka_conv": {"attention": "gka_conv"},
 }
 
 

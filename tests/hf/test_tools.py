@@ -28,7 +28,7 @@ def root(tmp_path_factory, transformers_modules):
     return tmp_path_factory.mktemp("tools")
 
 
-@pytest.fixture(scope="module", params=["softmax", "gka", "gka_plus"])
+@pytest.fixture(scope="module", params=["softmax", "gka", "gka_conv"])
 def exported(request, root):
     """The directory of an exported run that was tuned on conversations."""
     tokenizer = train_tokenizer([TEXT * 20], 320)

@@ -48,7 +48,7 @@ SHAPES = {
     "Softmax": {"attention": "softmax", "value_embedding_layers": [1]},
     "SoftmaxConv": {"attention": "softmax", "short_conv": True},
     "GKA": {"attention": "gka", "gka_rope": True},
-    "GKAPlus": {"attention": "gka_plus"},
+    "GKAConv": {"attention": "gka_conv"},
 }
 
 
@@ -111,4 +111,4 @@ def model_tests(name):
     return type(f"Test{name}", (common.ModelTesterMixin, unittest.TestCase), members)
 
 
-TestSoftmax, TestSoftmaxConv, TestGKA, TestGKAPlus = map(model_tests, SHAPES)
+TestSoftmax, TestSoftmaxConv, TestGKA, TestGKAConv = map(model_tests, SHAPES)

@@ -26,7 +26,7 @@ TEXT = "def add(a, b):\n    return a + b\n"
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["gka", "gka_plus"])
+@pytest.mark.parametrize("attention", ["gka", "gka_conv"])
 @pytest.mark.parametrize("include_self", [True, False])
 def test_distances_and_sigma_give_the_weights(attention, include_self):
     options = GKAConfig(rope=True, include_self=include_self)

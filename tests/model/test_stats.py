@@ -25,7 +25,7 @@ def test_at_depth_20_the_counted_ratio_is_the_published_one():
     assert D20["ratios"]["gka"] == D20["ratio"]
 
 
-@pytest.mark.parametrize(("attention", "per_layer"), [("softmax", 12), ("gka", 9), ("gka_plus", 9)])
+@pytest.mark.parametrize(("attention", "per_layer"), [("softmax", 12), ("gka", 9), ("gka_conv", 9)])
 def test_depth_20_matches_the_arithmetic_of_the_architecture(attention, per_layer):
     params = D20[attention]["params"]
     C, V = 1280, 32768
@@ -37,7 +37,8 @@ def test_depth_20_matches_the_arithmetic_of_the_architecture(attention, per_laye
     multiplied = params["matrices"] + params["lm_head"] + params.get("convolutions", 0)
     seen = 15 * 513 + 5 * 2048
     assert D20[attention]["flops_per_token"] == 6 * multiplied + 12 * C * seen
-    assert D20[attention]["cache_bytes_per_token"] == (1 if attention == "gka" else 2) * 20 * C * 2
+    kept = {"softmax": 2 * C, "gka": C, "gka_conv": C + 10}[attention]  # with a scale for the key of each head
+    assert D20[attention]["cache_bytes_per_token"] == 20 * kept * 2
 
 
 def test_total_flops_by_protocol():

@@ -29,7 +29,7 @@ from steps import HERE, Step, null_gpu_environment, read_steps, run_step
 from gkachat.machine import commit, processor
 
 ROOT = HERE.parents[1]
-ATTENTIONS = ("softmax", "gka", "gka_plus")
+ATTENTIONS = ("softmax", "gka", "gka_conv")
 ROWS, T = 32, 2048  # rows of a pass, as configs/d20.toml has them, and tokens of a row
 STEPS = 6
 DDP_LOGGED = 10  # steps whose times DistributedDataParallel takes for its log, each with some host waits

@@ -14,11 +14,11 @@ from gkachat.tokenizer import train_tokenizer
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A home with an untrained run of each attention: `softmax` continues text, `gka` and `gka_plus` are tuned."""
+    """A home with an untrained run of each attention: `softmax` continues text, `gka` and `gka_conv` are tuned."""
     home = tmp_path_factory.mktemp("served")
     tokenizer = train_tokenizer(["import os\ndef f(x = 1):\n <b>turn</b> 0 1 2 3 é 漢\n" * 9], 300)
     torch.manual_seed(0)
-    for name, tuned in (("softmax", False), ("gka", True), ("gka_plus", True)):
+    for name, tuned in (("softmax", False), ("gka", True), ("gka_conv", True)):
         untrained_run(home, name, tokenizer, tuned=tuned, attention=name, sequence_len=CONTEXT)
     untrained_run(home, "long", tokenizer, sequence_len=8192)
     return home
@@ -26,7 +26,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sessions(home):
-    return {name: ChatSession.from_run(home / "runs" / name, device="cpu") for name in ("softmax", "gka", "gka_plus")}
+    return {name: ChatSession.from_run(home / "runs" / name, device="cpu") for name in ("softmax", "gka", "gka_conv")}
 
 
 @pytest.fixture(scope="session")

@@ -47,12 +47,12 @@ def send(page, text):
 
 
 def test_two_models_answer_side_by_side_what_the_engine_answers(page, server):
-    choose(page, model0="gka", model1="gka_plus", seed="5", max_tokens="20", top_k="9")
+    choose(page, model0="gka", model1="gka_conv", seed="5", max_tokens="20", top_k="9")
     send(page, HOSTILE)
     page.wait_for(IDLE)
     prompt = render_prompt(server.sessions["gka"].engine.tokenizer, [{"role": "user", "content": HOSTILE}])
     settings = {"seed": 5, "max_tokens": 20, "top_k": 9, "temperature": 0.8}
-    expected = [answer_of(server.sessions[run], prompt, **settings)[0] for run in ("gka", "gka_plus")]
+    expected = [answer_of(server.sessions[run], prompt, **settings)[0] for run in ("gka", "gka_conv")]
     assert page.evaluate(ANSWERS) == expected and expected[0] != expected[1]
     assert page.evaluate("document.querySelector('.user').textContent") == HOSTILE
     assert page.evaluate("document.querySelectorAll('main img, main script').length") == 0
@@ -88,7 +88,7 @@ def test_a_token_shows_the_weights_that_its_heads_gave_by_keyboard_alone(page, s
 
 @pytest.mark.parametrize("how", ["click", "Escape"])
 def test_stop_ends_an_answer_and_the_next_follows(page, server, slow, how):
-    choose(page, model0="gka", model1="gka_plus", temperature="0", max_tokens="120")
+    choose(page, model0="gka", model1="gka_conv", temperature="0", max_tokens="120")
     send(page, "x")
     page.wait_for(f"{ANSWERS}.length == 2 && {ANSWERS}.every(text => text.length > 1)")  # streams
     assert not page.evaluate(IDLE)
@@ -129,7 +129,7 @@ def test_the_page_says_what_failed(browser, sessions, slow):
         browser.wait_for(f"{ANSWERS}[0]?.length > 1")
         server.batcher.drain(0)
         assert "the server stopped before the answer was complete" in browser.wait_for(alert)
-    choose(browser, model0="gka_plus")
+    choose(browser, model0="gka_conv")
     browser.evaluate("document.getElementById('prompt').focus()")
     browser.type("y")
     browser.press("Enter")

@@ -37,12 +37,12 @@ def prompt_ids(server, run, text):
 
 
 def test_models_are_listed(server, client):
-    assert [model.id for model in client.models.list()] == ["softmax", "gka", "gka_plus"]
+    assert [model.id for model in client.models.list()] == ["softmax", "gka", "gka_conv"]
     assert client.models.retrieve("gka").context == CONTEXT
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-@pytest.mark.parametrize("run", ["softmax", "gka", "gka_plus"])
+@pytest.mark.parametrize("run", ["softmax", "gka", "gka_conv"])
 def test_completions_are_the_engines(server, client, run, temperature):
     prompts, settings = ["def f(", "漢"], {"temperature": temperature, "max_tokens": 20}
     result = client.completions.create(model=run, prompt=prompts, n=2, seed=7, **settings)
@@ -163,7 +163,7 @@ def test_wrong_requests_get_an_error_object(server, path, body, message, param):
 
 
 def test_unknown_models_paths_and_other_types_of_body_get_an_error_object(server, client):
-    with pytest.raises(openai.NotFoundError, match="given 'gpt', expected softmax, gka, gka_plus") as error:
+    with pytest.raises(openai.NotFoundError, match="given 'gpt', expected softmax, gka, gka_conv") as error:
         client.completions.create(model="gpt", prompt="x")
     assert error.value.code == "model_not_found"
     for answer, status in (

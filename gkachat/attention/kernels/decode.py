@@ -6,6 +6,7 @@ Axes: B rows, T new tokens, S cached ones, H heads, D head_dim.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gkachat.attention.qkv import QKV, KVSlice
@@ -32,7 +33,7 @@ def attend(qkv: QKV, slices: Sequence[KVSlice]) -> Tensor:
     for part in slices:
         products = _products(q, part.rotated_keys()) if taps is None else _tap_products(q, part, taps.key_weight)
         bias = part.mask if part.key_norms is None else part.mask - (0.5 * scale * part.key_norms).mT
-        scores.append(products.float() * scale + bias)
+        scores.append(products.mT.float() * scale + bias)
     all_scores = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
     row_max = all_scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weights = (all_scores - row_max).exp()
@@ -44,11 +45,14 @@ def attend(qkv: QKV, slices: Sequence[KVSlice]) -> Tensor:
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
-    """Return q.k, (B, H, T, S); rows that share the keys share one product."""
+    """Return k.q, (B, H, S, T); rows that share the keys share one product.
+
+    Keys are on the left in bfloat16: a CPU would reorder a right side, for ten times what the product takes.
+    """
     if k.size(0) == q.size(0):
-        return q @ k.mT
+        return k @ q.mT if k.dtype == torch.bfloat16 else (q @ k.mT).mT
     B, H, T, D = q.shape
-    return (q.transpose(0, 1).reshape(H, B * T, D) @ k[0].mT).view(H, B, T, -1).transpose(0, 1)
+    return (k[0] @ q.transpose(0, 1).reshape(H, B * T, D).mT).view(H, -1, B, T).permute(2, 0, 1, 3)
 
 
 def _sums(w: Tensor, v: Tensor) -> Tensor:
@@ -60,26 +64,17 @@ def _sums(w: Tensor, v: Tensor) -> Tensor:
 
 
 def _tap_products(q: Tensor, part: KVSlice, key_weight: Tensor) -> Tensor:
-    """Return q.k in float32, (B, H, T, S), of keys that are convolutions of what the slice holds."""
-    by_tap = q[:, :, :, None] * key_weight.to(q.dtype).transpose(0, 1)[:, None]  # (B, H, T, N, D)
-    products = _products(by_tap.flatten(2, 3), part.k).contiguous().unflatten(2, by_tap.shape[2:4])
-    return _aligned(products).sum(dim=-2, dtype=torch.float32) * part.key_scales.mT
+    """Return k.q in float32, (B, H, S, T), of keys that are convolutions of what the slice holds."""
+    N = len(key_weight)
+    by_tap = q[:, :, :, None] * key_weight.to(q.dtype).flip(0).transpose(0, 1)[:, None]  # (B, H, T, N, D), oldest first
+    products = _products(by_tap.flatten(2, 3), part.k).unflatten(-1, (-1, N))  # (B, H, N - 1 + S, T, N)
+    of_each_key = products.unfold(2, N, 1).diagonal(dim1=-2, dim2=-1)  # tap n with the n-th of N tokens
+    return of_each_key.sum(dim=-1, dtype=torch.float32) * part.key_scales
 
 
 def _tap_sums(w: Tensor, part: KVSlice, value_weight: Tensor) -> Tensor:
     """Return the sums of values by weights, (B, H, T, D), where values are convolutions of what the slice holds."""
-    N, S = len(value_weight), w.size(-1)
-    by_tap = w.new_zeros(*w.shape[:3], N, N - 1 + S)
-    _aligned(by_tap).copy_(w[:, :, :, None])
+    N = len(value_weight)
+    by_tap = torch.stack([F.pad(w, (n, N - 1 - n)) for n in range(N)], dim=3)  # (B, H, T, N, N - 1 + S), oldest first
     sums = _sums(by_tap.flatten(2, 3), part.v).unflatten(2, (-1, N))  # (B, H, T, N, D)
-    return (sums * value_weight.to(w.dtype).transpose(0, 1)[:, None]).sum(dim=-2)
-
-
-def _aligned(by_tap: Tensor) -> Tensor:
-    """Return a view (..., N, S) of a tensor (..., N, N - 1 + S) in which each tap's row begins a token earlier.
-
-    Column s then holds, in row n, what belongs to token s - n.
-    """
-    N, n_tokens = by_tap.shape[-2:]
-    rows = by_tap.flatten(-2)[..., N - 1 : N * n_tokens - 1].unflatten(-1, (N, n_tokens - 1))
-    return rows[..., : n_tokens - (N - 1)]
+    return (sums * value_weight.to(w.dtype).flip(0).transpose(0, 1)[:, None]).sum(dim=-2)
