@@ -70,9 +70,9 @@ def test_runs_of_a_budget_train_until_it_is_spent(plan):
 
 
 def test_options_of_an_attention_hold_for_its_runs_alone(plan):
-    fixed = '"model.short_conv" = true\n[sweep.set.gka_conv]\n"model.value_embeddings" = true'
+    fixed = '"model.short_conv" = true\n[sweep.set.softmax]\n"model.value_embeddings" = false'
     shapes = [run.config.model for run in plan('"model.attention" = ["softmax", "gka", "gka_conv"]', fixed).runs]
-    assert [shape.value_embeddings for shape in shapes] == [None, None, True]
+    assert [shape.value_embeddings for shape in shapes] == [False, None, None]
     assert all(shape.short_conv for shape in shapes)
 
 

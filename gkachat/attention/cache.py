@@ -302,4 +302,4 @@ class LayerCache:
         k = buffers["k"][rows, :, : self.halo + n]
         v, norms, scales = (buffers[name][rows, :, :n] if name in buffers else None for name in names)
         _, mask, rope = self.step.view(self.spec.window, slots, of_prefix, self.rotates_keys)
-        return KVSlice(k, k if v is None else v, mask, norms, scales, rope)
+        return KVSlice(k, k if v is None else v, mask, norms, rope, scales)

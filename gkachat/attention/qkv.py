@@ -63,10 +63,10 @@ class KVSlice(NamedTuple):
     """(B, 1, T, S), added to the scores: 0 where the key is seen, minus infinity elsewhere."""
     key_norms: Tensor | None = None
     """(B or 1, H, S, 1) float32, |k|^2. Half of it is subtracted from q.k, as a Gaussian kernel demands."""
-    key_scales: Tensor | None = None
-    """(B or 1, H, S, 1), what the norm multiplies each key by, where qkv has taps."""
     rope: Rope | None = None
     """(cos, sin), each (B or 1, 1, S, D/2), for keys that were cached unrotated; None for rotated keys."""
+    key_scales: Tensor | None = None
+    """(B or 1, H, S, 1), what the norm multiplies each key by, where qkv has taps."""
 
     def rotated_keys(self) -> Tensor:
         """Return the keys after their rotation, (B or 1, H, S, D)."""

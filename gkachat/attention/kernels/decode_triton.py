@@ -2,7 +2,7 @@
 
 Imported only where it is used. A decode step reads the cache once and computes little, so that bytes decide its time.
 At d20 (D 128, bfloat16) a key costs each head 2 D + 4 = 260 bytes with GKA, whose keys are its values and have a
-float32 norm, and 4 D = 512 with softmax. All heads use the same mask, 4 bytes, and with rope the same tables, 4 D,
+float32 norm, 2 D + 2 = 258 with gka_conv, and 4 D = 512 with softmax. All heads use the same mask, 4 bytes, and with rope the same tables, 4 D,
 which come from the L2 cache. One query shares no loads in a matrix product, so plain float32 sums take its place.
 
 Rows times heads are few programs for a GPU. Keys are therefore split among more programs (Flash-Decoding, Dao et al.
@@ -40,6 +40,27 @@ def _load_halves(base, rows, stride, visible, D: tl.constexpr, HALF: tl.constexp
 
 
 @triton.jit
+def _convolved(
+    X, KEY_TAPS, VALUE_TAPS, k, stride_s, stride_n, visible, D: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr,
+    N_TAPS: tl.constexpr,
+):  # fmt: skip
+    """Return halves of keys, before their norm, and of values, from what both are convolutions of, in float32.
+
+    A row is loaded once for each tap, and comes from device memory once.
+    """
+    a = tl.zeros([BN, HALF], tl.float32)
+    b, va, vb, one = a, a, a, tl.arange(0, 1)
+    for n in tl.static_range(N_TAPS):
+        xa, xb = _load_halves(X, k + (N_TAPS - 1 - n), stride_s, visible, D, HALF)
+        wa, wb = _load_halves(KEY_TAPS + n * stride_n, one, 0, one == 0, D, HALF)
+        ua, ub = _load_halves(VALUE_TAPS + n * stride_n, one, 0, one == 0, D, HALF)
+        xa, xb = xa.to(tl.float32), xb.to(tl.float32)
+        a, b = a + wa.to(tl.float32) * xa, b + wb.to(tl.float32) * xb
+        va, vb = va + ua.to(tl.float32) * xa, vb + ub.to(tl.float32) * xb
+    return a, b, va, vb
+
+
+@triton.jit
 def _add_keys(acc_a, acc_b, row_sum, row_max, z, a, b):
     """Add one key to each row's own softmax; z is its base-2 score, a and b are the halves of its values."""
     new_max = tl.maximum(row_max, z)
@@ -63,15 +84,18 @@ def _merge_rows(acc_a, acc_b, row_sum, row_max):
 
 @triton.jit(do_not_specialize=["S", "stride_mb", "first_split", "n_splits"])  # these change from step to step
 def split_kernel(
-    Q, KEYS, VALUES, MASK, NORMS, COS, SIN, SIGMA, MEAN, LSE,
+    Q, KEYS, VALUES, MASK, NORMS, SCALES, KEY_TAPS, VALUE_TAPS, COS, SIN, SIGMA, MEAN, LSE,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb,
     stride_nb, stride_nh, stride_ns, stride_rb, H, S, keys_per_split, first_split, n_splits,
     D: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, SHARED_KV: tl.constexpr, SCALE: tl.constexpr,
+    N_TAPS: tl.constexpr,
 ):  # fmt: skip
     """Write the mean of one split of a slice's keys for one row and head, and log2 of its sum of weights.
 
-    SHARED_KV: keys are the values. NORMS, COS and SIN may be None. SCALE is used where SIGMA is None. Heads are
-    neighbours in the grid, then rows, so that they find masks, tables and a shared prefix in the L2 cache.
+    SHARED_KV: keys are the values. NORMS, COS and SIN may be None. SCALE is used where SIGMA is None. With N_TAPS
+    above 1, KEYS holds what keys and values are convolutions of, N_TAPS - 1 tokens more than there are keys; SCALES
+    normalises keys and has the strides of NORMS. Heads are neighbours in the grid, then rows, so that they find masks,
+    tables and a shared prefix in the L2 cache.
     """
     row_and_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = row_and_head // H, row_and_head % H
@@ -99,8 +123,13 @@ def split_kernel(
         if tl.max(z, 0) != float("-inf"):  # all loads are issued before the first is waited for
             if NORMS is not None:
                 norms = tl.load(NORMS + batch * stride_nb + head * stride_nh + k * stride_ns, mask=visible, other=0.0)
-            a, b = _load_halves(KEYS, k, stride_ks, visible, D, HALF)
-            va, vb = a, b
+            if N_TAPS > 1:
+                scales = tl.load(SCALES + batch * stride_nb + head * stride_nh + k * stride_ns, mask=visible, other=0.0)
+                a, b, va, vb = _convolved(
+                    KEYS, KEY_TAPS + head * D, VALUE_TAPS + head * D, k, stride_ks, H * D, visible, D, HALF, BN, N_TAPS)
+            else:
+                a, b = _load_halves(KEYS, k, stride_ks, visible, D, HALF)
+                va, vb = a, b
             if not SHARED_KV:
                 va, vb = _load_halves(VALUES, k, stride_vs, visible, D, HALF)
             a, b = a.to(tl.float32), b.to(tl.float32)
@@ -113,6 +142,8 @@ def split_kernel(
             score = tl.sum(a * qa + b * qb, 1)
             if NORMS is not None:
                 score -= 0.5 * norms
+            if N_TAPS > 1:
+                score *= scales.to(tl.float32)
             acc_a, acc_b, row_sum, row_max = _add_keys(acc_a, acc_b, row_sum, row_max, score * scale + z, va, vb)
     mean_a, mean_b, lse = _merge_rows(acc_a, acc_b, row_sum, row_max)
     offset = row_and_head * n_splits + first_split + split
@@ -157,10 +188,14 @@ def attend(qkv: QKV, slices: Sequence[KVSlice], multiprocessors: int = 132) -> T
     if qkv.q.size(1) > 1:
         return decode.attend(qkv, slices)
     tensors = [
-        (part.k, None if part.v is part.k else part.v, part.mask, part.key_norms, *(part.rope or (None, None)))
+        (
+            part.k, None if part.v is part.k else part.v, part.mask, part.key_norms, part.key_scales,
+            *(part.rope or (None, None)),
+        )
         for part in slices
-    ]
-    return decode_attention(qkv.q, *map(list, zip(*tensors, strict=True)), qkv.sigma, qkv.scale, multiprocessors)
+    ]  # fmt: skip
+    taps = (None, None) if qkv.taps is None else (qkv.taps.key_weight, qkv.taps.value_weight)
+    return decode_attention(qkv.q, *map(list, zip(*tensors, strict=True)), *taps, qkv.sigma, qkv.scale, multiprocessors)
 
 
 # An operator of its own, since torch.compile would write the kernels anew. It prints a global -inf as a name that does
@@ -173,8 +208,11 @@ def decode_attention(
     values: list[Tensor | None],
     masks: list[Tensor],
     key_norms: list[Tensor | None],
+    key_scales: list[Tensor | None],
     cos: list[Tensor | None],
     sin: list[Tensor | None],
+    key_taps: Tensor | None,
+    value_taps: Tensor | None,
     sigma: Tensor | None,
     scale: float,
     multiprocessors: int,
@@ -184,27 +222,30 @@ def decode_attention(
     half, tile = tile_shape(D)
     max_splits = -(-PROGRAMS_PER_SM * multiprocessors // (B * H))
     launches, n_splits = [], 0
-    for part in zip(keys, values, masks, key_norms, cos, sin, strict=True):
-        tiles = max(1, -(-part[0].size(2) // tile))
+    for part in zip(keys, values, masks, key_norms, key_scales, cos, sin, strict=True):
+        tiles = max(1, -(-part[2].size(3) // tile))
         tiles_per_split = -(-tiles // min(tiles, max_splits))
         launches.append((part, tiles_per_split * tile, n_splits, -(-tiles // tiles_per_split)))
         n_splits += -(-tiles // tiles_per_split)
     mean = q.new_empty(B, H, n_splits, D, dtype=torch.float32)
     lse = q.new_empty(B, H, n_splits, dtype=torch.float32)
     q, sigma = contiguous_channels(q), None if sigma is None else sigma.contiguous()
-    for (k, v, mask, norms, cos_S, sin_S), keys_per_split, first_split, splits in launches:
+    n_taps = 1 if key_taps is None else len(key_taps)
+    key_taps, value_taps = (None if taps is None else taps.contiguous() for taps in (key_taps, value_taps))
+    for (k, v, mask, norms, scales, cos_S, sin_S), keys_per_split, first_split, splits in launches:
         k = contiguous_channels(k).expand(B, -1, -1, -1)
         shared_kv = v is None
         v = k if shared_kv else contiguous_channels(v).expand(B, -1, -1, -1)
         mask = contiguous_channels(mask)
-        norm_strides = (0, 0, 0) if norms is None else norms.expand(B, -1, -1, -1).stride()[:3]
+        per_key = next((t for t in (norms, scales) if t is not None), None)
+        norm_strides = (0, 0, 0) if per_key is None else per_key.expand(B, -1, -1, -1).stride()[:3]
         if cos_S is not None:
             cos_S, sin_S = (table.contiguous().expand(B, -1, -1, -1) for table in (cos_S, sin_S))
         split_kernel[(B * H, splits)](  # the first dimension has room for 2^31 programs, the others for 2^16
-            q, k, v, mask, norms, cos_S, sin_S, sigma, mean, lse,
+            q, k, v, mask, norms, scales, key_taps, value_taps, cos_S, sin_S, sigma, mean, lse,
             q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], mask.stride(0), *norm_strides,
-            0 if cos_S is None else cos_S.stride(0), H, k.size(2), keys_per_split, first_split, n_splits,
-            D=D, HALF=half, BN=tile, SHARED_KV=shared_kv, SCALE=scale,
+            0 if cos_S is None else cos_S.stride(0), H, mask.size(3), keys_per_split, first_split, n_splits,
+            D=D, HALF=half, BN=tile, SHARED_KV=shared_kv, SCALE=scale, N_TAPS=n_taps,
         )  # fmt: skip
     y = q.new_empty(B, 1, H, D)
     combine_kernel[(B * H,)](mean, lse, y, n_splits, D=D, HALF=half, BN=SPLITS)
@@ -212,5 +253,5 @@ def decode_attention(
 
 
 @decode_attention.register_fake
-def _(q, keys, values, masks, key_norms, cos, sin, sigma, scale, multiprocessors):
+def _(q, keys, values, masks, key_norms, key_scales, cos, sin, key_taps, value_taps, sigma, scale, multiprocessors):
     return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from gkachat.attention.features import rope_at
+from gkachat.attention.features import rope_at, short_conv
 from gkachat.attention.kernels import decode, reference
 from gkachat.attention.kernels.choose import Kernel
 from gkachat.attention.kernels.decode_triton import attend, decode_attention, split_kernel, tile_shape
-from gkachat.attention.qkv import QKV, KVSlice
+from gkachat.attention.qkv import QKV, KVSlice, Taps
 from gkachat.config import GKAConfig
 
 # Relative to the norm of the exact result. The kernel rounds its result alone: half a unit in the last place of 24, 11
@@ -26,6 +26,7 @@ VARIANTS = {
     "gka": {"attention": "gka"},
     "gka rope": {"attention": "gka", "gka": GKAConfig(rope=True)},
     "gka without self": {"attention": "gka", "gka": GKAConfig(include_self=False, rope=True)},
+    "gka_conv": {"attention": "gka_conv"},
 }
 
 
@@ -81,6 +82,26 @@ def test_gka_decodes_as_by_the_definition(dtype, rope, D):
 @pytest.mark.parametrize("D", [16, 24, 64, 128])
 def test_softmax_decodes_as_by_the_definition(dtype, D):
     check(query(dtype, 2, 2, D), [drawn_slice(dtype, 2, 2, 70, D, (9, 70), shared_kv=False)], D**-0.5)
+
+
+@DTYPES
+@pytest.mark.parametrize("D", [16, 24, 64, 128])
+def test_keys_and_values_that_are_convolutions_decode_as_by_the_definition(dtype, D):
+    generator, q = torch.Generator().manual_seed(0), query(dtype, 2, 2, D)
+    weights = [torch.randn(4, 2, D, generator=generator) for _ in range(2)]
+    slices = []
+    for S, lengths, prefix in ((40, (40, 40), True), (70, (70, 9), False)):
+        part = drawn_slice(dtype, 2, 2, S + 3, D, lengths, shared_kv=True, prefix=prefix)
+        k = short_conv(part.k.transpose(1, 2).double(), weights[0].double())[:, 3:].transpose(1, 2)
+        scales = k.square().mean(-1, keepdim=True).rsqrt()
+        slices.append(part._replace(mask=part.mask[..., 3:], key_norms=None, key_scales=scales.float()))
+    taps = Taps(q, *weights, q)
+    wide = [part._replace(k=part.k.double(), key_scales=part.key_scales.double()) for part in slices]
+    expected = exact(QKV(q, q, q, scale=0.3), [part.convolved(taps) for part in wide])
+    for kernel, tolerance in ((attend, TOLERANCE[dtype]), (decode.attend, 4 * TOLERANCE[dtype])):  # which rounds more
+        got = kernel(QKV(q, q, q, scale=0.3, taps=taps), slices)
+        assert got.shape == q.shape and got.dtype == dtype
+        assert (got.double() - expected).norm() <= tolerance * expected.norm()
 
 
 @DTYPES
@@ -203,7 +224,9 @@ def test_a_model_decodes_with_it_to_the_logits_of_the_whole_text(made):
     cache = made.make_cache(2, 190 - shared, block=32, prefix=prefix)
     for row, start in enumerate(starts):
         read(made, idx[row : row + 1, shared:start], cache, row)
-    assert cache.layers[0]["k"].size(2) == 160 and starts[0] < shared + 160 < starts[1] + steps
+    slots = 160 + made.blocks[0].attn.taps - 1  # a window, a block, and what the first key is made of
+    assert cache.step(slice(0, 2), 1).layer(0).slots == slots and starts[0] < shared + slots < starts[1] + steps
+    cache.lengths = list(starts)
     for step in range(steps):
         new, wanted = (torch.stack([t[row, start + step] for row, start in enumerate(starts)]) for t in (idx, expected))
         torch.testing.assert_close(read(made, new[:, None], cache, rows=2), wanted, rtol=1e-5, atol=1e-5)
@@ -246,7 +269,7 @@ def test_torch_compile_takes_it_as_one_operator(dynamic):
         inputs = (torch.randn(2, 1, 3, 16), x, norms, mask, table, torch.ones(3))
         assert torch.equal(compiled(*inputs), step(*inputs))
     assert graphs == ([1] if dynamic else [1, 1])
-    torch.library.opcheck(decode_attention, (inputs[0], [x], [None], [mask], [norms], [None], [None], None, 0.5, 2))
+    torch.library.opcheck(decode_attention, (inputs[0], [x], [None], [mask], [norms], *[[None]] * 3, None, None, None, 0.5, 2))
 
 
 def test_more_rows_and_heads_than_a_grid_has_room_for_on_its_later_axes():
