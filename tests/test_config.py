@@ -364,7 +364,9 @@ def test_value_embeddings_are_by_default_those_of_softmax_alone():
     assert not GPTConfig(value_embeddings=False).uses_value_embeddings
     assert not ViTConfig().uses_value_embeddings
     for name in ("gka", "gka_conv"):
-        with pytest.raises(ConfigError, match=rf"^value_embeddings: given True, expected false with attention '{name}'"):
+        with pytest.raises(
+            ConfigError, match=rf"^value_embeddings: given True, expected false with attention '{name}'"
+        ):
             GPTConfig(attention=name, value_embeddings=True)
 
 

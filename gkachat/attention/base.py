@@ -68,7 +68,7 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def inputs(self, x_BTC: Tensor, rope: Rope | None) -> Tensor:
-        """Return what `qkv` reads of each token, (B, T, ...): the block input, unless a subclass makes something of it."""
+        """Return what `qkv` reads of each token, (B, T, ...): the block input, or what a subclass makes of it."""
         return x_BTC
 
     def qkv(self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None) -> QKV:
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         return self.c_proj(self.output(y_BTHD, x_BTC, rope).flatten(2))
 
     def output(self, y_BTHD: Tensor, x_BTC: Tensor, rope: Rope | None) -> Tensor:
-        """Return what `c_proj` reads, (B, T, H, D): the mean of the values, unless a subclass makes something of it."""
+        """Return what `c_proj` reads, (B, T, H, D): the mean of the values, or what a subclass makes of it."""
         return y_BTHD
 
     @torch.no_grad()

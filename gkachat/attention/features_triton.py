@@ -1,10 +1,10 @@
 """Convolutions and norms of gka_conv in Triton: one kernel forward, one backward.
 
-Forward, x is read once and q, k, v and the scales of the keys are written. Rows that several taps read come from a cache. Backward, a row of a
-tile walks through a chunk of tokens, one at a time, and reads x, dq, dk and dv of each. The last rows of x and of dx
-stay in registers: what a tap reaches back to is neither read nor computed again, but for a few rows between chunks. The
-sums of the gradients of weights and gain have a fixed order. A number of x in bfloat16 moves 8 bytes forward and 10
-backward.
+Forward, x is read once, and q, k, v and the scales of the keys are written. Rows that several taps read come from a
+cache. Backward, a row of a tile walks through a chunk of tokens, one at a time, and reads x, dq, dk and dv of each. The
+last rows of x and of dx stay in registers: what a tap reaches back to is neither read nor computed again, but for a few
+rows between chunks. The sums of the gradients of weights and gain have a fixed order. A number of x in bfloat16 moves 8
+bytes forward and 10 backward.
 
 Arithmetic is float32. `convolved_features` of features.py is the reference. Imported only where it is used.
 Axes: B batch, S input tokens, T output tokens (the last T of S), H heads, D head_dim, N taps.

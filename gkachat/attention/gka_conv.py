@@ -1,7 +1,7 @@
 """gka_conv: Gaussian Kernel Attention on short convolutions of one tensor, which is all that decoding keeps of a token.
 
-    r_t = rope(x_t)    q = norm(conv(r))    k = norm(conv(r))    v = conv(r)    s_ij = q_i . k_j / sigma^2
-    y_i = 2 sigmoid(W x_i[:12]) rope^-1(sum_j softmax_j(s_ij) v_j)
+r_t = rope(x_t)    q = norm(conv(r))    k = norm(conv(r))    v = conv(r)    s_ij = q_i . k_j / sigma^2
+y_i = 2 sigmoid(W x_i[:12]) rope^-1(sum_j softmax_j(s_ij) v_j)
 """
 
 import math

@@ -31,7 +31,7 @@ class Int8Linear(nn.Module):
 
 
 def for_inference(model: GPT, dtype: torch.dtype, int8: bool = False) -> GPT:
-    """Convert a model in place: embeddings, matrices and convolutions in `dtype`, no gradients, eval mode. Returns the model.
+    """Convert a model in place: its large weights in `dtype`, no gradients, eval mode. Returns the model.
 
     `int8` keeps matrices and head in int8 with a scale per row, half of bfloat16's bytes. A compiled step on a GPU
     reads them as int8. Elsewhere they are widened first, which saves memory and no time.

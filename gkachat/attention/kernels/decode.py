@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gkachat.attention.qkv import QKV, KVSlice
 
-
 MATERIALIZE = 8  # new tokens from which on it is faster to make all keys and values than to read the cache by tap
 
 

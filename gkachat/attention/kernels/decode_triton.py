@@ -2,8 +2,9 @@
 
 Imported only where it is used. A decode step reads the cache once and computes little, so that bytes decide its time.
 At d20 (D 128, bfloat16) a key costs each head 2 D + 4 = 260 bytes with GKA, whose keys are its values and have a
-float32 norm, 2 D + 2 = 258 with gka_conv, and 4 D = 512 with softmax. All heads use the same mask, 4 bytes, and with rope the same tables, 4 D,
-which come from the L2 cache. One query shares no loads in a matrix product, so plain float32 sums take its place.
+float32 norm, 2 D + 2 = 258 with gka_conv, and 4 D = 512 with softmax. All heads use the same mask, 4 bytes, and with
+rope the same tables, 4 D, which come from the L2 cache. One query shares no loads in a matrix product, so plain float32
+sums take its place.
 
 Rows times heads are few programs for a GPU. Keys are therefore split among more programs (Flash-Decoding, Dao et al.
 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). A program reads its keys tile by tile. Each row of the
@@ -126,7 +127,8 @@ def split_kernel(
             if N_TAPS > 1:
                 scales = tl.load(SCALES + batch * stride_nb + head * stride_nh + k * stride_ns, mask=visible, other=0.0)
                 a, b, va, vb = _convolved(
-                    KEYS, KEY_TAPS + head * D, VALUE_TAPS + head * D, k, stride_ks, H * D, visible, D, HALF, BN, N_TAPS)
+                    KEYS, KEY_TAPS + head * D, VALUE_TAPS + head * D, k, stride_ks, H * D, visible, D, HALF, BN, N_TAPS
+                )
             else:
                 a, b = _load_halves(KEYS, k, stride_ks, visible, D, HALF)
                 va, vb = a, b

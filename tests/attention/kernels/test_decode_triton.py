@@ -269,7 +269,9 @@ def test_torch_compile_takes_it_as_one_operator(dynamic):
         inputs = (torch.randn(2, 1, 3, 16), x, norms, mask, table, torch.ones(3))
         assert torch.equal(compiled(*inputs), step(*inputs))
     assert graphs == ([1] if dynamic else [1, 1])
-    torch.library.opcheck(decode_attention, (inputs[0], [x], [None], [mask], [norms], *[[None]] * 3, None, None, None, 0.5, 2))
+    torch.library.opcheck(
+        decode_attention, (inputs[0], [x], [None], [mask], [norms], *[[None]] * 3, None, None, None, 0.5, 2)
+    )
 
 
 def test_more_rows_and_heads_than_a_grid_has_room_for_on_its_later_axes():
