@@ -177,7 +177,7 @@ class CacheStep:
         return self._slots[n, halo]
 
     def slots_before(self, n: int, halo: int) -> Tensor:
-        """Return where new tokens also lie (B, T): those of the last slots in the halo, others where they lie anyway."""
+        """Return where new tokens also lie (B, T): those of the last slots in the halo."""
         if (n, -halo) not in self._slots:
             slots = self.slots(n)
             self._slots[n, -halo] = torch.where(slots < n - halo, halo + slots, slots - (n - halo))

@@ -21,6 +21,11 @@ SHARPNESS = 1.2  # q.k / sigma^2 starts as sharp as softmax attention's logits
 GATE_CHANNELS = 12  # channels of the block input that the gates read
 
 
+def every_other(rope: Rope) -> Rope:
+    """Return every other column of the tables, which rotate half of the channels, from the fastest to the slowest."""
+    return rope[0][..., ::2], rope[1][..., ::2]
+
+
 class GKAConv(GaussianKernelAttention):
     """Gaussian Kernel Attention on short convolutions of the rotated block input. Caches that one tensor."""
 
@@ -35,7 +40,7 @@ class GKAConv(GaussianKernelAttention):
 
     def inputs(self, x_BTC: Tensor, rope: Rope) -> Tensor:
         """Return the block input, split into heads and rotated, (B, T, H, D)."""
-        return apply_rope(self.split_heads(x_BTC), rope)
+        return apply_rope(self.split_heads(x_BTC), every_other(rope))
 
     def qkv(self, r_BSHD: Tensor, idx_BT: Tensor, rope: Rope) -> QKV:
         """Convolve the rotated input three times, normalise what is compared, and divide q by sigma^2.
@@ -50,7 +55,7 @@ class GKAConv(GaussianKernelAttention):
 
     def output(self, y_BTHD: Tensor, x_BTC: Tensor, rope: Rope) -> Tensor:
         """Rotate back, and multiply each head by its gate."""
-        cos, sin = rope
+        cos, sin = every_other(rope)
         gate_BTH = 2 * torch.sigmoid(self.gate(x_BTC[..., :GATE_CHANNELS]))
         return gate_BTH[..., None] * apply_rope(y_BTHD, (cos, -sin))
 

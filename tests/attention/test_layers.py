@@ -58,7 +58,7 @@ def gka_definition(attn, x_BTC, idx, rope):
 
 
 def gka_conv_definition(attn, x_BTC, idx, rope):
-    r = apply_rope(x_BTC.view(B, T, H, D), rope)
+    r = half_rotated(x_BTC.view(B, T, H, D), rope, 1)
     q, k, v = (convolved(r, conv.weight) for conv in (attn.conv_q, attn.conv_k, attn.conv_v))
     scores = torch.einsum("bihd,bjhd->bhij", rms_norm(q), rms_norm(k))
     return scores * (-2 * attn.log_sigma).exp()[:, None, None], v
@@ -66,7 +66,14 @@ def gka_conv_definition(attn, x_BTC, idx, rope):
 
 def gka_conv_output(attn, y_BTHD, x_BTC, rope):
     gate = 2 * torch.sigmoid(x_BTC[..., :12] @ attn.gate.weight.T)
-    return apply_rope(y_BTHD, (rope[0], -rope[1])) * gate[..., None]
+    return half_rotated(y_BTHD, rope, -1) * gate[..., None]
+
+
+def half_rotated(x_BTHD, rope, direction):
+    """Rotate the first half of the channels, as complex numbers, by every other angle."""
+    a, b, rest = x_BTHD.split((D // 4, D // 4, D // 2), dim=-1)
+    turned = torch.complex(a, b) * torch.complex(rope[0], -direction * rope[1])[:, None, ::2]
+    return torch.cat((turned.real, turned.imag, rest), dim=-1)
 
 
 @pytest.mark.parametrize(
