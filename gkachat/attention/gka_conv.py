@@ -1,7 +1,18 @@
 """gka_conv: Gaussian Kernel Attention on short convolutions of one tensor, which is all that decoding keeps of a token.
 
-r_t = rope(x_t)    q = norm(conv(r))    k = norm(conv(r))    v = conv(r)    s_ij = q_i . k_j / sigma^2
-y_i = 2 sigmoid(W x_i[:12]) rope^-1(sum_j softmax_j(s_ij) v_j)
+    r_t = rope(x_t)    q = norm(conv(r))    k = norm(conv(r))    v = conv(r)    s_ij = q_i . k_j / sigma^2
+    y_i = gate_i rope^-1(sum_j softmax_j(s_ij) v_j)
+
+A token of published GKA attends to tokens like itself. Here the convolution of the keys starts as a delay, by 1, 2, 3,
+1, ... tokens from head to head. A token then attends to what followed tokens like itself, as an induction head does
+(arXiv 2209.11895), from the first training step on. The features have one common norm, so the Gaussian kernel's
+distance reduces to the dot product. The layer divides its queries by sigma^2, and is then softmax attention to every
+kernel.
+
+The rotation comes before the convolutions, so that keys and values of cached tokens can be read off r by tap (`Taps`),
+without rotating them. Values are therefore rotated as well, and the output is rotated back. Half of the channels do not
+rotate at all: this costs the positions nothing, and what a value says there does not depend on how far away it is. The
+convolutions have 12 C parameters per layer. docs/experiments.md measures what each part is worth.
 """
 
 import math
@@ -12,13 +23,12 @@ from torch import Tensor, nn
 from gkachat.attention.base import Groups
 from gkachat.attention.features import Rope, ShortConv, apply_rope, choose_features
 from gkachat.attention.gka import GaussianKernelAttention
+from gkachat.attention.head_gate import HeadGate
 from gkachat.attention.kernels import reference
-from gkachat.attention.linear import Linear
 from gkachat.attention.qkv import QKV, Taps
 from gkachat.config import GPTConfig
 
 SHARPNESS = 1.2  # q.k / sigma^2 starts as sharp as softmax attention's logits
-GATE_CHANNELS = 12  # channels of the block input that the gates read
 
 
 def every_other(rope: Rope) -> Rope:
@@ -36,7 +46,7 @@ class GKAConv(GaussianKernelAttention):
         super().__init__(config, index)
         self.unit_norm, self.include_self = False, True  # options of published GKA
         self.conv_q, self.conv_k, self.conv_v = (ShortConv(config.n_head, config.head_dim) for _ in range(3))
-        self.gate = Linear(GATE_CHANNELS, config.n_head)
+        self.head_gate = HeadGate(config)
 
     def inputs(self, x_BTC: Tensor, rope: Rope) -> Tensor:
         """Return the block input, split into heads and rotated, (B, T, H, D)."""
@@ -56,8 +66,7 @@ class GKAConv(GaussianKernelAttention):
     def output(self, y_BTHD: Tensor, x_BTC: Tensor, rope: Rope) -> Tensor:
         """Rotate back, and multiply each head by its gate."""
         cos, sin = every_other(rope)
-        gate_BTH = 2 * torch.sigmoid(self.gate(x_BTC[..., :GATE_CHANNELS]))
-        return gate_BTH[..., None] * apply_rope(y_BTHD, (cos, -sin))
+        return self.head_gate(apply_rope(y_BTHD, (cos, -sin)), x_BTC)
 
     def squared_distances(self, q_BHTD: Tensor, k_BHSD: Tensor, qkv: QKV) -> Tensor:
         """Return |q_i - k_j|^2 of the features before q was divided by sigma^2."""
@@ -77,8 +86,8 @@ class GKAConv(GaussianKernelAttention):
         self.conv_q.init_weights()
         self.conv_k.init_weights(ShortConv.KEY_DELAYS)
         self.conv_v.init_weights()
-        nn.init.zeros_(self.gate.weight)
+        self.head_gate.init_weights()
 
     def parameter_groups(self) -> Groups:
         convolutions = [conv.weight for conv in (self.conv_q, self.conv_k, self.conv_v)]
-        return super().parameter_groups() | {"convolutions": convolutions, "gates": [self.gate.weight]}
+        return super().parameter_groups() | {"convolutions": convolutions, "gates": [self.head_gate.gate.weight]}

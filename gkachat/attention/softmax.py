@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from gkachat.attention.base import Attention, Groups
 from gkachat.attention.features import Rope, ShortConv, apply_rope, rms_norm
+from gkachat.attention.head_gate import HeadGate
 from gkachat.attention.linear import Linear, uniform_
 from gkachat.attention.qkv import QKV
 from gkachat.attention.value_embedding import ValueEmbedding
@@ -15,7 +16,8 @@ QK_SCALE = 1.2  # sharpens the logits of normalised queries and keys
 class SoftmaxAttention(Attention):
     """Scaled dot-product attention with rotary positions, normalised queries and keys, and gated value embeddings.
 
-    `config.short_conv` adds the short convolutions of gka_conv to queries, keys and values, for like-for-like runs.
+    `config.short_conv` adds what gka_conv has, for like-for-like runs: short convolutions of queries, keys and values, and
+    a gate per head.
     """
 
     def __init__(self, config: GPTConfig, index: int):
@@ -23,8 +25,9 @@ class SoftmaxAttention(Attention):
         C = config.n_embd
         self.c_q, self.c_k, self.c_v = (Linear(C, C) for _ in range(3))
         self.value_embedding = ValueEmbedding(config) if ValueEmbedding.in_layer(config, index) else None
-        self.convs = None
+        self.convs, self.head_gate = None, None
         if config.short_conv:
+            self.head_gate = HeadGate(config)
             self.convs = nn.ModuleList(ShortConv(config.n_head, config.head_dim) for _ in range(3))
             self.lookback = ShortConv.TAPS - 1
 
@@ -40,6 +43,9 @@ class SoftmaxAttention(Attention):
         q, k = (QK_SCALE * rms_norm(apply_rope(t, rope)) for t in (q, k))
         return QKV(q, k, v, scale=self.config.head_dim**-0.5)
 
+    def output(self, y_BTHD: Tensor, x_BTC: Tensor, rope: Rope | None) -> Tensor:
+        return y_BTHD if self.head_gate is None else self.head_gate(y_BTHD, x_BTC)
+
     def init_weights(self) -> None:
         """Fill projections uniformly with standard deviation 1 / sqrt(C); convolutions start as in gka_conv."""
         super().init_weights()
@@ -50,11 +56,14 @@ class SoftmaxAttention(Attention):
         if self.convs is not None:
             for conv, delays in zip(self.convs, ((0,), ShortConv.KEY_DELAYS, (0,)), strict=True):
                 conv.init_weights(delays)
+            self.head_gate.init_weights()
 
     def parameter_groups(self) -> Groups:
         groups: Groups = {"matrices": [m.weight for m in (self.c_q, self.c_k, self.c_v, self.c_proj)]}
         if self.convs is not None:
             groups["convolutions"] = [conv.weight for conv in self.convs]
+            groups["gates"] = [self.head_gate.gate.weight]
         if self.value_embedding is not None:
-            groups |= self.value_embedding.parameter_groups()
+            for name, parameters in self.value_embedding.parameter_groups().items():
+                groups.setdefault(name, []).extend(parameters)
         return groups

@@ -10,6 +10,7 @@ from conftest import live_model
 
 from gkachat.attention import attention_class, register
 from gkachat.attention.features import ShortConv, _ShortConv, apply_rope, rms_norm, rope_table
+from gkachat.attention.gka_conv import GKAConv
 from gkachat.attention.kernels.reference import visible
 from gkachat.config import GKAConfig, GPTConfig
 from gkachat.model.gpt import GPT
@@ -64,9 +65,11 @@ def gka_conv_definition(attn, x_BTC, idx, rope):
     return scores * (-2 * attn.log_sigma).exp()[:, None, None], v
 
 
-def gka_conv_output(attn, y_BTHD, x_BTC, rope):
-    gate = 2 * torch.sigmoid(x_BTC[..., :12] @ attn.gate.weight.T)
-    return half_rotated(y_BTHD, rope, -1) * gate[..., None]
+def output_definition(attn, y_BTHD, x_BTC, rope):
+    """The output as c_proj reads it: rotated back, and gated."""
+    y_BTHD = half_rotated(y_BTHD, rope, -1) if isinstance(attn, GKAConv) else y_BTHD
+    gate = getattr(attn, "head_gate", None)
+    return y_BTHD if gate is None else y_BTHD * 2 * (x_BTC[..., :12] @ gate.gate.weight.T).sigmoid()[..., None]
 
 
 def half_rotated(x_BTHD, rope, direction):
@@ -98,8 +101,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(attention, definition
         scores, v = definition(attn, x, idx, rope)
         weights = scores.masked_fill(~mask & has_key, -torch.inf).softmax(-1) * has_key
         y = torch.einsum("bhij,bjhd->bihd", weights, v)
-        y = gka_conv_output(attn, y, x, rope) if attention == "gka_conv" else y
-        return y.flatten(2) @ attn.c_proj.weight.T
+        return output_definition(attn, y, x, rope).flatten(2) @ attn.c_proj.weight.T
 
     for function in (lambda x: attn(x, idx, rope), defined):
         leaf = x.clone().requires_grad_()
