@@ -136,16 +136,16 @@ def inside_operators() -> dict[str, Counter]:
     loss_triton.loss_kernel = kernel
     found["gkachat.head_loss.default"] = counter.bytes
     H, D = C // 128, 128
-    x, gain = empty(B, T, H, D), empty(H, dtype=torch.float32)
-    table, weight = empty(T, D // 2, dtype=torch.float32), empty(4, H, D, dtype=torch.float32)
-    for name, args in (("features", ()), ("features_backward", (x, x, x))):
+    x, gain, weight = empty(B, T, H, D), empty(H, dtype=torch.float32), empty(4, H, D, dtype=torch.float32)
+    inputs = x, weight, weight, weight, gain
+    for name, args in (("features", (*inputs, T)), ("features_backward", (x, x, x, *inputs))):
         counter = Inside()
         kernels = ("forward_kernel", "backward_kernel")
         saved = {kernel: getattr(features_triton, kernel) for kernel in kernels}
         for kernel in kernels:
             setattr(features_triton, kernel, counter.launch(-1))
         with counter:
-            getattr(features_triton, name)._init_fn(*args, x, weight, weight, weight, gain, table, table)
+            getattr(features_triton, name)._init_fn(*args)
         for kernel, function in saved.items():
             setattr(features_triton, kernel, function)
         found[f"gkachat.{name}.default"] = counter.bytes
