@@ -220,7 +220,7 @@ class GPTConfig:
     """Subtract a learned share of the residual stream after the middle layer at the end. The share starts at 0.2. A
     model of fewer than 3 layers has none: its middle layer is its last, and the share would change nothing."""
     short_conv: bool = False
-    """softmax: each channel of queries, keys and values mixes the last 4 tokens, and heads have gates, as gka_conv's."""
+    """softmax: channels of queries, keys and values mix the last 4 tokens, and heads have gates, as in gka_conv."""
     gka: GKAConfig = field(default_factory=GKAConfig)
 
     def __post_init__(self) -> None:
