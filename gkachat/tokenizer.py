@@ -85,7 +85,7 @@ class Tokenizer:
                 f"there are: {list_near(path.parent.name, known)}"
             )
         try:
-            return cls(path.read_text())
+            return cls(path.read_text("utf-8"))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} is not a gkachat tokenizer ({error!r}); train it again") from None
 

@@ -87,7 +87,7 @@ def export(
     }
     settings = _settings(model, tokenizer, meta, dtype)
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in settings.items()}
-    texts |= {name: (Path(__file__).parent / name).read_text() for name in SOURCES}
+    texts |= {name: (Path(__file__).parent / name).read_text("utf-8") for name in SOURCES}
     texts |= {"tokenizer.json": _with_bos(tokenizer), "README.md": model_card(Path(run_dir), model.config, meta)}
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

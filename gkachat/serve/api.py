@@ -68,7 +68,7 @@ def create_app(sessions: Mapping[str, ChatSession], batcher: Batcher, api_key: s
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(Exception, _on_bug)
-    created, page = int(time.time()), PAGE.read_text()
+    created, page = int(time.time()), PAGE.read_text("utf-8")
 
     def session_of(name: str) -> ChatSession:
         if name not in sessions:

@@ -15,7 +15,7 @@ import termios
 
 import pytest
 import torch
-from conftest import ROOT, untrained_run
+from conftest import ROOT, call, untrained_run
 
 from gkachat.config import ATTENTIONS
 from gkachat.data.conversations import render_prompt
@@ -150,6 +150,15 @@ def test_line_ends_and_byte_order_marks_do_not_change_answers(chat):
     assert [prompt for prompt, _ in expected] == ["import", "", "def", "üx"]
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         assert answers(lines.replace("\n", "\r\n").encode(encoding)) == expected
+
+
+def test_files_are_utf8_and_answers_are_printed_whatever_the_locale(home):
+    """The tokenizer's file has letters beyond ASCII; the terminal here has none of them."""
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    result = call("chat_cli", "base", "--max-tokens", "4", home=home, stdin="漢\n", **ascii_alone)
+    assert result.returncode == 0, result.stderr
+    shown = call("chat_cli", "base", "--max-tokens", "4", home=home, stdin="漢\n").stdout
+    assert result.stdout.encode() == shown.encode("ascii", "backslashreplace")
 
 
 def test_a_tilde_is_the_home_directory(home, chat, tmp_path, monkeypatch):
