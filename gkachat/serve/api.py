@@ -8,6 +8,8 @@ Errors are OpenAI's error object, with the status that OpenAI gives. docs/server
 import asyncio
 import contextlib
 import hmac
+import ipaddress
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -48,12 +50,15 @@ MAX_BODY = 1 << 20  # bytes
 PAGE = Path(__file__).with_name("page.html")
 
 
-def create_app(sessions: Mapping[str, ChatSession], batcher: Batcher, api_key: str | None = None) -> FastAPI:
+def create_app(
+    sessions: Mapping[str, ChatSession], batcher: Batcher, api_key: str | None = None, only_local: bool = False
+) -> FastAPI:
     """Return the application. It starts the batcher, and closes it at the end.
 
     Args:
         sessions: models by name; the batcher has their engines by the same names.
         api_key: key that every request must bear, except for the page itself.
+        only_local: answer only requests whose Host is localhost or an address.
     """
 
     @contextlib.asynccontextmanager
@@ -64,7 +69,7 @@ def create_app(sessions: Mapping[str, ChatSession], batcher: Batcher, api_key: s
 
     # No pages of FastAPI's own: they load scripts from the network.
     app = FastAPI(lifespan=lifespan, openapi_url=None)
-    app.add_middleware(Gate, api_key=api_key)
+    app.add_middleware(Gate, api_key=api_key, only_local=only_local)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(Exception, _on_bug)
@@ -326,16 +331,26 @@ def _as_api_errors() -> Any:
 
 
 class Gate:
-    """Middleware that refuses requests without the key, and bodies that are too large, before they are read."""
+    """Middleware that refuses, before they are read, bodies that are too large, and requests without the key.
 
-    def __init__(self, app: ASGIApp, api_key: str | None):
+    With `only_local` it refuses requests for other hosts too. A page of any site can have its own name point to
+    127.0.0.1; the browser then lets it read what the server answers (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, only_local: bool):
         self.app, self.expected = app, None if api_key is None else f"Bearer {api_key}".encode()
+        self.only_local = only_local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers, n_bytes = dict(scope["headers"]), 0
+        host = headers.get(b"host", b"localhost").decode("latin-1")
+        if self.only_local and not is_local(host):
+            message = f"Host: given {host!r:.80}, expected localhost or an address; a proxy needs an --api-key"
+            await json_response(error_object(403, message, "wrong_host"), 403)(scope, receive, send)
+            return
         key = headers.get(b"authorization", b"")
         if self.expected and scope["path"] != "/" and not hmac.compare_digest(key, self.expected):
             message = "given no valid API key, expected Authorization: Bearer KEY"
@@ -351,6 +366,14 @@ class Gate:
             return message
 
         await self.app(scope, limited, send)
+
+
+def is_local(host: str) -> bool:
+    """Return whether a Host header is localhost or an IP address, with or without a port."""
+    name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name.removeprefix("[").removesuffix("]")))
+    return name.lower() == "localhost"
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> Response:
