@@ -110,8 +110,8 @@ def create_app(
         session = session_of(body.model)
         given = [n for n in (body.max_completion_tokens, body.max_tokens) if n is not None]
         max_tokens = given[0] if given else session.engine.model.config.sequence_len
-        prompt = await run_in_threadpool(chat_prompt, session, body, max_tokens)
-        return await answer(session, ChatFormat, [prompt], max_tokens, body, request)
+        prompt, left_out = await run_in_threadpool(chat_prompt, session, body, max_tokens)
+        return await answer(session, ChatFormat, [prompt], max_tokens, body, request, left_out)
 
     @app.post("/attention")
     async def attention(body: AttentionRequest) -> Response:
@@ -131,6 +131,7 @@ def create_app(
         max_tokens: int,
         body: TextRequest,
         request: Request,
+        left_out: int = 0,
     ) -> Response:
         """Answer each prompt n times, as one object or as a stream of chunks."""
         samplings = body.sampling(max_tokens)
@@ -146,7 +147,8 @@ def create_app(
             bytes_of = batcher.cache(body.model).bytes_of
             cached = (len(prompts[i // body.n]) + len(text.tokens) for i, text in enumerate(texts))
             counts = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-            return counts | {"cache_bytes": sum(map(bytes_of, cached))}
+            cut = {"tokens_left_out": left_out} if left_out else {}
+            return counts | {"cache_bytes": sum(map(bytes_of, cached))} | cut
 
         async def chunks() -> AsyncIterator[str]:
             fixed = fields | {"object": format.part}
@@ -197,8 +199,8 @@ def completion_prompts(session: ChatSession, body: CompletionRequest) -> list[li
     return all_ids
 
 
-def chat_prompt(session: ChatSession, body: ChatRequest, max_tokens: int) -> list[int]:
-    """Return the ids of a conversation, BOS first. Raises ApiError."""
+def chat_prompt(session: ChatSession, body: ChatRequest, max_tokens: int) -> tuple[list[int], int]:
+    """Return the ids of a conversation, BOS first, and how many are left out at its beginning. Raises ApiError."""
     for number, message in enumerate(body.messages):
         if unknown := [key for key, value in message.items() if key not in ("role", "content") and value is not None]:
             raise ApiError(400, f"messages, message {number}: {unknown[0]!r:.80} is not supported", param="messages")
@@ -211,9 +213,10 @@ def chat_prompt(session: ChatSession, body: ChatRequest, max_tokens: int) -> lis
     if messages[-1]["role"] != "user":
         role = messages[-1]["role"]
         raise ApiError(400, f"the last message: given role {role!r}, expected 'user'", param="messages")
-    ids = session.prompt_tokens(messages, max_tokens) if body.truncation == "auto" else session.encode(messages)
+    whole = session.encode(messages)
+    ids = session.prompt_tokens(messages, max_tokens) if body.truncation == "auto" else whole
     check_ids(session, ids, "messages")
-    return ids
+    return ids, len(whole) - len(ids)
 
 
 def check_ids(session: ChatSession, ids: Sequence[int], param: str) -> None:

@@ -110,6 +110,8 @@ def test_a_conversation_that_is_too_long_is_refused_or_loses_its_oldest_turns(se
         model="gka", messages=turns, max_tokens=8, extra_body={"truncation": "auto", "return_token_ids": True}
     )
     session = server.sessions["gka"]
+    n_tokens = len(render_prompt(session.engine.tokenizer, turns))
+    assert kept.usage.tokens_left_out == n_tokens - kept.usage.prompt_tokens > 0
     assert kept.prompt_token_ids == session.prompt_tokens(turns, 8) and kept.usage.prompt_tokens <= CONTEXT - 8
     assert kept.usage.cache_bytes == session.engine.model.make_cache(1, CONTEXT, block=256).bytes_of(
         kept.usage.total_tokens
