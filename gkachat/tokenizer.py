@@ -134,8 +134,8 @@ class Tokenizer:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn a vocabulary from texts; too small a corpus gives a smaller one. Raises ValueError if there is no text."""
-    from tokenizers import decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as BPE
+    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer = pre_tokenizer(LEARNED_CHARS)
