@@ -210,7 +210,7 @@ class Saver:
             if time.monotonic() - since > patience:
                 raise TimeoutError(f"no {path.name} after {patience:.0f} s; do all processes see the same directory?")
             time.sleep(0.02)
-        digest = path.read_text()
+        digest = path.read_text("utf-8")
         path.unlink()
         return digest
 

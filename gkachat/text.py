@@ -11,6 +11,7 @@ import difflib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ BOMS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 CONVERT = "convert it to UTF-8 (iconv -f {} -t UTF-8)"
 
 
@@ -86,6 +88,11 @@ def check_text(text: str) -> str:
     if not is_text(text):
         raise ValueError("half of a surrogate pair, which is no text")
     return text
+
+
+def visible(text: str) -> str:
+    """Return a text with control characters as escapes, except line ends and tabs: a terminal would obey them."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def expand(path: str | os.PathLike[str]) -> Path:

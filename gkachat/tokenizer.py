@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,7 @@ SPLIT_PATTERN = (
 
 LONE_SURROGATE = re.compile("([\ud800-\udfff])")  # has no UTF-8, but JSON can spell it
 CHUNK_CHARS = 500_000  # tiktoken's regex overflows its stack on a run of a million spaces
+LEARNED_CHARS = 1000  # of a word: the time to learn from longer ones, as in DNA or base64, grows with their square
 FILE_NAME = "tokenizer.json"
 
 
@@ -85,7 +87,7 @@ class Tokenizer:
                 f"there are: {list_near(path.parent.name, known)}"
             )
         try:
-            return cls(path.read_text())
+            return cls(path.read_text("utf-8"))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} is not a gkachat tokenizer ({error!r}); train it again") from None
 
@@ -132,16 +134,11 @@ class Tokenizer:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn a vocabulary from texts; too small a corpus gives a smaller one. Raises ValueError if there is no text."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as BPE
+    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     bpe = BPE(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    bpe.pre_tokenizer = pre_tokenizer(LEARNED_CHARS)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
@@ -152,8 +149,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if (first := next(texts, None)) is None:
         raise ValueError("the tokenizer was given no text to learn from")
     bpe.train_from_iterator(itertools.chain([first], texts), trainer)
+    bpe.pre_tokenizer = pre_tokenizer()
     bpe.add_special_tokens(list(SPECIAL_TOKENS))
     return Tokenizer(bpe.to_str())
+
+
+def pre_tokenizer(max_chars: int | None = None) -> Any:
+    """Return what splits texts into words for `tokenizers`; words longer than `max_chars` become several."""
+    from tokenizers import Regex, pre_tokenizers
+
+    patterns = [SPLIT_PATTERN, *([rf"[\s\S]{{1,{max_chars}}}"] if max_chars else [])]
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _chunks(text: str) -> list[str]:

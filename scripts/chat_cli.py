@@ -25,7 +25,7 @@ import tyro
 from gkachat.config import home
 from gkachat.data.conversations import Messages, check_history, check_messages
 from gkachat.files import read_json, write_text
-from gkachat.text import check_text, decode, expand, lines, list_some, parse_json
+from gkachat.text import check_text, decode, expand, lines, list_some, parse_json, visible
 from scripts.cli import run
 
 if TYPE_CHECKING:
@@ -214,6 +214,8 @@ class Chat:
         """Print streamed answers: side by side in a terminal, otherwise one after the other. Ctrl-C ends them."""
         if len(answers) > 1 and sys.stdout.isatty() and not self.as_json:
             print_side_by_side([session.name for session in self.sessions], answers)
+            for session in self.sessions:
+                say_what_is_left_out(session)
             return
         for session, answer in zip(self.sessions, answers, strict=True):
             text, interrupted = "", False
@@ -223,7 +225,7 @@ class Chat:
                 for part in answer:
                     text += part
                     if not self.as_json:
-                        print(part, end="", flush=True)
+                        print(visible(part) if sys.stdout.isatty() else part, end="", flush=True)
             except KeyboardInterrupt:
                 answer.close()
                 interrupted = True
@@ -231,6 +233,7 @@ class Chat:
                 print_json({"prompt": prompt, "answer": text} | session.stats)
             else:
                 print()
+                say_what_is_left_out(session)
             if interrupted:
                 return
 
@@ -249,6 +252,13 @@ COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str]] = {
 def print_json(value: dict[str, Any]) -> None:
     """Print a line with a JSON object."""
     print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def say_what_is_left_out(session: "ChatSession") -> None:
+    """Print on stderr how much of the conversation did not fit the context for the last answer, if some did not."""
+    if left_out := session.stats.get("tokens_left_out"):
+        context = session.engine.model.config.sequence_len
+        print(f"({session.name} left out {left_out} older tokens: its context is {context} tokens)", file=sys.stderr)
 
 
 def next_line(stdin: Iterator[bytes]) -> str:
@@ -271,7 +281,7 @@ def print_side_by_side(names: Sequence[str], answers: Sequence[Iterator[str]]) -
         try:
             for parts in itertools.zip_longest(*answers, fillvalue=""):
                 for text, part in zip(texts, parts, strict=True):
-                    text.append(part)
+                    text.append(visible(part))
         except KeyboardInterrupt:
             for answer in answers:
                 answer.close()

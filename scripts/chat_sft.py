@@ -88,7 +88,7 @@ def main() -> None:
     from gkachat.train.language import LanguageTask
     from gkachat.train.optim import make_optimizers
     from gkachat.train.schedule import resolve, whole_budget
-    from gkachat.train.setup import build_model, open_run
+    from gkachat.train.setup import build_model, keep_batch, open_run
     from gkachat.train.trainer import Trainer
 
     base_dir = find_run(base)
@@ -107,6 +107,7 @@ def main() -> None:
     if config.train.total_tokens is None:
         tokens = whole_budget(config.chat.epochs * rows["train"] * T, "chat.epochs", config.chat.epochs)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, total_tokens=tokens))
+    config = keep_batch(config, resume="resume" in flags)
     if config.train.total_batch_size is None:
         base_batch = read_toml(base_dir / "config.toml")["train"]["total_batch_size"]
         batch = max(tuning_batch(base_batch, config.train.total_tokens), T * world.size)

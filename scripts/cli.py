@@ -42,6 +42,9 @@ def run(main: Callable[..., int | None], description: str | None = None) -> None
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as the process)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # what a caller put in place of a stream
+            stream.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding does not have
     try:  # also whatever is printed, as to a full disk
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by scripts/__init__.py
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -144,7 +144,7 @@ class Running:
 def read_record(out: Path, name: str) -> dict[str, Any]:
     """Return what a step has written so far."""
     path = out / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {"step": name, "status": "running"}
+    return json.loads(path.read_text("utf-8")) if path.exists() else {"step": name, "status": "running"}
 
 
 def write_archive(out: Path) -> None:
@@ -263,7 +263,7 @@ def main() -> int:
     print(f"planned {sum(stage.seconds for stage in PLAN)} s of {options.seconds:.0f} s", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the steps too
     records = run_plan(PLAN, functions, check, options.seconds - (time.monotonic() - start))
-    print((options.out / "page.md").read_text())
+    print((options.out / "page.md").read_text("utf-8"))
     right = all(c["right"] for record in records.values() for c in record.get("comparisons", []))
     return not (right and all(record["status"] == "done" for record in records.values()))
 

@@ -41,7 +41,7 @@ class Scripts:
         if self.stopped.is_set():
             return ""
         env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-        with naming(log), open(log, "a") as file:
+        with naming(log), open(log, "a", encoding="utf-8") as file:
             command = [sys.executable, "-m", *words]
             # In a process group of its own, so that a signal reaches it once, from `stop`.
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, process_group=0)

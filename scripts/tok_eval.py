@@ -30,7 +30,7 @@ def kinds(config: Config) -> dict[str, str]:
     """Return samples by name. The first is from the val split of the config's source."""
     val = "".join(islice((text for split, text in Corpus(config.data) if split == "val"), 50))
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    code = "".join((stdlib / name).read_text() for name in ("argparse.py", "dataclasses.py", "heapq.py"))
+    code = "".join((stdlib / name).read_text("utf-8") for name in ("argparse.py", "dataclasses.py", "heapq.py"))
     samples = {
         f"{config.data.name} (val)": val,
         "python code": code,

@@ -10,7 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Reference
 
-from gkachat.tokenizer import BOS, FILE_NAME, SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from gkachat.tokenizer import (
+    BOS,
+    FILE_NAME,
+    LEARNED_CHARS,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    pre_tokenizer,
+    train_tokenizer,
+)
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 TRAINED_ON = [
@@ -147,3 +155,15 @@ def test_a_million_spaces_do_not_overflow_the_regex(tokenizer):
     text = "\u3000" * 1_100_000
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and tokenizer.encode_to_numpy(text).tolist() == ids
+
+
+def test_words_are_learned_in_parts_of_bounded_length_and_encoded_whole():
+    """Learning takes time that grows with the square of a word's length: a minute for 200,000 letters."""
+    text = "".join(np.random.default_rng(0).choice(list("ACGT"), 200_000)) + " end\n"
+    words = [word for word, _ in pre_tokenizer(LEARNED_CHARS).pre_tokenize_str(text)]
+    assert "".join(words).endswith("ĠendĊ") and max(map(len, words)) == LEARNED_CHARS
+    learned = train_tokenizer([text], 300)
+    assert learned.vocab_size == 300
+    reference = Reference.from_str(learned.json_text)  # which has the words whole
+    assert learned.encode(text[-5000:]) == reference.encode(text[-5000:], add_special_tokens=False).ids
+    assert [word for word, _ in reference.pre_tokenizer.pre_tokenize_str(text)][1:] == ["Ġend", "Ċ"]

@@ -152,7 +152,12 @@ def check_messages(messages: Any, where: str = "messages") -> Messages:
 
 
 def _join_parts(message: Any, where: str) -> Any:
-    """Return a message with its parts of text joined by line ends. Raises ValueError for parts of another type."""
+    """Return a message with its parts of text joined by line ends, and `developer`, OpenAI's newer name, as `system`.
+
+    Raises ValueError for parts of another type.
+    """
+    if isinstance(message, dict) and message.get("role") == "developer":
+        message = message | {"role": "system"}
     if not isinstance(message, dict) or not isinstance(parts := message.get("content"), list):
         return message
     for number, part in enumerate(parts):

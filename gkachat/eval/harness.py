@@ -162,6 +162,26 @@ class HarnessModel(TemplateLM):
         return answers
 
 
+def keep_question_out_of_shots(task: Any) -> None:
+    """Have the few-shot examples of a task exclude the question that is asked.
+
+    Where examples come from the split that is asked, the harness (0.4.13) excludes the question only if the task names
+    it as its test split and as the split of its examples. Otherwise a prompt may hold its own answer.
+    """
+    config, own = task.config, task.fewshot_cfg
+    asked = config.test_split or config.validation_split
+    pool = own.split or config.training_split or config.validation_split or config.test_split
+    if pool != asked or own.split == config.test_split or own.samples is not None:
+        return
+    context, sample = task.fewshot_context, task.sampler.sample
+
+    def fewshot_context(doc: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        task.sampler.sample = lambda n, eval_doc=None, **options: sample(n=n, eval_doc=doc, **options)
+        return context(doc, *args, **kwargs)
+
+    task.fewshot_context = fewshot_context
+
+
 def evaluate(
     lm: HarnessModel,
     tasks: Sequence[str],
@@ -201,6 +221,7 @@ def evaluate(
             own = task.get_config("num_fewshot")
             task.set_config(key="num_fewshot", value=own or 0 if num_fewshot is None or own == 0 else num_fewshot)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            keep_question_out_of_shots(task)
             if getattr(task, "UNSAFE_CODE", False) and not run_unsafe_code:
                 raise ValueError(f"task {name!r} runs code that the model writes; --run-unsafe-code allows it")
         start = time.perf_counter()

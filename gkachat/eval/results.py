@@ -120,7 +120,7 @@ def announce_earlier(run_dir: Path, kind: str, meta: dict[str, Any]) -> bool:
         return False
     if int(os.environ.get("RANK", 0)) == 0:
         report = path.with_suffix(".md")
-        show(report.read_text() if report.exists() else "")
+        show(report.read_text("utf-8") if report.exists() else "")
         print(f"{path} has this evaluation already; delete it to evaluate again")
     return True
 

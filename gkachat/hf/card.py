@@ -31,7 +31,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 It needs `transformers>=5`. `AutoModel` and `AutoModelForSequenceClassification` load the same weights without the head.
 
 - **Beginning.** Every text begins with `<|bos|>`. The tokenizer puts it there, and so does the chat template; without
-  it a token costs 0.1 to 0.4 nats more. `add_special_tokens=False` leaves it out. Rolling tasks of lm-eval, such as
+  it a token costs 0.1 to 0.4 nats more. `add_special_tokens=False` leaves it out: give it for a text that the template
+  has rendered, which would begin with two. Rolling tasks of lm-eval, such as
   wikitext, put it there themselves: give `--model_args pretrained=...,trust_remote_code=True,add_bos_token=False`
   for those, and only for those. Otherwise the harness scores one `<|bos|>` more in each text.
 - **End.** `{eos}` ends {ended}. Padding is another token, so that tuning also learns to end.

@@ -36,7 +36,8 @@ CHAT_TEMPLATE = (  # renders what gkachat.data.conversations.render does
     "{% if text is not string or (part is not string and part.type | default('text') != 'text') %}"
     "{{ raise_exception('content: expected a text, or a list of parts of type text') }}{% endif %}"
     "{% set ns.content = ns.content + ('' if loop.first else '\n') + text %}{% endfor %}"
-    "{% if message.role == 'system' and loop.first and not loop.last %}{% set ns.before = ns.content + '\n\n' %}"
+    "{% if message.role in ['system', 'developer'] and loop.first and not loop.last %}"
+    "{% set ns.before = ns.content + '\n\n' %}"
     "{% else %}{% if message.role != ['user', 'assistant'][ns.turn % 2] %}"
     "{{ raise_exception('messages: expected turns of user and assistant, one system message before them') }}{% endif %}"
     "{{ '<|' + message.role + '_start|>' }}{% if message.role == 'assistant' %}"
@@ -87,7 +88,7 @@ def export(
     }
     settings = _settings(model, tokenizer, meta, dtype)
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in settings.items()}
-    texts |= {name: (Path(__file__).parent / name).read_text() for name in SOURCES}
+    texts |= {name: (Path(__file__).parent / name).read_text("utf-8") for name in SOURCES}
     texts |= {"tokenizer.json": _with_bos(tokenizer), "README.md": model_card(Path(run_dir), model.config, meta)}
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

@@ -3,7 +3,7 @@
 session = ChatSession.from_run("d4_gka_chat")
 for text in session.ask("What is 34 + 57?", Sampling(max_tokens=64)):
     print(text, end="", flush=True)
-session.stats    # run, tokens_read, tokens_written, seconds, finished
+session.stats    # run, tokens_read, tokens_left_out, tokens_written, seconds, finished
 """
 
 import bisect
@@ -65,6 +65,7 @@ class ChatSession:
     def answer(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
         """Stream the answer to any messages, whatever the conversation is. Sets `stats`, also when closed early."""
         ids, start = self.prompt_tokens(messages, sampling.max_tokens), time.perf_counter()
+        left_out = len(self.encode(messages)) - len(ids)
         text, tokens, finished = "", [], ""
         try:
             for output in self.engine.run([self.request(ids, sampling)], rows=1):
@@ -74,7 +75,7 @@ class ChatSession:
         finally:
             self._answer_tokens[text] = tokens
             self.stats = {
-                "run": self.name, "tokens_read": len(ids), "tokens_written": len(tokens),
+                "run": self.name, "tokens_read": len(ids), "tokens_left_out": left_out, "tokens_written": len(tokens),
                 "seconds": round(time.perf_counter() - start, 3), "finished": finished or "interrupted",
             }  # fmt: skip
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from gkachat.config import at_least, require
 
 TOP_LOGPROBS = 20  # the most that a row may ask for
+# Settings beyond these act as these do, and logits, of which none is above 15, stay finite in float32.
+MIN_TEMPERATURE, MAX_PENALTY = 1e-20, 1e15
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ def settings_tensor(samplings: Sequence[Sampling], device: torch.device | str = 
     """Return (B, 5): temperature, top_k, top_p, min_p and repetition penalty of each row."""
     rows = []
     for s in samplings:
-        settings = (s.temperature, s.top_k or 2**24, s.top_p or 1.0, s.min_p or 0.0)
-        rows.append((*(settings if s.temperature else (1.0, 1, 1.0, 0.0)), s.repetition_penalty))
+        settings = (max(s.temperature, MIN_TEMPERATURE), s.top_k or 2**24, s.top_p or 1.0, s.min_p or 0.0)
+        penalty = min(max(s.repetition_penalty, 1 / MAX_PENALTY), MAX_PENALTY)
+        rows.append((*(settings if s.temperature else (1.0, 1, 1.0, 0.0)), penalty))
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 

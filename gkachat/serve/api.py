@@ -8,6 +8,8 @@ Errors are OpenAI's error object, with the status that OpenAI gives. docs/server
 import asyncio
 import contextlib
 import hmac
+import ipaddress
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -48,12 +50,15 @@ MAX_BODY = 1 << 20  # bytes
 PAGE = Path(__file__).with_name("page.html")
 
 
-def create_app(sessions: Mapping[str, ChatSession], batcher: Batcher, api_key: str | None = None) -> FastAPI:
+def create_app(
+    sessions: Mapping[str, ChatSession], batcher: Batcher, api_key: str | None = None, only_local: bool = False
+) -> FastAPI:
     """Return the application. It starts the batcher, and closes it at the end.
 
     Args:
         sessions: models by name; the batcher has their engines by the same names.
         api_key: key that every request must bear, except for the page itself.
+        only_local: answer only requests whose Host is localhost or an address.
     """
 
     @contextlib.asynccontextmanager
@@ -64,11 +69,11 @@ def create_app(sessions: Mapping[str, ChatSession], batcher: Batcher, api_key: s
 
     # No pages of FastAPI's own: they load scripts from the network.
     app = FastAPI(lifespan=lifespan, openapi_url=None)
-    app.add_middleware(Gate, api_key=api_key)
+    app.add_middleware(Gate, api_key=api_key, only_local=only_local)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(Exception, _on_bug)
-    created, page = int(time.time()), PAGE.read_text()
+    created, page = int(time.time()), PAGE.read_text("utf-8")
 
     def session_of(name: str) -> ChatSession:
         if name not in sessions:
@@ -105,8 +110,8 @@ def create_app(sessions: Mapping[str, ChatSession], batcher: Batcher, api_key: s
         session = session_of(body.model)
         given = [n for n in (body.max_completion_tokens, body.max_tokens) if n is not None]
         max_tokens = given[0] if given else session.engine.model.config.sequence_len
-        prompt = await run_in_threadpool(chat_prompt, session, body, max_tokens)
-        return await answer(session, ChatFormat, [prompt], max_tokens, body, request)
+        prompt, left_out = await run_in_threadpool(chat_prompt, session, body, max_tokens)
+        return await answer(session, ChatFormat, [prompt], max_tokens, body, request, left_out)
 
     @app.post("/attention")
     async def attention(body: AttentionRequest) -> Response:
@@ -126,6 +131,7 @@ def create_app(sessions: Mapping[str, ChatSession], batcher: Batcher, api_key: s
         max_tokens: int,
         body: TextRequest,
         request: Request,
+        left_out: int = 0,
     ) -> Response:
         """Answer each prompt n times, as one object or as a stream of chunks."""
         samplings = body.sampling(max_tokens)
@@ -141,7 +147,8 @@ def create_app(sessions: Mapping[str, ChatSession], batcher: Batcher, api_key: s
             bytes_of = batcher.cache(body.model).bytes_of
             cached = (len(prompts[i // body.n]) + len(text.tokens) for i, text in enumerate(texts))
             counts = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-            return counts | {"cache_bytes": sum(map(bytes_of, cached))}
+            cut = {"tokens_left_out": left_out} if left_out else {}
+            return counts | {"cache_bytes": sum(map(bytes_of, cached))} | cut
 
         async def chunks() -> AsyncIterator[str]:
             fixed = fields | {"object": format.part}
@@ -192,8 +199,8 @@ def completion_prompts(session: ChatSession, body: CompletionRequest) -> list[li
     return all_ids
 
 
-def chat_prompt(session: ChatSession, body: ChatRequest, max_tokens: int) -> list[int]:
-    """Return the ids of a conversation, BOS first. Raises ApiError."""
+def chat_prompt(session: ChatSession, body: ChatRequest, max_tokens: int) -> tuple[list[int], int]:
+    """Return the ids of a conversation, BOS first, and how many are left out at its beginning. Raises ApiError."""
     for number, message in enumerate(body.messages):
         if unknown := [key for key, value in message.items() if key not in ("role", "content") and value is not None]:
             raise ApiError(400, f"messages, message {number}: {unknown[0]!r:.80} is not supported", param="messages")
@@ -206,9 +213,10 @@ def chat_prompt(session: ChatSession, body: ChatRequest, max_tokens: int) -> lis
     if messages[-1]["role"] != "user":
         role = messages[-1]["role"]
         raise ApiError(400, f"the last message: given role {role!r}, expected 'user'", param="messages")
-    ids = session.prompt_tokens(messages, max_tokens) if body.truncation == "auto" else session.encode(messages)
+    whole = session.encode(messages)
+    ids = session.prompt_tokens(messages, max_tokens) if body.truncation == "auto" else whole
     check_ids(session, ids, "messages")
-    return ids
+    return ids, len(whole) - len(ids)
 
 
 def check_ids(session: ChatSession, ids: Sequence[int], param: str) -> None:
@@ -326,16 +334,26 @@ def _as_api_errors() -> Any:
 
 
 class Gate:
-    """Middleware that refuses requests without the key, and bodies that are too large, before they are read."""
+    """Middleware that refuses, before they are read, bodies that are too large, and requests without the key.
 
-    def __init__(self, app: ASGIApp, api_key: str | None):
+    With `only_local` it refuses requests for other hosts too. A page of any site can have its own name point to
+    127.0.0.1; the browser then lets it read what the server answers (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, only_local: bool):
         self.app, self.expected = app, None if api_key is None else f"Bearer {api_key}".encode()
+        self.only_local = only_local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers, n_bytes = dict(scope["headers"]), 0
+        host = headers.get(b"host", b"localhost").decode("latin-1")
+        if self.only_local and not is_local(host):
+            message = f"Host: given {host!r:.80}, expected localhost or an address; a proxy needs an --api-key"
+            await json_response(error_object(403, message, "wrong_host"), 403)(scope, receive, send)
+            return
         key = headers.get(b"authorization", b"")
         if self.expected and scope["path"] != "/" and not hmac.compare_digest(key, self.expected):
             message = "given no valid API key, expected Authorization: Bearer KEY"
@@ -351,6 +369,14 @@ class Gate:
             return message
 
         await self.app(scope, limited, send)
+
+
+def is_local(host: str) -> bool:
+    """Return whether a Host header is localhost or an IP address, with or without a port."""
+    name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name.removeprefix("[").removesuffix("]")))
+    return name.lower() == "localhost"
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> Response:

@@ -23,14 +23,20 @@ NEUTRAL = {
     "best_of": 1,
     "echo": False,
     "frequency_penalty": 0,
+    "function_call": "none",
+    "functions": [],
     "logit_bias": {},
     "modalities": ["text"],
     "presence_penalty": 0,
     "response_format": {"type": "text"},
     "suffix": "",
+    "tool_choice": "none",
     "tools": [],
 }
-WITHOUT_EFFECT = {"metadata", "store", "user"}  # on the answer
+WITHOUT_EFFECT = {  # on the answer, as there are no tools, no accounts and no tiers
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "user",
+}  # fmt: skip
 MAX_STOPS = 4
 FINISH_REASONS = {"bos": "stop", "stop": "stop", "max_tokens": "length", "sequence_len": "length"}
 
@@ -64,6 +70,8 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool = False
+    include_obfuscation: bool = False
+    """Without effect: chunks are as long as their text."""
     continuous_usage_stats: bool = False
     """Usage so far in every chunk, as vLLM gives it."""
 
@@ -94,6 +102,8 @@ class TextRequest(BaseModel):
         if not isinstance(given, dict):
             return given
         given = {name: value for name, value in given.items() if value is not None}
+        if given.get("top_k") in (0, -1):  # other servers' words for no limit
+            del given["top_k"]
         for name in given.keys() - cls.model_fields.keys() - WITHOUT_EFFECT:
             if name not in NEUTRAL or given[name] != NEUTRAL[name]:
                 raise ApiError(400, f"{name}: given {given[name]!r:.80}, which is not supported", param=f"{name:.80}")

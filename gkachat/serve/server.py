@@ -3,6 +3,7 @@
 serve(["d4_gka_chat"], host="127.0.0.1", port=8000)
 """
 
+import ipaddress
 import signal
 import socket
 from collections.abc import Mapping, Sequence
@@ -23,13 +24,14 @@ class Server(uvicorn.Server):
         sessions: Mapping[str, ChatSession],
         *,
         api_key: str | None = None,
+        only_local: bool = False,
         rows: int = 8,
         max_waiting: int = 128,
         grace: float = 10.0,
     ):
         self.batcher = Batcher({name: session.engine for name, session in sessions.items()}, rows, max_waiting)
         self.grace = grace
-        app = create_app(sessions, self.batcher, api_key)
+        app = create_app(sessions, self.batcher, api_key, only_local)
         # Answers end by themselves within `grace`; what is left after that is a client that does not read.
         super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(grace) + 5))
 
@@ -42,6 +44,8 @@ class Server(uvicorn.Server):
 def serve(runs: Sequence[str], *, host: str, port: int, device: str = "auto", int8: bool = False, **options) -> None:
     """Load the last checkpoint of each run and serve them until SIGTERM or SIGINT; the options are those of Server.
 
+    Without an API key, a server that listens on a loopback address answers no page of another host.
+
     Raises FileNotFoundError, OSError or ValueError if a run or the address cannot be used.
     """
     if not runs:
@@ -53,7 +57,8 @@ def serve(runs: Sequence[str], *, host: str, port: int, device: str = "auto", in
             if session.name in sessions:
                 raise ValueError(f"given two runs of the name {session.name!r}, expected different names")
             sessions[session.name] = session
-        server = Server(sessions, **options)
+        is_loopback = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+        server = Server(sessions, only_local=is_loopback and not options.get("api_key"), **options)
         for sig in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal once more after it has stopped
             signal.signal(sig, lambda *_: None)
         where, actual_port = (f"[{host}]" if ":" in host else host), listener.getsockname()[1]

@@ -41,14 +41,14 @@ class Metrics:
         kept = [r for r in read_metrics(run_dir) if r["step"] <= last_step] if self.path.exists() else []
         self.evaluated = {r["step"] for r in kept if r["kind"] == "eval"}
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        self.file = open(self.path, "a")  # noqa: SIM115 (closed by close)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.wandb = None
         if wandb_project:
             path = run_dir / WANDB_ID
             if not path.exists():
                 write_text(path, secrets.token_hex(4))
             self.wandb = start_wandb(
-                wandb_project, run_dir, name=run_dir.name, config=config, id=path.read_text(), resume="allow"
+                wandb_project, run_dir, name=run_dir.name, config=config, id=path.read_text("utf-8"), resume="allow"
             )
 
     def write(self, kind: str, step: int, **values: Any) -> None:

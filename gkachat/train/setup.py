@@ -84,7 +84,7 @@ def open_run(config: Config, world: World, *, resume: bool = False, overwrite: b
 
 def _lock_run(directory: Path) -> AbstractContextManager:
     owner = directory.with_name(f".{directory.name}.owner")
-    by = owner.read_text() if owner.exists() else "another process"
+    by = owner.read_text("utf-8") if owner.exists() else "another process"
     busy = f"run {directory.name!r} is in use by {by}; wait for it, stop it, or choose another name"
     held = lock(directory, busy=busy)
     write_text(owner, f"process {os.getpid()} on {platform.node()}")

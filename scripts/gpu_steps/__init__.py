@@ -79,7 +79,7 @@ class Check:
         device = pick_device(self.device)
         found = facts(device)
         if found["commit"] == "unknown":  # a copied tree has no history
-            found["commit"] = (self.carried / "commit.txt").read_text().strip()
+            found["commit"] = (self.carried / "commit.txt").read_text("utf-8").strip()
         with suppress(OSError, subprocess.CalledProcessError):
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()

@@ -25,7 +25,7 @@ def tokens(check: Check, attention: str, save: Save) -> None:
     device, _ = check.start(save)
     sizes, comparisons, run_dir = check.sizes, Comparisons(save), check.carried / "runs" / attention
     model, tokenizer, _ = load_model(run_dir, device)
-    exact = json.loads((run_dir / "reference.json").read_text())
+    exact = json.loads((run_dir / "reference.json").read_text("utf-8"))
 
     def compare_tokens(name: str, compile: bool, rows: int, n: int) -> None:
         prompts = exact["prompts"][-n:]  # the longest

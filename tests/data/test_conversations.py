@@ -146,6 +146,11 @@ def test_chat_files_come_as_people_have_them(tmp_path):
     assert read == talks * 6
 
 
+def test_a_developer_message_is_a_system_message():
+    given = [{"role": "developer", "content": "s"}, *talk("a", "b")]
+    assert check_messages(given) == talk("a", "b", system="s") and given[0]["role"] == "developer"
+
+
 def test_content_in_parts_is_one_text():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"text": "c"}]}]

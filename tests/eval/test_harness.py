@@ -143,6 +143,30 @@ def bits_per_byte(model, tokenizer, text):
     return evaluate_bpb(model, batches, tokenizer.token_bytes())
 
 
+SPLITS = {"test alone": {"test_split": "test"}, "val alone": {"validation_split": "test"},
+          "shots named": {"validation_split": "test", "fewshot_split": "test"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("splits", SPLITS.values(), ids=SPLITS)
+def test_a_prompt_never_has_its_own_question_among_its_shots(model, tokenizer, tmp_path, monkeypatch, splits):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"q{n}?", "a": f"a{n}"}) + "\n" for n in range(4)))
+    files = {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")}
+    task = {"task": "own", "dataset_path": "json", "dataset_kwargs": files, **splits, "doc_to_text": "{{q}}",
+            "doc_to_target": "{{a}}", "output_type": "generate_until", "metric_list": [{"metric": "exact_match"}],
+            "generation_kwargs": {"until": ["e"], "max_gen_toks": 1}}  # fmt: skip
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(task))
+    prompts = []
+
+    def generate_until(self, requests, disable_tqdm=False):
+        prompts.extend(request.args[0] for request in requests)
+        return [""] * len(requests)
+
+    monkeypatch.setattr(HarnessModel, "generate_until", generate_until)
+    evaluate(HarnessModel(model, tokenizer), ["own"], num_fewshot=3, include_path=tmp_path)
+    assert [sorted(prompt.count(f"q{n}?") for n in range(4)) for prompt in prompts] == [[1, 1, 1, 1]] * 4
+    assert [f"a{n}" in prompt for n, prompt in enumerate(prompts)] == [False] * 4
+
+
 def test_rolling_likelihood_is_bits_per_byte_for_texts_that_fit_a_row(model, tokenizer, tasks):
     scores, metrics = evaluate(HarnessModel(model, tokenizer), ["pages"], include_path=tasks)
     pages = [row["page"] for row in ROWS]

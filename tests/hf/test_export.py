@@ -261,7 +261,8 @@ PLAIN = NO_SURROGATES.filter(lambda text: not any(name in text for name in SPECI
 def test_the_chat_template_renders_what_gkachat_renders(tuned, tokenizer, system, said):
     theirs = tuned[2]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
-    messages = messages if system is None else [{"role": "system", "content": system}, *messages]
+    role = ("system", "developer")[len(said) % 2]
+    messages = messages if system is None else [{"role": role, "content": system}, *messages]
     found = theirs.apply_chat_template(messages, return_dict=False)
     assert found == render(tokenizer, messages)[0]
     assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == render_prompt(

@@ -15,7 +15,7 @@ import termios
 
 import pytest
 import torch
-from conftest import ROOT, untrained_run
+from conftest import ROOT, call, untrained_run
 
 from gkachat.config import ATTENTIONS
 from gkachat.data.conversations import render_prompt
@@ -82,7 +82,10 @@ def test_commands_show_save_forget_and_load_the_conversation(chat, tmp_path):
         None, "/stats", "/system be kind", "turn 1", "/stats", f"/save {saved}", "/reset", f"/load {saved}", "/help"
     )
     assert "no answer yet" in out and "Ctrl-C stops an answer" in out
-    assert re.search(r"run chat, tokens_read \d+, tokens_written \d, seconds [\d.]+, finished (max_tokens|stop)", out)
+    assert re.search(
+        r"run chat, tokens_read \d+, tokens_left_out 0, tokens_written \d, seconds [\d.]+, finished (max_tokens|stop)",
+        out,
+    )
     stored = json.loads(saved.read_text())
     assert stored["system"] == "be kind" and stored["histories"][0][0] == {"role": "user", "content": "turn 1"}
     again = tmp_path / "again.json"
@@ -152,6 +155,15 @@ def test_line_ends_and_byte_order_marks_do_not_change_answers(chat):
         assert answers(lines.replace("\n", "\r\n").encode(encoding)) == expected
 
 
+def test_files_are_utf8_and_answers_are_printed_whatever_the_locale(home):
+    """The tokenizer's file has letters beyond ASCII; the terminal here has none of them."""
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    result = call("chat_cli", "base", "--max-tokens", "4", home=home, stdin="漢\n", **ascii_alone)
+    assert result.returncode == 0, result.stderr
+    shown = call("chat_cli", "base", "--max-tokens", "4", home=home, stdin="漢\n").stdout
+    assert result.stdout.encode() == shown.encode("ascii", "backslashreplace")
+
+
 def test_a_tilde_is_the_home_directory(home, chat, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "own").symlink_to(home)
@@ -205,6 +217,28 @@ def test_the_end_of_a_message_that_is_too_long_stays(session, run, n_head):
     chat, message = session(run), {"role": "user", "content": "x = 1 " * 40}
     whole, cut = (chat.prompt_tokens([message], max_tokens) for max_tokens in (-1000, 4))
     assert cut == whole[:n_head] + whole[-(CONTEXT - 4 - n_head) :]
+
+
+@pytest.mark.parametrize("run", ["chat", "base"])
+def test_what_does_not_fit_the_context_is_said(chat, capsys, home, run):
+    """The first message fits; the second is cut, and the answer says by how much."""
+    lines = ["x", "x = 1 " * 40]
+    short, cut = (json.loads(line) for line in chat(run, *lines, as_json=True).splitlines())
+    assert short["tokens_left_out"] == 0 < cut["tokens_left_out"] and cut["tokens_read"] <= CONTEXT - 4
+    chat_cli.main(run, prompt=lines[1], max_tokens=4, device="cpu")
+    assert re.search(rf"\({run} left out \d+ older tokens: its context is 32", capsys.readouterr().err)
+
+
+def test_a_terminal_is_shown_control_characters_and_does_not_obey_them(monkeypatch, capsys, session):
+    """Escape sequences can hide text, or write to the clipboard. What goes to a file is the answer as it is."""
+    answer = "a\x1b[2K\x9b1A\r\x07\tb\né"
+    monkeypatch.setattr(ChatSession, "answer", lambda self, *_: iter([answer]))
+    chat = session("chat")
+    chat.stats = {"tokens_left_out": 0}
+    for at_terminal, shown in ((True, "a\\x1b[2K\\x9b1A\\x0d\\x07\tb\né\n"), (False, answer + "\n")):
+        monkeypatch.setattr("sys.stdout.isatty", lambda at_terminal=at_terminal: at_terminal)
+        chat_cli.Chat([chat], Sampling(), as_json=False).ask("x")
+        assert capsys.readouterr().out == shown
 
 
 def test_an_answer_that_is_closed_early_stays_in_the_conversation(session):

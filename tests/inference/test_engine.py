@@ -236,6 +236,9 @@ def frequencies(logits=LOGITS, n=4000, seen=(), **settings):
     [
         ({}, [5, 2, 2, 1]),
         ({"temperature": 0.5}, [25, 4, 4, 1]),
+        ({"temperature": 1e-40}, [1, 0, 0, 0]),  # a number that float32 has not
+        ({"temperature": 1e-300}, [1, 0, 0, 0]),
+        ({"temperature": 1e300}, [1, 1, 1, 1]),
         ({"top_k": 1}, [1, 0, 0, 0]),
         ({"top_k": 9}, [5, 2, 2, 1]),
         ({"top_p": 0.01}, [1, 0, 0, 0]),  # at least one id stays
@@ -254,6 +257,16 @@ def test_the_repetition_penalty_is_for_ids_that_occurred():
     logits, penalised = torch.tensor([2.0, 1.0, -1.0, 0.0]), torch.tensor([1.0, 1.0, -2.0, 0.0])
     got = frequencies(logits, seen=(0, 2), repetition_penalty=2.0)
     assert got == pytest.approx(penalised.softmax(dim=-1).tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize(("penalty", "expected"), [(1e-300, [1, 0, 0, 0]), (1e300, [4, 11, 0, 4])])
+@pytest.mark.parametrize("temperature", [1.0, 1e-300])
+def test_penalties_that_float32_has_not_still_give_probabilities(penalty, expected, temperature):
+    logits = torch.tensor([15.0, 1.0, -15.0, 0.0])  # as large as a model's
+    got = frequencies(logits, seen=(0, 2), repetition_penalty=penalty, temperature=temperature)
+    if temperature < 1:
+        expected = [float(n == max(expected)) for n in expected]
+    assert got == pytest.approx([n / sum(expected) for n in expected], abs=0.02)
 
 
 def test_rows_have_settings_of_their_own():

@@ -110,6 +110,8 @@ def test_a_conversation_that_is_too_long_is_refused_or_loses_its_oldest_turns(se
         model="gka", messages=turns, max_tokens=8, extra_body={"truncation": "auto", "return_token_ids": True}
     )
     session = server.sessions["gka"]
+    n_tokens = len(render_prompt(session.engine.tokenizer, turns))
+    assert kept.usage.tokens_left_out == n_tokens - kept.usage.prompt_tokens > 0
     assert kept.prompt_token_ids == session.prompt_tokens(turns, 8) and kept.usage.prompt_tokens <= CONTEXT - 8
     assert kept.usage.cache_bytes == session.engine.model.make_cache(1, CONTEXT, block=256).bytes_of(
         kept.usage.total_tokens
@@ -176,8 +178,33 @@ def test_unknown_models_paths_and_other_types_of_body_get_an_error_object(server
 
 
 def test_a_parameter_that_asks_for_nothing_is_accepted(client):
-    neutral = {"presence_penalty": 0, "logit_bias": {}, "user": "me", "seed": None, "stop": None}
-    assert client.chat.completions.create(model="gka", messages=TURN, max_tokens=2, extra_body=neutral).choices
+    neutral = {"presence_penalty": 0, "logit_bias": {}, "user": "me", "seed": None, "stop": None, "top_k": 0}
+    ours = {"tool_choice": "none", "parallel_tool_calls": True, "service_tier": "auto", "prompt_cache_key": "k"}
+    options = {"include_usage": True, "include_obfuscation": False}
+    for extra in (neutral, ours, {"top_k": -1, "stream_options": options}):
+        assert client.chat.completions.create(model="gka", messages=TURN, max_tokens=2, extra_body=extra).choices
+
+
+def test_a_developer_message_is_a_system_message(client):
+    ask = {"model": "gka", "max_tokens": 2, "extra_body": {"return_token_ids": True}}
+    read = [
+        client.chat.completions.create(messages=[{"role": role, "content": "x"}, *TURN], **ask).prompt_token_ids
+        for role in ("developer", "system")
+    ]
+    assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_a_page_of_another_host_cannot_have_its_name_point_here(sessions, key):
+    """Such a page could read the answers of a server on this machine. One that asks for a key needs no other guard."""
+    headers = {"Authorization": "Bearer secret"}
+    with serving({"gka": sessions["gka"]}, api_key=key, only_local=key is None) as server:
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.1:80", "[::1]:80"):
+            assert httpx.get(f"{server.url}/v1/models", headers=headers | {"Host": host}).status_code == 200, host
+        for host in ("evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil.example", ":80"):
+            answer = httpx.get(f"{server.url}/v1/models", headers=headers | {"Host": host})
+            assert answer.status_code == (403 if key is None else 200), host
+            assert key or "expected localhost or an address" in answer.json()["error"]["message"]
 
 
 def test_64_clients_at_once_each_get_their_own_answer(server):
@@ -277,6 +304,7 @@ def test_sigterm_lets_answers_finish_and_ends_the_others_with_an_error(home):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         url = re.search(r"http://127.0.0.1:\d+", process.stdout.readline())[0]
         ends, started = {}, threading.Barrier(3)
+        assert httpx.get(f"{url}/v1/models", headers={"Host": "evil.example"}).status_code == 403
 
         def listen_to(max_tokens):
             ask = {"model": "long", "prompt": "x", "max_tokens": max_tokens, "temperature": 0, "stream": True}

@@ -55,3 +55,6 @@ def test_tuning_starts_from_the_runs_weights_learns_and_resumes_to_the_bit(base)
     again.fit(again.run)
     a, b = (load_model(made.run.directory)[0].state_dict() for made in (whole, again))
     assert all(torch.equal(a[name], b[name]) for name in a)
+    # So long a tuning would take the base's batch; one that goes on keeps its own.
+    longer = make_trainer(*SFT, "--train.total_tokens=200000", "--run.name=parted", "--resume", script="chat_sft")
+    assert longer.config.train.total_batch_size == whole.config.train.total_batch_size
