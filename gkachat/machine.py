@@ -208,6 +208,11 @@ def several(n: int, device: str) -> str:
     return device if n == 1 else f"{n} x {device}"
 
 
+def physical_memory() -> int:
+    """Return the bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes held so far, by the device's allocator on cuda and by this process on a CPU; on mps, those
     that the driver holds now."""

@@ -22,9 +22,19 @@ from gkachat.config import Config, GPTConfig, RunConfig
 from gkachat.eval.bpb import bpb_sums
 from gkachat.inference.decoder import Decoder
 from gkachat.inference.sampling import Sampling
-from gkachat.machine import check_compiler, commit, count_gpus, peak_flops, peak_memory, pick_device, pick_dtype
+from gkachat.machine import (
+    check_compiler,
+    commit,
+    count_gpus,
+    peak_flops,
+    peak_memory,
+    physical_memory,
+    pick_device,
+    pick_dtype,
+)
 from gkachat.model.gpt import GPT
 from gkachat.model.loss import choose_head_loss
+from gkachat.model.stats import state_bytes
 from gkachat.model.vit import ViT
 from gkachat.tokenizer import Tokenizer
 from gkachat.train.distributed import init_process_group
@@ -291,3 +301,11 @@ def test_a_device_without_float64_trains_evaluates_and_decodes(monkeypatch):
         task = SimpleNamespace(batches=SimpleNamespace(val=lambda rows: [images]), metrics=())
         monkeypatch.setattr(torch.Tensor, "tolist", lambda t: [])
         ImageTask.evaluate(task, 0, vit, 2, lambda: True)
+
+
+def test_a_model_that_the_machine_cannot_hold_is_refused_before_it_is_built(monkeypatch):
+    config = Config(model=GPTConfig(depth=2, vocab_size=64))
+    monkeypatch.setattr("gkachat.train.setup.physical_memory", lambda: state_bytes(config.model) - 1)
+    with pytest.raises(ValueError, match=r"depth 2 takes 0\.0 GiB .* this machine has 0\.0 GiB: give a smaller"):
+        build_model(lambda *args: pytest.fail("built"), config, torch.device("cpu"))
+    assert physical_memory() > 2**28

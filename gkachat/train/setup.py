@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import nn
 
 from gkachat.checkpoint import CHECKPOINTS, check_format, checkpoint_steps, load_run_config
-from gkachat.config import Config, home
+from gkachat.config import Config, GPTConfig, home
 from gkachat.config_file import C, kind_of
 from gkachat.files import lock, write_text
-from gkachat.machine import check_compiler, check_installed, device_name, is_nvidia, pick_dtype
+from gkachat.machine import check_compiler, check_installed, device_name, is_nvidia, physical_memory, pick_dtype
 from gkachat.model.gpt import Transformer
+from gkachat.model.stats import state_bytes
 from gkachat.train.distributed import World
 
 Model = TypeVar("Model", bound=Transformer)
@@ -120,8 +121,11 @@ def build_model(cls: type[Model], config: Any, device: torch.device) -> Model:
     """Build a model on its device from a training config. The seed gives every rank the same weights.
 
     Raises ValueError where `run.fp8` asks for what the device or the installation cannot do, or where kernels must be
-    compiled and no compiler is installed.
+    compiled and no compiler is installed, or where a CPU's machine has less memory than weights, gradients and optimizer
+    state take.
     """
+    if device.type == "cpu" and isinstance(config.model, GPTConfig):
+        check_memory(config.model)
     torch.manual_seed(config.run.seed)
     with device:
         model = cls(config.model, pick_dtype(config.run.dtype, device))
@@ -136,6 +140,19 @@ def build_model(cls: type[Model], config: Any, device: torch.device) -> Model:
         use_fp8(model)
     model.recompute_blocks = config.train.recompute_blocks
     return model
+
+
+def check_memory(config: GPTConfig) -> None:
+    """Raise ValueError where this machine's memory cannot hold what training keeps, activations not counted.
+
+    Linux grants memory that it does not have, and ends the process later, without a message.
+    """
+    needed, there = state_bytes(config), physical_memory()
+    if needed > there:
+        raise ValueError(
+            f"model.depth: depth {config.depth} takes {needed / 2**30:,.1f} GiB for weights, gradients and optimizer state, "
+            f"and this machine has {there / 2**30:,.1f} GiB: give a smaller model.depth or model.n_embd"
+        )
 
 
 def use_fp8(model: Transformer, emulate: bool = False) -> None:

@@ -1,0 +1,402 @@
+"""Attention of gkachat's GPT for transformers: positions, caches, and the three attentions of modeling_gkachat.py.
+
+Shapes: B batch, T new tokens, S tokens in the cache and new, H heads, D head_dim, C channels.
+MIT License, the gkachat developers.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .configuration_gkachat import GkachatConfig
+
+QK_SCALE = 1.2  # sharpens the logits of unit queries and keys
+GATE_CHANNELS = 12  # block-input channels that the value gates read
+TAPS = 4  # tokens that short convolutions mix
+RECENT = 64  # tokens whose inputs the cache keeps for convolutions; speculative decoding takes back up to 60
+BLOCK = 128  # queries that attend together where there is a window
+ROPE_BASE = 100_000.0
+EPS = torch.finfo(torch.float32).eps
+
+
+def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+    wide = x.float()
+    return (wide * ((wide.square().mean(dim=-1, keepdim=True) + EPS).rsqrt() * gain)).to(x.dtype)
+
+
+def linear(n_in: int, n_out: int) -> nn.Linear:
+    return nn.Linear(n_in, n_out, bias=False)
+
+
+def parameter(n: int) -> nn.Parameter:
+    """Return n numbers that stay in float32, also in a model of another dtype."""
+    return nn.Parameter(torch.zeros(n, dtype=torch.float32))
+
+
+class RecentInputs(DynamicLayer):
+    """Cache layer with the inputs of each row's newest tokens, without padding, (B, 1, RECENT, C).
+
+    Smear and convolutions read the tokens before a new one. These layers lie behind those of the attention.
+    """
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:  # older versions of transformers give the length that is left
+            raise ValueError("cache: cannot be cropped to a length; speculative decoding needs a newer transformers")
+        if self.is_initialized and -tokens_to_remove > RECENT - TAPS:
+            raise ValueError(f"cache: asked to take back {-tokens_to_remove} tokens, expected at most {RECENT - TAPS}")
+        super().crop(tokens_to_remove)
+
+
+class Span(NamedTuple):
+    """Queries that attend to a range of keys."""
+
+    queries: slice
+    keys: slice
+    visible: Tensor | None
+    """(B or 1, 1, queries, keys) bool; None: each query sees all keys up to its own."""
+    keyless: Tensor | None
+    """(B or 1, 1, queries, 1) bool: queries that see no key. `visible` lets them see themselves."""
+
+
+class Positions:
+    """Positions of the new tokens and of the keys in their texts: rotations, masks and the tokens before each token.
+
+    Keys are the latest S tokens and end with the newest. Positions count a row's tokens without its padding, wherever
+    that is: also between two turns, where a row of the batch ended early. Raises ValueError for inputs that do not fit
+    together.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        n_past: int,
+        padding_mask: Tensor | None,
+        position_ids: Tensor | None,
+        config: GkachatConfig,
+        device: torch.device,
+    ):
+        B, T = shape
+        self.n_new, self.config, self.is_token, self.has_holes = T, config, None, False
+        self.positions = torch.arange(n_past + T, device=device)[None]
+        if padding_mask is not None:
+            if padding_mask.shape != (B, n_past + T):
+                raise ValueError(f"attention_mask: given {tuple(padding_mask.shape)}, expected {(B, n_past + T)}")
+            is_token = padding_mask.bool().to(device)
+            if not is_token.all():
+                starts = is_token & ~F.pad(is_token, (1, 0))[:, :-1]
+                self.is_token, self.has_holes = is_token, bool((starts.sum(dim=-1) > 1).any())
+                self.positions = (is_token.cumsum(dim=-1) - 1).clamp(min=0)
+        if position_ids is not None and (T > 1 or self.has_holes):
+            self._check(position_ids.to(device), n_past)
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self._spans: dict[tuple, list[Span]] = {}
+
+    def _check(self, position_ids: Tensor, n_past: int) -> None:
+        """Only distances matter, so the ids of a row may be shifted: from the cached tokens, by the padding before."""
+        if position_ids.size(-1) != self.n_new:
+            raise ValueError(f"position_ids: given {tuple(position_ids.shape)}, expected {self.n_new} for each row")
+        shift = position_ids - self.positions[:, -self.n_new :]
+        is_token = torch.ones_like(shift, dtype=torch.bool)
+        if self.is_token is not None:
+            is_token = is_token & self.is_token[:, -self.n_new :]
+        first = shift.take_along_dim(is_token.int().argmax(dim=-1, keepdim=True), dim=-1)
+        expected = torch.zeros_like(first) if n_past and self.has_holes else first
+        if ((shift != expected) & is_token).any():
+            raise ValueError(
+                "position_ids: expected consecutive ones for the tokens that the attention mask shows; texts packed "
+                "into one row are not supported"
+            )
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Positions":
+        """Return the positions on another device, where a model is split over several."""
+        if torch.device(device) == self.positions.device:
+            return self
+        moved = object.__new__(Positions)
+        vars(moved).update(vars(self), _tables={}, _spans={})
+        moved.positions = self.positions.to(device, non_blocking=non_blocking)
+        moved.is_token = None if self.is_token is None else self.is_token.to(device, non_blocking=non_blocking)
+        return moved
+
+    def rotate(self, x_BHSD: Tensor) -> Tensor:
+        """Rotate channel i against channel i + D/2 by the positions of the latest S tokens."""
+        S, D = x_BHSD.shape[-2:]
+        if S not in self._tables:
+            channels = torch.arange(0, D, 2, dtype=torch.float32, device=self.positions.device)
+            angles = self.positions[:, None, -S:, None].float() * ROPE_BASE ** (-channels / D)
+            self._tables[S] = angles.cos(), angles.sin()
+        cos, sin = self._tables[S]
+        a, b = x_BHSD.chunk(2, dim=-1)
+        return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x_BHSD.dtype)
+
+    def before(self, x_BTC: Tensor, n: int, recent: RecentInputs | None) -> list[Tensor]:
+        """Return the inputs 1 to n tokens before each new token, (B, T, C) each, and store the newest in the cache.
+
+        What precedes a text is zeros.
+        """
+        B, T, C = x_BTC.shape
+        if recent is None or not recent.is_initialized:
+            past = x_BTC.new_zeros(B, n, C)
+        else:
+            past = F.pad(recent.keys[:, 0], (0, 0, max(0, n - recent.keys.size(2)), 0))
+        P = past.size(1)
+        if self.is_token is None:
+            known = torch.cat((past, x_BTC), dim=1)
+            before = [known[:, P - delay : P - delay + T] for delay in range(1, n + 1)]
+        else:  # move padding to the front of each row
+            is_token = self.is_token[:, -T:]
+            known = torch.cat((past, x_BTC.masked_fill(~is_token[..., None], 0)), dim=1)
+            kept = F.pad(is_token, (P, 0), value=True)
+            known = known.take_along_dim(kept.int().argsort(dim=-1, stable=True)[..., None], dim=1)
+            place = (is_token.cumsum(dim=-1) + T - is_token.sum(dim=-1, keepdim=True) + P - 1)[..., None]
+            before = [known.take_along_dim((place - delay).clamp(min=0), dim=1) for delay in range(1, n + 1)]
+        if recent is not None:
+            if not recent.is_initialized:
+                recent.lazy_initialization(known, known)
+            recent.keys = known[:, None, -RECENT:]
+            recent.values = recent.keys[..., :0]
+        return before
+
+    def spans(self, S: int, window: int | None, has_causal_kernel: bool, in_blocks: bool) -> list[Span]:
+        """Return which keys the new tokens attend to, computed once for all layers that are alike.
+
+        With a window, queries attend in blocks that see few keys: time and memory grow with T times the window.
+        """
+        key = (S, window, has_causal_kernel, in_blocks)
+        if key not in self._spans:
+            window = None if window is not None and window >= S else window
+            T = self.n_new
+            size = BLOCK if in_blocks and window is not None and not self.has_holes else T
+            self._spans[key] = [
+                self._span(start, min(start + size, T), S, window, has_causal_kernel) for start in range(0, T, size)
+            ]
+        return self._spans[key]
+
+    def _span(self, start: int, end: int, S: int, window: int | None, has_causal_kernel: bool) -> Span:
+        offset = S - self.n_new  # keys before the new tokens
+        first = 0 if window is None or self.has_holes else max(0, offset + start - window + 1)
+        queries, keys = slice(start, end), slice(first, offset + end)
+        include_self = self.config.attention != "gka" or self.config.gka_include_self
+        sees_all = end - start == 1 or (window is None and has_causal_kernel and start == offset == 0)
+        if sees_all and self.is_token is None and include_self:
+            return Span(queries, keys, None, None)
+        positions, is_key = self.positions[:, -S:], None if self.is_token is None else self.is_token[:, None, -S:]
+        distance = positions[:, offset + start : offset + end, None] - positions[:, None, keys]
+        visible = distance >= (0 if include_self else 1)
+        if window is not None:
+            visible = visible & (distance < window)
+        if is_key is None and include_self:
+            return Span(queries, keys, visible[:, None], None)
+        if is_key is not None:
+            visible = visible & is_key[..., keys]
+        keyless = ~visible.any(dim=-1, keepdim=True)
+        slots = torch.arange(S, device=positions.device)
+        is_self = slots[offset + start : offset + end, None] == slots[keys]
+        return Span(queries, keys, (visible | (keyless & is_self))[:, None], keyless[:, None])
+
+
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, span: Span
+) -> tuple[Tensor, Tensor]:
+    """Return softmax(scale q.k + bias) v, (B, H, T, D), and the weights, (B, H, T, S) float32."""
+    scores = q.float() @ k.float().mT * scale
+    if bias is not None:
+        scores = scores + bias.mT
+    if span.visible is not None:
+        scores = scores.masked_fill(~span.visible, -torch.inf)
+    weights = scores.softmax(dim=-1)
+    if span.keyless is not None:
+        weights = weights.masked_fill(span.keyless, 0)
+    return weights.to(v.dtype) @ v, weights
+
+
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, span: Span
+) -> tuple[Tensor, None]:
+    """Return what `eager_attention` returns, without weights, from torch's fused kernels."""
+    T, D = q.shape[-2:]
+    if bias is not None and T == 1:  # nothing to fuse, and no copy of the keys
+        return eager_attention(q, k, v, scale, bias, span)[0], None
+    if bias is not None:
+        # Keys get the bias as one more channel, and queries a 1. In half precision a second one holds the rounding
+        # error. Kernels want head sizes in multiples of 8, and values as wide as keys.
+        high = bias.to(k.dtype)
+        columns = [high] if k.dtype == bias.dtype else [high, (bias - high.float()).to(k.dtype)]
+        zeros = k.new_zeros(*k.shape[:-1], -(D + len(columns)) % 8)
+        ones = q.new_ones(*q.shape[:-1], len(columns))
+        q = torch.cat((q, ones, zeros[:, :, -T:]), dim=-1)
+        k = torch.cat((k, *columns, zeros), dim=-1)
+        v = F.pad(v, (0, k.size(-1) - D))
+    is_causal = span.visible is None and T > 1
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=span.visible, is_causal=is_causal, scale=scale)[..., :D]
+    return y if span.keyless is None else y.masked_fill(span.keyless, 0), None
+
+
+class ValueEmbedding(nn.Module):
+    """A learned vector per token that is added to the values, gated per head by 3 sigmoid(W x[:12])."""
+
+    def __init__(self, config: GkachatConfig):
+        super().__init__()
+        self.table = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.gate = linear(GATE_CHANNELS, config.num_attention_heads)
+
+    def forward(self, x_BTC: Tensor, idx_BT: Tensor) -> Tensor:
+        """Return what is added to the values, (B, H, T, D)."""
+        gate_BTH = 3 * torch.sigmoid(self.gate(x_BTC[..., :GATE_CHANNELS]))
+        y_BTHD = gate_BTH[..., None] * self.table(idx_BT).unflatten(-1, (gate_BTH.size(-1), -1))
+        return y_BTHD.transpose(1, 2)
+
+
+class ShortConv(nn.Module):
+    """Causal convolution of each channel over its last TAPS tokens: y_t = sum_n w_n x_(t-n)."""
+
+    def __init__(self, config: GkachatConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(TAPS, config.num_attention_heads, config.head_dim))
+
+    def forward(self, x_BTC: Tensor, before: list[Tensor]) -> Tensor:
+        return sum(x * weight.flatten() for x, weight in zip((x_BTC, *before), self.weight, strict=True))
+
+
+class Attention(nn.Module):
+    """Attention to the cached tokens, softmax(scale q.k + bias) v, and the output projection.
+
+    A variant defines `qkv`. One whose cache keeps something else than keys and values also defines `compared`.
+    """
+
+    has_convs = False
+    scale = 1.0
+    value_channels = 1.0
+    """Channels that the cache keeps as values, as a share of head_dim."""
+
+    def __init__(self, config: GkachatConfig, index: int):
+        super().__init__()
+        self.config, self.index = config, index
+        self.window = config.window if config.layer_types[index] == "sliding_attention" else None
+        self.c_proj = linear(config.hidden_size, config.hidden_size)
+        self.value_embedding = ValueEmbedding(config) if index in config.value_embedding_layers else None
+
+    def qkv(
+        self, x_BTC: Tensor, idx_BT: Tensor | None, positions: Positions, recent: RecentInputs | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of the new tokens, (B, H, T, *). The cache keeps the last two."""
+        raise NotImplementedError
+
+    def compared(
+        self, q: Tensor, keys: Tensor, values: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return q, and k, v and the bias (B, H, S, 1) of all tokens, from what the cache keeps of them."""
+        return q, keys, values, None
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        idx_BT: Tensor | None,
+        positions: Positions,
+        cache: DynamicCache | None,
+        output_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        recent = None
+        if cache is not None and self.has_convs:
+            recent = cache.layers[self.config.num_hidden_layers + 1 + self.index]
+        q, k, v = self.qkv(x_BTC, idx_BT, positions, recent)
+        if cache is not None:
+            k, v = cache.update(k, v, self.index)
+        q, k, v, bias = self.compared(q, k, v, positions)
+        is_sdpa = self.config._attn_implementation == "sdpa" and not output_weights
+        attend, parts = (sdpa_attention if is_sdpa else eager_attention), []
+        for span in positions.spans(k.size(2), self.window, is_sdpa, not output_weights):
+            part_of_bias = None if bias is None else bias[:, :, span.keys]
+            of_queries, of_keys = q[:, :, span.queries], (t[:, :, span.keys] for t in (k, v))
+            y, weights = attend(of_queries, *of_keys, self.scale, part_of_bias, span)
+            parts.append(y)
+        y_BHTD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return self.c_proj(y_BHTD.transpose(1, 2).flatten(2)), weights if output_weights else None
+
+    def split_heads(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) -> (B, H, T, D)."""
+        return x_BTC.unflatten(-1, (self.config.num_attention_heads, self.config.head_dim)).transpose(1, 2)
+
+
+class SoftmaxAttention(Attention):
+    """Softmax attention with rotary positions and normalised queries and keys."""
+
+    def __init__(self, config: GkachatConfig, index: int):
+        super().__init__(config, index)
+        C = config.hidden_size
+        self.scale, self.has_convs = config.head_dim**-0.5, config.short_conv
+        self.c_q, self.c_k, self.c_v = linear(C, C), linear(C, C), linear(C, C)
+        self.convs = nn.ModuleList(ShortConv(config) for _ in range(3)) if config.short_conv else None
+
+    def qkv(
+        self, x_BTC: Tensor, idx_BT: Tensor | None, positions: Positions, recent: RecentInputs | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.c_q(x_BTC), self.c_k(x_BTC), self.c_v(x_BTC)
+        if self.convs is not None:
+            before = positions.before(torch.cat(qkv, dim=-1), TAPS - 1, recent)
+            before = zip(*(x.chunk(3, dim=-1) for x in before), strict=True)
+            qkv = [conv(x, past) for conv, x, past in zip(self.convs, qkv, before, strict=True)]
+        q, k, v = map(self.split_heads, qkv)
+        if self.value_embedding is not None:
+            v = v + self.value_embedding(x_BTC, idx_BT)
+        return rms_norm(positions.rotate(q), QK_SCALE), rms_norm(positions.rotate(k), QK_SCALE), v
+
+
+class GaussianKernelAttention(Attention):
+    """Mean of the visible tokens, weighted by exp(-|x_i - x_j|^2 / (2 sigma^2)) with one bandwidth sigma per head.
+
+    The query's own norm cancels in that mean, which leaves softmax attention with a bias for each key's norm. The
+    cache keeps the block input as keys; its values have no channels.
+    """
+
+    value_channels = 0.0
+
+    def __init__(self, config: GkachatConfig, index: int):
+        super().__init__(config, index)
+        self.log_sigma = parameter(config.num_attention_heads)
+
+    def qkv(
+        self, x_BTC: Tensor, idx_BT: Tensor | None, positions: Positions, recent: RecentInputs | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.split_heads(x_BTC)
+        x = rms_norm(x) if self.config.gka_normalize else x
+        return x, x, x[..., :0]
+
+    def compared(
+        self, q: Tensor, keys: Tensor, values: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        k = positions.rotate(keys) if self.config.gka_rope else keys
+        k = (k.float() * (-self.log_sigma.float()).exp()[:, None, None]).to(keys.dtype)
+        # The norm must be that of the rounded numbers that enter the dot product: only then do rounding errors cancel.
+        bias = -0.5 * k.float().square().sum(dim=-1, keepdim=True)
+        return k[:, :, -positions.n_new :], k, keys, bias
+
+
+class GKAConv(Attention):
+    """GKA on short convolutions of the block input, rotated and RMS-normalised.
+
+    All keys then have the same norm, so that there is no bias.
+    """
+
+    has_convs = True
+
+    def __init__(self, config: GkachatConfig, index: int):
+        super().__init__(config, index)
+        self.conv_q, self.conv_k, self.conv_v = ShortConv(config), ShortConv(config), ShortConv(config)
+        self.log_sigma = parameter(config.num_attention_heads)
+
+    def qkv(
+        self, x_BTC: Tensor, idx_BT: Tensor | None, positions: Positions, recent: RecentInputs | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        before = positions.before(x_BTC, TAPS - 1, recent)
+        q, k, v = (self.split_heads(conv(x_BTC, before)) for conv in (self.conv_q, self.conv_k, self.conv_v))
+        if self.value_embedding is not None:
+            v = v + self.value_embedding(x_BTC, idx_BT)
+        gain = (-2 * self.log_sigma.float()).exp()[:, None, None]
+        return rms_norm(positions.rotate(q), gain), rms_norm(positions.rotate(k)), v
+
+
+ATTENTIONS = {"softmax": SoftmaxAttention, "gka": GaussianKernelAttention, "gka_conv": GKAConv}
