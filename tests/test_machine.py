@@ -102,7 +102,7 @@ def test_no_script_touches_a_gpu_before_it_selects_that_of_its_rank(script, corp
 
 def test_every_script_with_a_device_is_among_them():
     named = {path.stem for path in (ROOT / "scripts").glob("*.py") if "device" in path.read_text()}
-    no_gpu = {"cli", "compare", "cost", "preflight", "sweep", "vision_report", "verify_run"}
+    no_gpu = {"cli", "compare", "cost", "preflight", "recall", "sweep", "vision_report", "verify_run"}
     assert named - no_gpu - {"gpu_check"} <= DEVICES.keys()  # gpu_check's steps are processes of one GPU
 
 

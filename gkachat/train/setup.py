@@ -121,8 +121,8 @@ def build_model(cls: type[Model], config: Any, device: torch.device) -> Model:
     """Build a model on its device from a training config. The seed gives every rank the same weights.
 
     Raises ValueError where `run.fp8` asks for what the device or the installation cannot do, or where kernels must be
-    compiled and no compiler is installed, or where a CPU's machine has less memory than weights, gradients and optimizer
-    state take.
+    compiled and no compiler is installed, or where a CPU's machine has less memory than weights, gradients and
+    optimizer state take.
     """
     if device.type == "cpu" and isinstance(config.model, GPTConfig):
         check_memory(config.model)
@@ -150,8 +150,8 @@ def check_memory(config: GPTConfig) -> None:
     needed, there = state_bytes(config), physical_memory()
     if needed > there:
         raise ValueError(
-            f"model.depth: depth {config.depth} takes {needed / 2**30:,.1f} GiB for weights, gradients and optimizer state, "
-            f"and this machine has {there / 2**30:,.1f} GiB: give a smaller model.depth or model.n_embd"
+            f"model.depth: depth {config.depth} takes {needed / 2**30:,.1f} GiB for weights, gradients and optimizer "
+            f"state, and this machine has {there / 2**30:,.1f} GiB: give a smaller model.depth or model.n_embd"
         )
 
 
