@@ -28,7 +28,7 @@ def answer(task, text):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_past_of_a_question_has_its_answer(task):
     idx, targets = TASKS[task](ROWS, LENGTH, PAIRS, torch.Generator().manual_seed(0))
-    assert idx.shape == targets.shape == (ROWS, LENGTH) and 0 <= idx.min() and idx.max() < VOCAB_SIZE
+    assert idx.shape == targets.shape == (ROWS, LENGTH) and idx.min() >= 0 and idx.max() < VOCAB_SIZE
     asked = {"induction": LENGTH // 2 - 1, "recall": PAIRS, "copying": PAIRS, "needle": 1}[task]
     assert ((targets != -1).sum(dim=1) == asked).all()
     for row, t in (targets != -1).nonzero().tolist():
@@ -46,7 +46,7 @@ def test_a_needle_has_distractors_with_its_key_and_other_values():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_too_short_texts_are_refused(task):
-    with pytest.raises(ValueError, match=f"length: given 3, expected at least .* for {task} with 9 pairs"):
+    with pytest.raises(ValueError, match=rf"length: given 3, expected at least \d+ for {task} with 9 pairs"):
         check_shape(task, 3, 9)
     with pytest.raises(ValueError, match="pairs: given 63, expected 1 to 62"):
         check_shape(task, 1000, 63)
@@ -65,5 +65,5 @@ def test_the_script_goes_on_where_it_stopped_and_gka_conv_learns_what_gka_cannot
     assert "2/2 task needle" in said and "task induction, attention" not in said
     assert json.loads(out.with_suffix(".json").read_text())["rows"][:2] == rows
     assert "| induction | 16 |" in out.with_suffix(".md").read_text() and out.with_suffix(".png").stat().st_size > 5000
-    with pytest.raises(ValueError, match="its runs have .* give another --out"):
+    with pytest.raises(ValueError, match=r"its runs have .* give another --out"):
         script.main(tasks=("induction",), out=out, **{**options, "steps": 3})
