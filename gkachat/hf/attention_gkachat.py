@@ -12,20 +12,24 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .configuration_gkachat import GkachatConfig
+from .configuration_gkachat import TAPS, GkachatConfig
 
 QK_SCALE = 1.2  # sharpens the logits of unit queries and keys
-GATE_CHANNELS = 12  # block-input channels that the value gates read
-TAPS = 4  # tokens that short convolutions mix
+GATE_CHANNELS = 12  # block-input channels that the gates of values and heads read
 RECENT = 64  # tokens whose inputs the cache keeps for convolutions; speculative decoding takes back up to 60
 BLOCK = 128  # queries that attend together where there is a window
 ROPE_BASE = 100_000.0
+FEW = 8  # new tokens from which on gka_conv makes all keys and values anew, in place of reading its cache by tap
 EPS = torch.finfo(torch.float32).eps
 
 
+def rms_scale(x: Tensor) -> Tensor:
+    """Return what an RMS norm multiplies x by, (..., 1) float32."""
+    return (x.float().square().mean(dim=-1, keepdim=True) + EPS).rsqrt()
+
+
 def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-    wide = x.float()
-    return (wide * ((wide.square().mean(dim=-1, keepdim=True) + EPS).rsqrt() * gain)).to(x.dtype)
+    return (x.float() * (rms_scale(x) * gain)).to(x.dtype)
 
 
 def linear(n_in: int, n_out: int) -> nn.Linear:
@@ -121,16 +125,17 @@ class Positions:
         moved.is_token = None if self.is_token is None else self.is_token.to(device, non_blocking=non_blocking)
         return moved
 
-    def rotate(self, x_BHSD: Tensor) -> Tensor:
-        """Rotate channel i against channel i + D/2 by the positions of the latest S tokens."""
+    def rotate(self, x_BHSD: Tensor, back: bool = False) -> Tensor:
+        """Rotate channel i against channel i + D/2 by the positions of the latest S tokens, or back."""
         S, D = x_BHSD.shape[-2:]
         if S not in self._tables:
             channels = torch.arange(0, D, 2, dtype=torch.float32, device=self.positions.device)
             angles = self.positions[:, None, -S:, None].float() * ROPE_BASE ** (-channels / D)
-            self._tables[S] = angles.cos(), angles.sin()
+            cos, sin = angles.cos(), angles.sin()
+            self._tables[S] = torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
         cos, sin = self._tables[S]
-        a, b = x_BHSD.chunk(2, dim=-1)
-        return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x_BHSD.dtype)
+        along, across = x_BHSD * cos, x_BHSD.roll(D // 2, dims=-1) * sin
+        return (along - across if back else along + across).to(x_BHSD.dtype)
 
     def before(self, x_BTC: Tensor, n: int, recent: RecentInputs | None) -> list[Tensor]:
         """Return the inputs 1 to n tokens before each new token, (B, T, C) each, and store the newest in the cache.
@@ -150,8 +155,8 @@ class Positions:
             is_token = self.is_token[:, -T:]
             known = torch.cat((past, x_BTC.masked_fill(~is_token[..., None], 0)), dim=1)
             kept = F.pad(is_token, (P, 0), value=True)
-            known = known.take_along_dim(kept.int().argsort(dim=-1, stable=True)[..., None], dim=1)
-            place = (is_token.cumsum(dim=-1) + T - is_token.sum(dim=-1, keepdim=True) + P - 1)[..., None]
+            order, place = without_padding(kept)
+            known, place = known.take_along_dim(order[..., None], dim=1), place[:, P:, None]
             before = [known.take_along_dim((place - delay).clamp(min=0), dim=1) for delay in range(1, n + 1)]
         if recent is not None:
             if not recent.is_initialized:
@@ -159,6 +164,21 @@ class Positions:
             recent.keys = known[:, None, -RECENT:]
             recent.values = recent.keys[..., :0]
         return before
+
+    def mask(self, x_BHTD: Tensor) -> Tensor:
+        """Return what the new tokens have, with zeros at padding."""
+        return x_BHTD if self.is_token is None else x_BHTD.masked_fill(~self.is_token[:, None, -self.n_new :, None], 0)
+
+    def convolve(self, x_BHSD: Tensor, weights: list[Tensor], n: int) -> list[Tensor]:
+        """Return convolutions of the latest S tokens at the last n of them, (B, H, n, D). Padding must be zeros."""
+        S, n_before = x_BHSD.size(2), TAPS - 1
+        if not self.has_holes:
+            n_missing = max(0, n_before + n - S)
+            return convolutions(F.pad(x_BHSD, (0, 0, n_missing, 0)) if n_missing else x_BHSD, weights)
+        order, place = without_padding(F.pad(self.is_token[:, -S:], (n_before, 0)))
+        x = F.pad(x_BHSD, (0, 0, n_before, 0)).take_along_dim(order[:, None, :, None], dim=2)
+        place = (place[:, None, -n:, None] - n_before).clamp(min=0)
+        return [y.take_along_dim(place, dim=2) for y in convolutions(x, weights)]
 
     def spans(self, S: int, window: int | None, has_causal_kernel: bool, in_blocks: bool) -> list[Span]:
         """Return which keys the new tokens attend to, computed once for all layers that are alike.
@@ -183,7 +203,7 @@ class Positions:
         sees_all = end - start == 1 or (window is None and has_causal_kernel and start == offset == 0)
         if sees_all and self.is_token is None and include_self:
             return Span(queries, keys, None, None)
-        positions, is_key = self.positions[:, -S:], None if self.is_token is None else self.is_token[:, None, -S:]
+        positions, is_key = self.positions[:, -S:], None if self.is_token is None else self._keys(S)[:, None]
         distance = positions[:, offset + start : offset + end, None] - positions[:, None, keys]
         visible = distance >= (0 if include_self else 1)
         if window is not None:
@@ -197,6 +217,40 @@ class Positions:
         is_self = slots[offset + start : offset + end, None] == slots[keys]
         return Span(queries, keys, (visible | (keyless & is_self))[:, None], keyless[:, None])
 
+    def _keys(self, S: int) -> Tensor:
+        """Return which of the latest S slots are keys, (B, S): no padding, and none whose convolution lacks tokens."""
+        is_key = self.is_token[:, -S:]
+        if self.config.attention == "gka_conv":
+            n_before = is_key.cumsum(dim=-1) - 1
+            is_whole = (n_before == self.positions[:, -S:]) | (n_before >= TAPS - 1)
+            is_whole[:, -self.n_new :] = True  # a token sees itself
+            is_key = is_key & is_whole
+        return is_key
+
+
+def without_padding(is_token_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the indices (B, S) that move padding to the front of each row, and where each token lies then."""
+    S, n = is_token_BS.size(1), is_token_BS.sum(dim=-1, keepdim=True)
+    return is_token_BS.int().argsort(dim=-1, stable=True), is_token_BS.cumsum(dim=-1) + S - n - 1
+
+
+def convolutions(x_BHSD: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """Return y_t = sum_n w_n x_(t-n) for each of the weights, (B, H, S - N + 1, D): all tokens but the first N - 1."""
+    S = x_BHSD.size(2)
+    if S == TAPS:  # decoding a token, where the number of operations decides the time
+        by_tap = torch.stack(weights).transpose(1, 2)[:, None] * x_BHSD.flip(2)
+        return list(by_tap.sum(dim=3, keepdim=True))
+    parts = [x_BHSD[:, :, TAPS - 1 - n : S - n] for n in range(TAPS)]
+    return [sum(x * w[:, None] for x, w in zip(parts, weight, strict=True)) for weight in weights]
+
+
+def attention_weights(scores: Tensor, span: Span) -> Tensor:
+    """Return the softmax of the scores (B, H, T, S) over the keys that each query sees."""
+    if span.visible is not None:
+        scores = scores.masked_fill(~span.visible, -torch.inf)
+    weights = scores.softmax(dim=-1)
+    return weights if span.keyless is None else weights.masked_fill(span.keyless, 0)
+
 
 def eager_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, span: Span
@@ -205,11 +259,7 @@ def eager_attention(
     scores = q.float() @ k.float().mT * scale
     if bias is not None:
         scores = scores + bias.mT
-    if span.visible is not None:
-        scores = scores.masked_fill(~span.visible, -torch.inf)
-    weights = scores.softmax(dim=-1)
-    if span.keyless is not None:
-        weights = weights.masked_fill(span.keyless, 0)
+    weights = attention_weights(scores, span)
     return weights.to(v.dtype) @ v, weights
 
 
@@ -264,20 +314,18 @@ class ShortConv(nn.Module):
 class Attention(nn.Module):
     """Attention to the cached tokens, softmax(scale q.k + bias) v, and the output projection.
 
-    A variant defines `qkv`. One whose cache keeps something else than keys and values also defines `compared`.
+    A variant defines `qkv`, and `compared` where its cache keeps something else than keys and values.
     """
 
     has_convs = False
     scale = 1.0
-    value_channels = 1.0
-    """Channels that the cache keeps as values, as a share of head_dim."""
 
     def __init__(self, config: GkachatConfig, index: int):
         super().__init__()
         self.config, self.index = config, index
+        self.value_channels = config.head_dim  # channels that the cache keeps as values
         self.window = config.window if config.layer_types[index] == "sliding_attention" else None
         self.c_proj = linear(config.hidden_size, config.hidden_size)
-        self.value_embedding = ValueEmbedding(config) if index in config.value_embedding_layers else None
 
     def qkv(
         self, x_BTC: Tensor, idx_BT: Tensor | None, positions: Positions, recent: RecentInputs | None
@@ -299,13 +347,30 @@ class Attention(nn.Module):
         cache: DynamicCache | None,
         output_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        y_BHTD, weights = self.heads(x_BTC, idx_BT, positions, cache, output_weights)
+        return self.c_proj(y_BHTD.transpose(1, 2).flatten(2)), weights if output_weights else None
+
+    def heads(
+        self,
+        x_BTC: Tensor,
+        idx_BT: Tensor | None,
+        positions: Positions,
+        cache: DynamicCache | None,
+        output_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what `c_proj` reads, (B, H, T, D), and the weights (B, H, T, S) where they are asked for."""
         recent = None
         if cache is not None and self.has_convs:
             recent = cache.layers[self.config.num_hidden_layers + 1 + self.index]
         q, k, v = self.qkv(x_BTC, idx_BT, positions, recent)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
-        q, k, v, bias = self.compared(q, k, v, positions)
+        return self.attend(*self.compared(q, k, v, positions), positions, output_weights)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, positions: Positions, output_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return softmax(scale q.k + bias) v over the keys that the new tokens see, and the weights."""
         is_sdpa = self.config._attn_implementation == "sdpa" and not output_weights
         attend, parts = (sdpa_attention if is_sdpa else eager_attention), []
         for span in positions.spans(k.size(2), self.window, is_sdpa, not output_weights):
@@ -313,8 +378,7 @@ class Attention(nn.Module):
             of_queries, of_keys = q[:, :, span.queries], (t[:, :, span.keys] for t in (k, v))
             y, weights = attend(of_queries, *of_keys, self.scale, part_of_bias, span)
             parts.append(y)
-        y_BHTD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        return self.c_proj(y_BHTD.transpose(1, 2).flatten(2)), weights if output_weights else None
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2), weights
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) -> (B, H, T, D)."""
@@ -330,6 +394,7 @@ class SoftmaxAttention(Attention):
         self.scale, self.has_convs = config.head_dim**-0.5, config.short_conv
         self.c_q, self.c_k, self.c_v = linear(C, C), linear(C, C), linear(C, C)
         self.convs = nn.ModuleList(ShortConv(config) for _ in range(3)) if config.short_conv else None
+        self.value_embedding = ValueEmbedding(config) if index in config.value_embedding_layers else None
 
     def qkv(
         self, x_BTC: Tensor, idx_BT: Tensor | None, positions: Positions, recent: RecentInputs | None
@@ -352,10 +417,9 @@ class GaussianKernelAttention(Attention):
     cache keeps the block input as keys; its values have no channels.
     """
 
-    value_channels = 0.0
-
     def __init__(self, config: GkachatConfig, index: int):
         super().__init__(config, index)
+        self.value_channels = 0
         self.log_sigma = parameter(config.num_attention_heads)
 
     def qkv(
@@ -376,27 +440,64 @@ class GaussianKernelAttention(Attention):
 
 
 class GKAConv(Attention):
-    """GKA on short convolutions of the block input, rotated and RMS-normalised.
+    """GKA on short convolutions of the rotated block input r, whose output is rotated back and gated per head.
 
-    All keys then have the same norm, so that there is no bias.
+    All keys have the same norm, so that there is no bias. The cache keeps r as keys, and what the norm multiplies each
+    key by as values of one channel.
     """
-
-    has_convs = True
 
     def __init__(self, config: GkachatConfig, index: int):
         super().__init__(config, index)
+        self.value_channels = 1
         self.conv_q, self.conv_k, self.conv_v = ShortConv(config), ShortConv(config), ShortConv(config)
+        self.gate = linear(GATE_CHANNELS, config.num_attention_heads)
         self.log_sigma = parameter(config.num_attention_heads)
 
-    def qkv(
-        self, x_BTC: Tensor, idx_BT: Tensor | None, positions: Positions, recent: RecentInputs | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        before = positions.before(x_BTC, TAPS - 1, recent)
-        q, k, v = (self.split_heads(conv(x_BTC, before)) for conv in (self.conv_q, self.conv_k, self.conv_v))
-        if self.value_embedding is not None:
-            v = v + self.value_embedding(x_BTC, idx_BT)
-        gain = (-2 * self.log_sigma.float()).exp()[:, None, None]
-        return rms_norm(positions.rotate(q), gain), rms_norm(positions.rotate(k)), v
+    def heads(
+        self,
+        x_BTC: Tensor,
+        idx_BT: Tensor | None,
+        positions: Positions,
+        cache: DynamicCache | None,
+        output_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        weights = [conv.weight for conv in (self.conv_q, self.conv_k, self.conv_v)]
+        r, T = positions.mask(positions.rotate(self.split_heads(x_BTC))), x_BTC.size(1)
+        known = r
+        if cache is not None and cache.layers[self.index].is_initialized:
+            past = cache.layers[self.index].keys
+            known = torch.cat((past if positions.has_holes else past[:, :, 1 - TAPS :], r), dim=2)
+        q, k, v = positions.convolve(known, weights, T)
+        q, scales = rms_norm(q, (-2 * self.log_sigma.float()).exp()[:, None, None]), rms_scale(k)
+        if cache is not None:  # bfloat16 would round scores by 0.4 %
+            scales = scales.to(torch.float16 if r.dtype == torch.bfloat16 else r.dtype)
+            r, scales = cache.update(r, scales, self.index)
+        S = r.size(2)
+        if S > T and T < FEW and not positions.has_holes:
+            y, shares = self.attend_by_tap(q, r, scales, positions.spans(S, self.window, False, True)[0])
+        else:
+            k, v = (k, v) if S == T else positions.convolve(r, weights[1:], S)
+            y, shares = self.attend(q, (k.float() * scales).to(r.dtype), v, None, positions, output_weights)
+        gate_BTH = 2 * torch.sigmoid(self.gate(x_BTC[..., :GATE_CHANNELS]))
+        return gate_BTH.mT[..., None] * positions.rotate(y, back=True), shares
+
+    def attend_by_tap(self, q: Tensor, r: Tensor, scales: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Return what `attend` returns, without making keys and values of r.
+
+        Since q.(w r) = (w q).r, a query becomes one for each tap, whose scores are added up over neighbours.
+        """
+        first = max(0, span.keys.start - TAPS + 1)
+        n_missing = TAPS - 1 - span.keys.start + first  # tokens before the text
+        r, scales = r[:, :, first : span.keys.stop], scales[:, :, span.keys]
+        key_weight, value_weight = (conv.weight.transpose(0, 1)[:, None] for conv in (self.conv_k, self.conv_v))
+        by_tap = (q[:, :, :, None] * key_weight.flip(2)).flatten(2, 3)  # (B, H, T N, D), oldest first
+        products = F.pad(r @ by_tap.mT, (0, 0, n_missing, 0)).unflatten(-1, (-1, TAPS))  # (B, H, N-1+S, T, N)
+        of_each_key = products.unfold(2, TAPS, 1).diagonal(dim1=-2, dim2=-1)  # tap n with the n-th of N tokens
+        weights = attention_weights((of_each_key.sum(dim=-1, dtype=torch.float32) * scales).mT, span)
+        n = weights.size(-1) + TAPS - 1
+        by_tap = F.pad(weights.to(r.dtype), (TAPS - 1, TAPS - 1)).unfold(-1, n, 1)  # (B, H, T, N, N-1+S), newest first
+        sums = by_tap[..., n_missing:].flatten(2, 3) @ r
+        return (sums.unflatten(2, (-1, TAPS)) * value_weight).sum(dim=3), weights
 
 
 ATTENTIONS = {"softmax": SoftmaxAttention, "gka": GaussianKernelAttention, "gka_conv": GKAConv}

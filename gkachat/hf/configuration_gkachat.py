@@ -5,6 +5,7 @@ from transformers.utils.versions import require_version
 
 require_version("transformers>=5", "A gkachat export needs transformers 5 or newer: pip install -U 'transformers>=5'")
 ATTENTIONS = ("softmax", "gka", "gka_conv")
+TAPS = 4  # tokens that short convolutions mix
 
 
 class GkachatConfig(PretrainedConfig):
@@ -14,11 +15,12 @@ class GkachatConfig(PretrainedConfig):
         attention: "softmax", "gka" (Gaussian Kernel Attention, arXiv 2605.02144) or "gka_conv" (the same kernel on
             short convolutions of the block input).
         window: tokens visible to layers of type "sliding_attention", the query's own included. transformers sizes its
-            caches by `sliding_window`, which is the same number.
+            caches by `sliding_window`, which is the same number, and for gka_conv 3 more: those that the oldest key is
+            a convolution of.
         layer_types: "full_attention" or "sliding_attention" for each layer.
         smear: add a share of the previous token's embedding to each token's.
         backout: subtract a share of the residual stream after the middle layer at the end.
-        value_embedding_layers: softmax and gka_conv: layers that add a learned vector per token to the values.
+        value_embedding_layers: softmax: layers that add a learned vector per token to the values.
         short_conv: softmax: queries, keys and values mix the last 4 tokens, as in gka_conv.
         gka_rope: gka: rotate features by position before they are compared.
         gka_include_self: gka: let a token attend to itself.
@@ -61,11 +63,13 @@ class GkachatConfig(PretrainedConfig):
             raise ValueError(f"hidden_size: given {hidden_size}, expected an even number for each of the heads")
         if not final_logit_softcapping or final_logit_softcapping <= 0:
             raise ValueError(f"final_logit_softcapping: given {final_logit_softcapping!r}, expected a number above 0")
+        if value_embedding_layers and attention != "softmax":
+            raise ValueError(f"value_embedding_layers: given {value_embedding_layers} with {attention}, expected none")
         self.attention, self.vocab_size, self.hidden_size = attention, vocab_size, hidden_size
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.head_dim = hidden_size // num_attention_heads
         self.max_position_embeddings, self.window = max_position_embeddings, window
-        kwargs["sliding_window"] = window
+        kwargs["sliding_window"] = window + TAPS - 1 if window and attention == "gka_conv" else window
         self.layer_types = list(layer_types or ["full_attention"] * num_hidden_layers)
         self.smear, self.backout, self.short_conv = smear, backout, short_conv
         self.value_embedding_layers = list(value_embedding_layers or [])

@@ -249,10 +249,10 @@ class GkachatModel(GkachatPreTrainedModel):
         while len(cache.layers) < 2 * L + 1:
             cache.layers.append(RecentInputs())
         values, attention = cache.layers[0].values, self.blocks[0].attn
-        if cache.get_seq_length() and values.size(-1) != attention.value_channels * self.config.head_dim:
+        if cache.get_seq_length() and values.size(-1) != attention.value_channels:
             raise ValueError(
-                f"cache: given values of {values.size(-1)} channels, expected "
-                f"{attention.value_channels * self.config.head_dim:.0f}; {self.config.attention} has no prefix tuning"
+                f"cache: given values of {values.size(-1)} channels, expected {attention.value_channels}; "
+                f"{self.config.attention} has no prefix tuning"
             )
         return cache
 

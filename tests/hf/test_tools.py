@@ -148,6 +148,7 @@ def test_peft_tunes_without_being_told_names(model, tokenizer, tmp_path, kind):
         data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )  # fmt: skip
     refusals = {("prompt", "softmax"): "value embeddings need token ids", ("prefix", "gka"): "no prefix tuning"}
+    refusals["prefix", "gka_conv"] = refusals["prefix", "gka"]
     if refusal := refusals.get((kind, model.config.attention)):
         with pytest.raises(ValueError, match=refusal):
             trainer.train()
