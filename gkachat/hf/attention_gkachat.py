@@ -4,7 +4,7 @@ Shapes: B batch, T new tokens, S tokens in the cache and new, H heads, D head_di
 MIT License, the gkachat developers.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,7 @@ class Positions:
                 self.positions = (is_token.cumsum(dim=-1) - 1).clamp(min=0)
         if position_ids is not None and (T > 1 or self.has_holes):
             self._check(position_ids.to(device), n_past)
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._spans: dict[tuple, list[Span]] = {}
 
     def _check(self, position_ids: Tensor, n_past: int) -> None:
@@ -125,17 +125,26 @@ class Positions:
         moved.is_token = None if self.is_token is None else self.is_token.to(device, non_blocking=non_blocking)
         return moved
 
-    def rotate(self, x_BHSD: Tensor, back: bool = False) -> Tensor:
-        """Rotate channel i against channel i + D/2 by the positions of the latest S tokens, or back."""
+    def rotate(self, x_BHSD: Tensor) -> Tensor:
+        """Rotate channel i against channel i + D/2 by the positions of the latest S tokens."""
+        return self._rotated(x_BHSD, 2, 1)
+
+    def half_rotate(self, x_BHSD: Tensor, direction: int) -> Tensor:
+        """Rotate the first half of the channels by every other angle, forward (direction 1) or back (-1)."""
+        n = 2 * -(-x_BHSD.size(-1) // 4)
+        return torch.cat((self._rotated(x_BHSD[..., :n], 4, direction, x_BHSD.size(-1)), x_BHSD[..., n:]), dim=-1)
+
+    def _rotated(self, x_BHSD: Tensor, step: int, direction: int, head_dim: int | None = None) -> Tensor:
+        """Rotate all channels by angles that fall with every `step` channels of a head."""
         S, D = x_BHSD.shape[-2:]
-        if S not in self._tables:
-            channels = torch.arange(0, D, 2, dtype=torch.float32, device=self.positions.device)
-            angles = self.positions[:, None, -S:, None].float() * ROPE_BASE ** (-channels / D)
+        if (S, step) not in self._tables:
+            head_dim = head_dim or D
+            channels = torch.arange(0, head_dim, step, dtype=torch.float32, device=self.positions.device)
+            angles = self.positions[:, None, -S:, None].float() * ROPE_BASE ** (-channels / head_dim)
             cos, sin = angles.cos(), angles.sin()
-            self._tables[S] = torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
-        cos, sin = self._tables[S]
-        along, across = x_BHSD * cos, x_BHSD.roll(D // 2, dims=-1) * sin
-        return (along - across if back else along + across).to(x_BHSD.dtype)
+            self._tables[S, step] = torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
+        cos, sin = self._tables[S, step]
+        return (x_BHSD * cos + direction * (x_BHSD.roll(D // 2, dims=-1) * sin)).to(x_BHSD.dtype)
 
     def before(self, x_BTC: Tensor, n: int, recent: RecentInputs | None) -> list[Tensor]:
         """Return the inputs 1 to n tokens before each new token, (B, T, C) each, and store the newest in the cache.
@@ -311,6 +320,17 @@ class ShortConv(nn.Module):
         return sum(x * weight.flatten() for x, weight in zip((x_BTC, *before), self.weight, strict=True))
 
 
+class HeadGate(nn.Module):
+    """Multiplies the output of each head by 2 sigmoid(W x[:12]) of the token."""
+
+    def __init__(self, config: GkachatConfig):
+        super().__init__()
+        self.gate = linear(GATE_CHANNELS, config.num_attention_heads)
+
+    def forward(self, y_BHTD: Tensor, x_BTC: Tensor) -> Tensor:
+        return (2 * torch.sigmoid(self.gate(x_BTC[..., :GATE_CHANNELS]))).mT[..., None] * y_BHTD
+
+
 class Attention(nn.Module):
     """Attention to the cached tokens, softmax(scale q.k + bias) v, and the output projection.
 
@@ -394,6 +414,7 @@ class SoftmaxAttention(Attention):
         self.scale, self.has_convs = config.head_dim**-0.5, config.short_conv
         self.c_q, self.c_k, self.c_v = linear(C, C), linear(C, C), linear(C, C)
         self.convs = nn.ModuleList(ShortConv(config) for _ in range(3)) if config.short_conv else None
+        self.head_gate = HeadGate(config) if config.short_conv else None
         self.value_embedding = ValueEmbedding(config) if index in config.value_embedding_layers else None
 
     def qkv(
@@ -408,6 +429,10 @@ class SoftmaxAttention(Attention):
         if self.value_embedding is not None:
             v = v + self.value_embedding(x_BTC, idx_BT)
         return rms_norm(positions.rotate(q), QK_SCALE), rms_norm(positions.rotate(k), QK_SCALE), v
+
+    def heads(self, x_BTC: Tensor, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        y_BHTD, weights = super().heads(x_BTC, *inputs)
+        return y_BHTD if self.head_gate is None else self.head_gate(y_BHTD, x_BTC), weights
 
 
 class GaussianKernelAttention(Attention):
@@ -450,7 +475,7 @@ class GKAConv(Attention):
         super().__init__(config, index)
         self.value_channels = 1
         self.conv_q, self.conv_k, self.conv_v = ShortConv(config), ShortConv(config), ShortConv(config)
-        self.gate = linear(GATE_CHANNELS, config.num_attention_heads)
+        self.head_gate = HeadGate(config)
         self.log_sigma = parameter(config.num_attention_heads)
 
     def heads(
@@ -462,7 +487,7 @@ class GKAConv(Attention):
         output_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         weights = [conv.weight for conv in (self.conv_q, self.conv_k, self.conv_v)]
-        r, T = positions.mask(positions.rotate(self.split_heads(x_BTC))), x_BTC.size(1)
+        r, T = positions.mask(positions.half_rotate(self.split_heads(x_BTC), 1)), x_BTC.size(1)
         known = r
         if cache is not None and cache.layers[self.index].is_initialized:
             past = cache.layers[self.index].keys
@@ -478,8 +503,7 @@ class GKAConv(Attention):
         else:
             k, v = (k, v) if S == T else positions.convolve(r, weights[1:], S)
             y, shares = self.attend(q, (k.float() * scales).to(r.dtype), v, None, positions, output_weights)
-        gate_BTH = 2 * torch.sigmoid(self.gate(x_BTC[..., :GATE_CHANNELS]))
-        return gate_BTH.mT[..., None] * positions.rotate(y, back=True), shares
+        return self.head_gate(positions.half_rotate(y, -1), x_BTC), shares
 
     def attend_by_tap(self, q: Tensor, r: Tensor, scales: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Return what `attend` returns, without making keys and values of r.
