@@ -493,7 +493,8 @@ class GKAConv(Attention):
             past = cache.layers[self.index].keys
             known = torch.cat((past if positions.has_holes else past[:, :, 1 - TAPS :], r), dim=2)
         q, k, v = positions.convolve(known, weights, T)
-        q, scales = rms_norm(q, (-2 * self.log_sigma.float()).exp()[:, None, None]), rms_scale(k)
+        gain = (-2 * self.log_sigma.float()).exp()[:, None, None]
+        q, scales = rms_norm(positions.mask(q), gain), rms_scale(k)
         if cache is not None:  # bfloat16 would round scores by 0.4 %
             scales = scales.to(torch.float16 if r.dtype == torch.bfloat16 else r.dtype)
             r, scales = cache.update(r, scales, self.index)

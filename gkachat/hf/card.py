@@ -79,14 +79,14 @@ def model_card(run_dir: Path, shape: GPTConfig, meta: dict[str, Any]) -> str:
         **{name: meta[name] for name in ("step", "tokens", "seconds", "device", "dtype", "version") if name in meta},
         **_scores(run_dir, meta["step"]),
     }
-    is_gka, needs_ids = shape.attention == "gka", shape.uses_value_embeddings
+    needs_ids = shape.uses_value_embeddings
     return CARD.format(
         name=run_dir.resolve().name,
         attention=shape.attention,
         usage=CHAT_USAGE if chat else BASE_USAGE,
         eos="<|assistant_end|>" if chat else "<|bos|>",
         ended="an answer" if chat else "a text",
-        prefix_tuning="is refused, since the cache keeps no values" if is_gka else "works",
+        prefix_tuning="works" if shape.attention == "softmax" else "is refused, since the cache keeps no values",
         prompt_tuning="are refused, since value embeddings need token ids" if needs_ids else "work",
         rows="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
     )

@@ -92,6 +92,38 @@ def test_a_conversation_goes_on_in_the_cache_after_rows_of_different_lengths(mod
 
 
 @torch.inference_mode()
+def test_a_window_in_the_cache_counts_padding_between_turns(model):
+    """A hole of 2 leaves the keys that a window shorter by 2 would see. No key lacks tokens of its convolution."""
+    shape = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "value_embedding_layers": []}
+    model = GkachatForCausalLM(GkachatConfig(**(model.config.to_dict() | shape))).eval()
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn(p.shape)
+    idx, cache, mask = tokens(), transformers.DynamicCache(config=model.config), torch.ones(1, 26, dtype=torch.long)
+    mask[:, 20:22] = 0
+    model(torch.cat((idx[:, :20], idx[:, :2]), dim=1), attention_mask=mask[:, :22], cache=cache)
+    found = model(idx[:, 20:21], attention_mask=mask[:, :23], cache=cache).logits[:, 0]
+    model.model.blocks[0].attn.window = WINDOW - 2
+    close(found, model(idx).logits[:, 20])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_gka_conv_cache_holds_half_of_what_softmax_keeps(dtype):
+    idx, n_bytes = tokens(2, 40), {}
+    for attention in ("softmax", "gka_conv"):
+        shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.3}
+        config = GkachatConfig(attention, V, smear=False, **shape)
+        model = GkachatForCausalLM(config).to(dtype).eval()
+        cache = transformers.DynamicCache(config=config)
+        parts = [model(part, cache=cache).logits for part in idx.split([20, 1, 6, 13], dim=1)]
+        difference = (torch.cat(parts, dim=1) - model(idx).logits).abs().mean()
+        assert difference < {torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]  # of logits up to 15
+        layers = [layer for layer in cache.layers if layer.is_initialized]
+        n_bytes[attention] = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    assert n_bytes["gka_conv"] / n_bytes["softmax"] == (64 + 1) / 128  # scales in float16 where the model is bfloat16
+
+
+@torch.inference_mode()
 def test_windows_attend_in_blocks_as_they_do_at_once(model):
     """Asking for the weights computes all scores at once, by the definition."""
     idx = tokens(2, 2 * BLOCK + 7)
@@ -205,6 +237,7 @@ def test_what_the_model_does_not_have_is_refused():
     for options, message in (
         ({"attention": "linear"}, "attention: given 'linear'"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "hidden_size: given 30"),
+        ({"attention": "gka_conv", "value_embedding_layers": [0]}, "value_embedding_layers: given"),
         ({"final_logit_softcapping": None}, "final_logit_softcapping: given None"),
     ):
         with pytest.raises(ValueError, match=message):
