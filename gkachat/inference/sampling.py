@@ -92,8 +92,10 @@ def settings_tensor(samplings: Sequence[Sampling], device: torch.device | str = 
     """Return (B, 5): temperature, top_k, top_p, min_p and repetition penalty of each row."""
     rows = []
     for s in samplings:
-        settings = (s.temperature, s.top_k or 2**24, s.top_p or 1.0, s.min_p or 0.0)
-        rows.append((*(settings if s.temperature else (1.0, 1, 1.0, 0.0)), s.repetition_penalty))
+        # Beyond these bounds, quotients of logits are not finite in float32, and within them they are at their limit.
+        temperature, penalty = max(s.temperature, 1e-6), min(max(s.repetition_penalty, 1e-6), 1e6)
+        settings = (temperature, s.top_k or 2**24, s.top_p or 1.0, s.min_p or 0.0)
+        rows.append((*(settings if s.temperature else (1.0, 1, 1.0, 0.0)), penalty))
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 

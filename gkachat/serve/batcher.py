@@ -30,7 +30,7 @@ Deliveries = list[tuple["Answer", list[TokenOutput | Exception]]]
 """New outputs of some answers. An exception ends its answer."""
 
 # Each delivery wakes the thread that talks to the clients, which takes Python's lock from this one.
-SECONDS_BETWEEN_DELIVERIES = 0.02
+SECONDS_BETWEEN_DELIVERIES = 0.05
 
 
 class QueueFull(Exception):

@@ -21,14 +21,18 @@ NEUTRAL = {
     "best_of": 1,
     "echo": False,
     "frequency_penalty": 0,
+    "functions": [],
     "logit_bias": {},
     "modalities": ["text"],
     "presence_penalty": 0,
     "response_format": {"type": "text"},
     "suffix": "",
+    "tool_choice": "none",
     "tools": [],
 }
-WITHOUT_EFFECT = {"metadata", "store", "user"}  # on the answer
+WITHOUT_EFFECT = {  # on the answer
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user",
+}  # fmt: skip
 MAX_STOPS = 4
 FINISH_REASONS = {"bos": "stop", "stop": "stop", "max_tokens": "length", "sequence_len": "length"}
 
@@ -211,7 +215,7 @@ class Text:
         """Add an output. Return the choice of its chunk in a stream, or None if it shows nothing."""
         self.text, self.finished = self.text + output.text, output.finished
         new = [] if output.token is None else [Placed(output, self._offset)]
-        for _ in new:
+        if new and self.shows_logprobs:
             self._offset += len(self._utf8.decode(self.tokenizer.decode_bytes([output.token])))
         self.tokens += new
         shows = output.text or output.finished or (new and (self.shows_logprobs or self.shows_ids))
