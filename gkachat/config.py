@@ -52,7 +52,7 @@ def require(config: Any, **checks: tuple[bool, str]) -> None:
             checks[name] = False, "a number below 2^63"
     wrong = [f.name for f in dataclasses.fields(config) if f.name in checks and not checks[f.name][0]]
     if wrong:
-        raise ConfigError([f"{name}: given {getattr(config, name)!r}, expected {checks[name][1]}" for name in wrong])
+        raise ConfigError([f"{name}: given {values[name]!r:.200}, expected {checks[name][1]}" for name in wrong])
 
 
 def at_least(least: int, config: Any, *names: str) -> Checks:

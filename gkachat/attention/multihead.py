@@ -100,8 +100,8 @@ class MultiheadGKA(GaussianKernelAttention):
             raise ValueError(
                 f"rope: given True for heads of {embed_dim // num_heads} channels, expected an even number"
             )
-        if window is not None and window < 1:
-            raise ValueError(f"window: given {window}, expected 1 or more, or None")
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ValueError(f"window: given {window!r}, expected a whole number of 1 or more, or None")
         super().__init__(LayerShape(embed_dim, num_heads, causal, window, GKAConfig(rope, normalize=normalize)), 0)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.c_qkv = Linear(embed_dim, 3 * embed_dim) if qkv else None
@@ -143,8 +143,10 @@ class MultiheadGKA(GaussianKernelAttention):
         """
         self._check(query, key, value, attn_mask, is_causal)
         x_BTC = query
-        if torch.is_autocast_enabled(x_BTC.device.type):  # else each kernel would round where it is least precise
-            x_BTC = x_BTC.to(torch.get_autocast_dtype(x_BTC.device.type))
+        kind = x_BTC.device.type
+        # Without this cast, each kernel would round where it is least precise.
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x_BTC = x_BTC.to(torch.get_autocast_dtype(kind))
         if (x_BTC.device, x_BTC.dtype) != self.kernels_for:
             self.choose_kernels(x_BTC.device, x_BTC.dtype)
         rope = rope_table(x_BTC.size(1), self.config.head_dim, x_BTC.device) if self.config.gka.rope else None
@@ -196,6 +198,8 @@ class MultiheadGKA(GaussianKernelAttention):
     def _check(self, query, key, value, attn_mask, is_causal: bool) -> None:
         if query.ndim != 3 or query.size(-1) != self.embed_dim:
             raise ValueError(f"query: given shape {tuple(query.shape)}, expected (B, T, {self.embed_dim}), batch first")
+        if not query.is_floating_point():
+            raise ValueError(f"query: given {query.dtype}, expected floating numbers")
         if any(other is not None and other is not query for other in (key, value)) or (key is None) != (value is None):
             raise ValueError("key and value: expected the query itself: a text attends to itself, and to no other text")
         if is_causal and not self.config.causal:

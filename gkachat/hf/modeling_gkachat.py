@@ -42,7 +42,9 @@ SMEAR_CHANNELS = 24  # embedding channels that the smear's gate reads
 # The output field that holds the cache was renamed between versions of transformers.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 # What transformers passes on without a meaning for this model, or for its loss function.
-KNOWN_ARGUMENTS = {"cache_position", "num_items_in_batch", "ignore_index", "shift_labels"}
+KNOWN_ARGUMENTS = {
+    "cache_position", "num_items_in_batch", "ignore_index", "shift_labels", "tokenizer", "assistant_tokenizer",
+}  # fmt: skip
 
 if is_peft_available():  # PEFT looks up a model type's matrices in tables, one for each kind of adapter
     from peft.utils import constants
@@ -206,6 +208,8 @@ class GkachatModel(GkachatPreTrainedModel):
         output_hidden_states = _or(output_hidden_states, self.config.output_hidden_states)
         output_attentions = _or(output_attentions, self.config.output_attentions)
         x_BTC = rms_norm(self.wte(input_ids) if inputs_embeds is None else inputs_embeds)
+        if x_BTC.ndim != 3 or not x_BTC.size(1):
+            raise ValueError(f"input_ids: given shape {tuple(x_BTC.shape[:-1])}, expected tokens of one or more texts")
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
         n_past = 0 if cache is None else cache.get_seq_length()
         positions = Positions(x_BTC.shape[:2], n_past, attention_mask, position_ids, self.config, x_BTC.device)

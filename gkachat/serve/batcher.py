@@ -1,8 +1,8 @@
 """Batcher: answers the requests of many clients, on one thread that runs every model.
 
     batcher = Batcher({"d4_gka": engine}, rows=8, max_waiting=128)
-    batcher.start(deliver)          # the thread calls deliver([(answer, output), ...])
-    batcher.submit([Answer("d4_gka", request)])
+    batcher.start(deliver)          # the thread calls deliver([(answer, outputs), ...])
+    batcher.submit([Answer("d4_gka", request, streams=True)])
     batcher.cancel(answers)
     batcher.close()
 
@@ -26,12 +26,11 @@ import torch
 from gkachat.attention.cache import Cache
 from gkachat.inference.engine import Batch, Engine, Request, TokenOutput
 
-Deliveries = list[tuple["Answer", TokenOutput | Exception]]
-"""Outputs in their order. An exception ends its answer."""
+Deliveries = list[tuple["Answer", list[TokenOutput | Exception]]]
+"""New outputs of some answers. An exception ends its answer."""
 
-# Each delivery wakes the thread that talks to the clients, which takes Python's lock from this one. Ends of answers are
-# delivered at once.
-SECONDS_BETWEEN_DELIVERIES = 0.02
+# Each delivery wakes the thread that talks to the clients, which takes Python's lock from this one.
+SECONDS_BETWEEN_DELIVERIES = 0.05
 
 
 class QueueFull(Exception):
@@ -49,18 +48,27 @@ class Answer:
     run: str
     """Name of the model."""
     request: Request
+    streams: bool = False
+    """Deliver outputs as they come, at most every SECONDS_BETWEEN_DELIVERIES. Otherwise all come at the end."""
     owner: Any = None
     """Where its outputs belong; only `deliver` looks at it."""
 
 
 @dataclass
 class _Lane:
-    """Answers of one model: those that wait, those in rows of the batch by their number, and those to be removed."""
+    """Answers of one model: those that wait, those in rows of the batch by their number, and those to be removed.
+
+    `pending` has the outputs that have not been delivered.
+    """
 
     batch: Batch
     waiting: deque[Answer] = field(default_factory=deque)
     running: dict[int, Answer] = field(default_factory=dict)
     cancelled: set[Answer] = field(default_factory=set)
+    pending: dict[Answer, list[TokenOutput | Exception]] = field(default_factory=dict)
+
+    def put(self, answer: Answer, output: TokenOutput | Exception) -> None:
+        self.pending.setdefault(answer, []).append(output)
 
 
 class Batcher:
@@ -147,7 +155,6 @@ class Batcher:
     def _work(self) -> None:
         if self._device.type == "cuda":  # a thread starts with the first GPU
             torch.cuda.set_device(self._device)
-        outputs: Deliveries = []
         delivered = -math.inf
         while True:
             with self._changed:
@@ -156,35 +163,50 @@ class Batcher:
             for future, function in calls:
                 _run(future, function)
             for lane in self._lanes.values():
-                outputs += self._advance(lane)
+                self._advance(lane)
             now = time.monotonic()
-            if outputs and (
-                now - delivered > SECONDS_BETWEEN_DELIVERIES or any(_is_end(output) for _, output in outputs)
-            ):
-                self._deliver(outputs)
-                outputs, delivered = [], now
+            if is_time := now - delivered > SECONDS_BETWEEN_DELIVERIES:
+                delivered = now
+            deliveries = [
+                (answer, lane.pending.pop(answer))
+                for lane in self._lanes.values()
+                for answer, outputs in [*lane.pending.items()]
+                if _is_end(outputs[-1]) or (is_time and answer.streams)
+            ]
+            if deliveries:
+                self._deliver(deliveries)
             if self._closed:
                 return
 
-    def _advance(self, lane: _Lane) -> Deliveries:
+    def _advance(self, lane: _Lane) -> None:
         """Remove cancelled answers, read prompts into free rows, and draw a token for each row."""
         with self._changed:
             cancelled, lane.cancelled = lane.cancelled, set()
             if cancelled:
                 lane.waiting = deque(answer for answer in lane.waiting if answer not in cancelled)
+            for answer in cancelled:
+                lane.pending.pop(answer, None)
             for number in [number for number, answer in lane.running.items() if answer in cancelled]:
                 lane.batch.cancel(number)
                 del lane.running[number]
         if time.monotonic() > self._deadline:
-            return self._end(lane, Stopping("the server stopped before the answer was complete"), [*lane.waiting])
-        outputs = self._finish(lane, [self._add(lane, number) for number in self._admitted(lane)])
+            self._end(lane, Stopping("the server stopped before the answer was complete"), [*lane.waiting])
+        for number in self._admitted(lane):
+            try:
+                output = lane.batch.add(number, lane.running[number].request)
+            except Exception as error:
+                logging.exception("a prompt could not be read")
+                output = error
+            self._finish(lane, number, output)
         if lane.running:
             try:
-                outputs += self._finish(lane, [(output.request, output) for output in lane.batch.step()])
+                outputs = lane.batch.step()
             except Exception as error:  # the batch serves whoever comes next
                 logging.exception("a decode step failed")
-                outputs += self._end(lane, error)
-        return outputs
+                self._end(lane, error)
+                return
+            for output in outputs:
+                self._finish(lane, output.request, output)
 
     def _admitted(self, lane: _Lane) -> Iterator[int]:
         """Yield numbers for waiting answers, as long as there are free rows."""
@@ -196,22 +218,11 @@ class Batcher:
                 lane.running[number] = lane.waiting.popleft()
             yield number
 
-    def _add(self, lane: _Lane, number: int) -> tuple[int, TokenOutput | Exception]:
-        try:
-            return number, lane.batch.add(number, lane.running[number].request)
-        except Exception as error:
-            logging.exception("a prompt could not be read")
-            return number, error
+    def _finish(self, lane: _Lane, number: int, output: TokenOutput | Exception) -> None:
+        """Keep an output for its delivery, and forget the answer if it has ended."""
+        lane.put(lane.running.pop(number) if _is_end(output) else lane.running[number], output)
 
-    def _finish(self, lane: _Lane, outputs: list[tuple[int, TokenOutput | Exception]]) -> Deliveries:
-        """Return the outputs with their answers, and forget answers that have ended."""
-        deliveries = []
-        for number, output in outputs:
-            answer = lane.running.pop(number) if _is_end(output) else lane.running[number]
-            deliveries.append((answer, output))
-        return deliveries
-
-    def _end(self, lane: _Lane, error: Exception, waiting: Sequence[Answer] = ()) -> Deliveries:
+    def _end(self, lane: _Lane, error: Exception, waiting: Sequence[Answer] = ()) -> None:
         """End all answers in rows, and some that wait, with an error."""
         with self._changed:
             answers = [*lane.running.values(), *waiting]
@@ -220,7 +231,8 @@ class Batcher:
             lane.running.clear()
             for answer in waiting:
                 lane.waiting.remove(answer)
-        return [(answer, error) for answer in answers]
+        for answer in answers:
+            lane.put(answer, error)
 
 
 def _is_end(output: TokenOutput | Exception) -> bool:

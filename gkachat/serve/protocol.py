@@ -1,21 +1,19 @@
-"""OpenAI's objects: what requests may say, and how texts and errors are written.
+"""OpenAI's objects: what requests may say, and how texts are written.
 
 docs/server.md lists what is supported. A parameter that would change the answer and is not supported is an error.
 """
 
 import codecs
-import json
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from starlette.exceptions import HTTPException
 
 from gkachat.config import ConfigError
 from gkachat.inference.engine import TokenOutput
 from gkachat.inference.sampling import TOP_LOGPROBS, Sampling
+from gkachat.serve.errors import ApiError
 from gkachat.tokenizer import Tokenizer
 
 # Parameters that may be sent as long as they ask for nothing.
@@ -39,29 +37,6 @@ WITHOUT_EFFECT = {  # on the answer, as there are no tools, no accounts and no t
 }  # fmt: skip
 MAX_STOPS = 4
 FINISH_REASONS = {"bos": "stop", "stop": "stop", "max_tokens": "length", "sequence_len": "length"}
-
-
-class ApiError(HTTPException):
-    """Error that a client gets as OpenAI's error object."""
-
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None):
-        super().__init__(status, message)
-        self.code, self.param = code, param
-
-
-def error_object(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """Return OpenAI's error object."""
-    kind = {429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def dumps(value: Any) -> str:
-    """Return JSON in ASCII, so that half of a surrogate pair, which a request can spell, can be written too."""
-    return json.dumps(value, separators=(",", ":"))
-
-
-def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(dumps(value), status, headers, media_type="application/json")
 
 
 class StreamOptions(BaseModel):
@@ -246,7 +221,7 @@ class Text:
         """Add an output. Return the choice of its chunk in a stream, or None if it shows nothing."""
         self.text, self.finished = self.text + output.text, output.finished
         new = [] if output.token is None else [Placed(output, self._offset)]
-        for _ in new:
+        if new and self.shows_logprobs:
             self._offset += len(self._utf8.decode(self.tokenizer.decode_bytes([output.token])))
         self.tokens += new
         shows = output.text or output.finished or (new and (self.shows_logprobs or self.shows_ids))

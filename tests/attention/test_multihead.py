@@ -179,7 +179,9 @@ X = torch.zeros(B, T, C)
         (lambda: MultiheadGKA(12, 5), "embed_dim: given 12, expected a multiple of num_heads, given 5"),
         (lambda: MultiheadGKA(12, 0), "num_heads, given 0"),
         (lambda: MultiheadGKA(9, 3, rope=True), "rope: given True for heads of 3 channels, expected an even number"),
-        (lambda: MultiheadGKA(12, 3, window=0), "window: given 0, expected 1 or more"),
+        (lambda: MultiheadGKA(12, 3, window=0), "window: given 0, expected a whole number of 1 or more"),
+        (lambda: MultiheadGKA(12, 3, window=1.5), "window: given 1.5, expected a whole number of 1 or more"),
+        (lambda: MultiheadGKA(12, 3)(torch.ones(1, 2, 12, dtype=torch.long)), "query: given torch.int64"),
         (lambda: drawn()[0](X[0]), r"query: given shape \(7, 12\), expected \(B, T, 12\), batch first"),
         (lambda: drawn()[0](X, X + 1, X + 1), "key and value: expected the query itself"),
         (lambda: drawn()[0](X, X), "key and value: expected the query itself"),
@@ -235,3 +237,9 @@ def test_the_deit_of_the_page_learns_the_digits():
     assert result.returncode == 0, result.stderr
     name, accuracy = result.stdout.split()
     assert name == "MultiheadGKA" and float(accuracy) > 0.4  # 0.66 here; 0.1 before the first step
+
+
+def test_shapes_are_computed_on_the_meta_device():
+    """Tools that count a model's memory run it there, where torch has no autocast."""
+    with torch.device("meta"):
+        assert MultiheadGKA(12, 3)(torch.zeros(2, 5, 12)).shape == (2, 5, 12)

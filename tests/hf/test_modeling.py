@@ -4,6 +4,7 @@ test_export.py compares it with gkachat; here one way to call it is compared wit
 """
 
 import copy
+import itertools
 from importlib import metadata, reload
 
 import pytest
@@ -159,6 +160,7 @@ def test_decoding_does_the_same_work_at_each_step_and_takes_tokens_back(model):
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "suppress_tokens": [0]}  # no padding
     expected = model.generate(idx, **options)
     assert model.generate(idx, prompt_lookup_num_tokens=4, **options).equal(expected)
+    assert model.generate(idx, tokenizer=object(), **options).equal(expected)  # stop_strings need it; it is passed on
     assert model.generate(idx, assistant_model=make_model("gka"), **options).equal(expected)
     cache = transformers.DynamicCache(config=model.config)
     model(idx, cache=cache)
@@ -232,6 +234,9 @@ def test_what_the_model_does_not_have_is_refused():
         for part in (model, model.model):
             with pytest.raises(ValueError, match=message):
                 part(idx, **options)
+    for part, wrong in itertools.product((model, model.model), (idx[0], idx[:, :0])):
+        with pytest.raises(ValueError, match="input_ids: given shape"):
+            part(wrong)
     with pytest.raises((ValueError, ImportError)):
         make_model("gka", attn_implementation="flash_attention_2")
     for options, message in (

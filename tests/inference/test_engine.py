@@ -273,3 +273,12 @@ def test_rows_have_settings_of_their_own():
     rows = [Sampling(temperature=0), Sampling(top_k=1), Sampling(), Sampling(top_p=0.6)]
     ids = sample(LOGITS.expand(4, -1), rows, [0.999] * 4).tolist()
     assert ids[:3] == [0, 0, 3] and ids[3] in (1, 2)
+
+
+def test_settings_beyond_float32_act_as_their_limits():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.2])
+    assert frequencies(logits, temperature=1e-300) == [0, 0, 1, 0]
+    assert frequencies(logits, seen=(0,), repetition_penalty=1e-300, top_k=1) == [1, 0, 0, 0]
+    assert frequencies(-logits, seen=(0,), repetition_penalty=1e300) == pytest.approx(
+        [0, *(-logits[1:]).softmax(dim=-1).tolist()], abs=1e-3
+    )
