@@ -29,7 +29,8 @@ def rms_scale(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-    return (x.float() * (rms_scale(x) * gain)).to(x.dtype)
+    wide = x.float()
+    return (wide * (rms_scale(wide) * gain)).to(x.dtype)
 
 
 def linear(n_in: int, n_out: int) -> nn.Linear:
@@ -516,9 +517,9 @@ class GKAConv(Attention):
         r, scales = r[:, :, first : span.keys.stop], scales[:, :, span.keys]
         key_weight, value_weight = (conv.weight.transpose(0, 1)[:, None] for conv in (self.conv_k, self.conv_v))
         by_tap = (q[:, :, :, None] * key_weight.flip(2)).flatten(2, 3)  # (B, H, T N, D), oldest first
-        products = F.pad(r @ by_tap.mT, (0, 0, n_missing, 0)).unflatten(-1, (-1, TAPS))  # (B, H, N-1+S, T, N)
+        products = F.pad((r @ by_tap.mT).float(), (0, 0, n_missing, 0)).unflatten(-1, (-1, TAPS))  # (B, H, N-1+S, T, N)
         of_each_key = products.unfold(2, TAPS, 1).diagonal(dim1=-2, dim2=-1)  # tap n with the n-th of N tokens
-        weights = attention_weights((of_each_key.sum(dim=-1, dtype=torch.float32) * scales).mT, span)
+        weights = attention_weights((of_each_key.sum(dim=-1) * scales).mT, span)
         n = weights.size(-1) + TAPS - 1
         by_tap = F.pad(weights.to(r.dtype), (TAPS - 1, TAPS - 1)).unfold(-1, n, 1)  # (B, H, T, N, N-1+S), newest first
         sums = by_tap[..., n_missing:].flatten(2, 3) @ r
