@@ -48,6 +48,8 @@ def main(
     from gkachat.serve.server import serve
 
     if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads: given {threads}, expected 1 or more")
         torch.set_num_threads(threads)
 
     serve(

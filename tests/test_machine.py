@@ -46,6 +46,9 @@ from gkachat.vision_config import ViTConfig
 def test_a_device_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match=r"run\.device: given 'warp'"):
         pick_device("warp")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"run\.device: given 'cuda', which cannot be used"):
+            pick_device("cuda")
 
 
 def test_each_rank_selects_its_own_gpu_before_it_allocates(monkeypatch):

@@ -4,6 +4,7 @@ serve(["d4_gka_chat"], host="127.0.0.1", port=8000)
 """
 
 import ipaddress
+import math
 import signal
 import socket
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,10 @@ from gkachat.serve.batcher import Batcher
 
 
 class Server(uvicorn.Server):
-    """HTTP server of some models. `run(sockets=[...])` returns after `handle_exit`, which signals call."""
+    """HTTP server of some models. `run(sockets=[...])` returns after `handle_exit`, which signals call.
+
+    Raises ValueError for options out of range.
+    """
 
     def __init__(
         self,
@@ -29,6 +33,10 @@ class Server(uvicorn.Server):
         max_waiting: int = 128,
         grace: float = 10.0,
     ):
+        if rows < 1 or max_waiting < 0 or not 0 <= grace < math.inf:
+            raise ValueError(f"given rows {rows}, queue {max_waiting}, grace {grace}; expected 1, 0 and 0 or more")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
+            raise ValueError("api_key: expected printable ASCII characters, not only spaces")
         self.batcher = Batcher({name: session.engine for name, session in sessions.items()}, rows, max_waiting)
         self.grace = grace
         app = create_app(sessions, self.batcher, api_key, only_local)

@@ -344,6 +344,10 @@ def test_the_benchmark_runs_from_end_to_end(home, tmp_path):
         (["d9"], "no run 'd9'"),
         (["gka", "gka"], "two runs of the name 'gka'"),
         (["gka", "--port", "70000"], "cannot listen on 127.0.0.1, port 70000"),
+        (["gka", "--rows", "0"], "given rows 0"),
+        (["gka", "--grace", "nan"], "grace nan"),
+        (["gka", "--api-key", ""], "api_key: expected printable ASCII characters"),
+        (["gka", "--threads", "0"], "threads: given 0"),
     ],
 )
 def test_a_server_that_cannot_start_says_why(home, words, message):
