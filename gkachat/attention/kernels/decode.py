@@ -30,9 +30,9 @@ def attend(qkv: QKV, slices: Sequence[KVSlice]) -> Tensor:
     scale = qkv.scale if qkv.sigma is None else qkv.sigma.square().reciprocal()[:, None, None]
     scores = []
     for part in slices:
-        products = _products(q, part.rotated_keys()) if taps is None else _tap_products(q, part, taps.key_weight)
+        products = _products(q, part.rotated_keys()).mT if taps is None else _tap_products(q, part, taps.key_weight)
         bias = part.mask if part.key_norms is None else part.mask - (0.5 * scale * part.key_norms).mT
-        scores.append(products.mT.float() * scale + bias)
+        scores.append(products.float() * scale + bias)
     all_scores = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
     row_max = all_scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weights = (all_scores - row_max).exp()
@@ -63,17 +63,19 @@ def _sums(w: Tensor, v: Tensor) -> Tensor:
 
 
 def _tap_products(q: Tensor, part: KVSlice, key_weight: Tensor) -> Tensor:
-    """Return k.q in float32, (B, H, S, T), of keys that are convolutions of what the slice holds."""
-    N = len(key_weight)
+    """Return q.k in float32, (B, H, T, S), of keys that are convolutions of what the slice holds."""
+    N, S = len(key_weight), part.mask.size(-1)
     by_tap = q[:, :, :, None] * key_weight.to(q.dtype).flip(0).transpose(0, 1)[:, None]  # (B, H, T, N, D), oldest first
-    products = _products(by_tap.flatten(2, 3), part.k).unflatten(-1, (-1, N))  # (B, H, N - 1 + S, T, N)
-    of_each_key = products.unfold(2, N, 1).diagonal(dim1=-2, dim2=-1)  # tap n with the n-th of N tokens
-    return of_each_key.sum(dim=-1, dtype=torch.float32) * part.key_scales
+    products = _products(by_tap.flatten(2, 3), part.k).mT.float().unflatten(2, (-1, N))  # (B, H, T, N, N - 1 + S)
+    scores = products[..., 0, :S]
+    for n in range(1, N):  # tap n of a key has the n-th of N tokens
+        scores = scores + products[..., n, n : n + S]
+    return scores * part.key_scales.mT
 
 
 def _tap_sums(w: Tensor, part: KVSlice, value_weight: Tensor) -> Tensor:
     """Return the sums of values by weights, (B, H, T, D), where values are convolutions of what the slice holds."""
-    N = len(value_weight)
-    by_tap = torch.stack([F.pad(w, (n, N - 1 - n)) for n in range(N)], dim=3)  # (B, H, T, N, N - 1 + S), oldest first
+    N, S = len(value_weight), w.size(-1)
+    by_tap = F.pad(w, (N - 1, N - 1)).unfold(-1, N - 1 + S, 1)  # (B, H, T, N, N - 1 + S), newest tap first
     sums = _sums(by_tap.flatten(2, 3), part.v).unflatten(2, (-1, N))  # (B, H, T, N, D)
-    return (sums * value_weight.to(w.dtype).flip(0).transpose(0, 1)[:, None]).sum(dim=-2)
+    return (sums * value_weight.to(w.dtype).transpose(0, 1)[:, None]).sum(dim=-2)
