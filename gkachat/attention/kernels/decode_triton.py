@@ -175,10 +175,13 @@ def combine_kernel(MEAN, LSE, Y, n_splits, D: tl.constexpr, HALF: tl.constexpr, 
     tl.store(Y + offset * D + D // 2 + d, rounded(y_b, Y.dtype.element_ty), mask=d < D // 2)
 
 
-def tile_shape(head_dim: int) -> tuple[int, int]:
-    """Return half of head_dim rounded up to a power of two, and the number of keys in a tile."""
+def tile_shape(head_dim: int, n_taps: int = 1) -> tuple[int, int]:
+    """Return half of head_dim rounded up to a power of two, and the number of keys in a tile.
+
+    With taps, keys and values are sums in registers beside those of the tile, which is half as large for that.
+    """
     half = 1 << (head_dim // 2 - 1).bit_length()
-    return half, max(16, min(128, TILE // (2 * half)))
+    return half, max(16, min(128, TILE // (2 * half))) // (1 if n_taps == 1 else 2)
 
 
 def attend(qkv: QKV, slices: Sequence[KVSlice], multiprocessors: int = 132) -> Tensor:
@@ -221,7 +224,8 @@ def decode_attention(
 ) -> Tensor:
     """Launch the kernels; the lists have an entry for each slice, and no values where keys are the values."""
     B, _, H, D = q.shape
-    half, tile = tile_shape(D)
+    n_taps = 1 if key_taps is None else len(key_taps)
+    half, tile = tile_shape(D, n_taps)
     max_splits = -(-PROGRAMS_PER_SM * multiprocessors // (B * H))
     launches, n_splits = [], 0
     for part in zip(keys, values, masks, key_norms, key_scales, cos, sin, strict=True):
@@ -232,7 +236,6 @@ def decode_attention(
     mean = q.new_empty(B, H, n_splits, D, dtype=torch.float32)
     lse = q.new_empty(B, H, n_splits, dtype=torch.float32)
     q, sigma = contiguous_channels(q), None if sigma is None else sigma.contiguous()
-    n_taps = 1 if key_taps is None else len(key_taps)
     key_taps, value_taps = (None if taps is None else taps.contiguous() for taps in (key_taps, value_taps))
     for (k, v, mask, norms, scales, cos_S, sin_S), keys_per_split, first_split, splits in launches:
         k = contiguous_channels(k).expand(B, -1, -1, -1)

@@ -33,6 +33,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FLOAT32 = {
     "SIGMA", "LSE", "BIAS", "DOT_LSE", "DELTA", "DF_SUM", "DS_SUM", "DSIGMA", "MASK", "NORMS", "COS", "SIN", "MEAN",
+    "KEY_TAPS", "VALUE_TAPS",
 }  # other pointers have the dtype of x  # fmt: skip
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Integers that need not be multiples of 16.
@@ -58,13 +59,23 @@ def cases() -> list[tuple]:
                 gaussian_triton.bias_kernel, gaussian_triton.backward_rows_kernel, gaussian_triton.backward_sum_kernel,
             ):  # fmt: skip
                 found.append((kernel, dtype, {"D": D, "BLOCK": gaussian_triton.ROWS}, 4, 3))
-    nothing = {"COS": None, "SIN": None}
+    nothing, no_taps = {"COS": None, "SIN": None}, {"SCALES": None, "KEY_TAPS": None, "VALUE_TAPS": None, "N_TAPS": 1}
     for dtype in ("bf16", "fp32"):
         for D in (64, 128, 256):
             half, tile = decode_triton.tile_shape(D)
-            gka = {"D": D, "HALF": half, "BN": tile, "SHARED_KV": True, "SCALE": 1.0, "stride_ns": 1}
+            gka = {"D": D, "HALF": half, "BN": tile, "SHARED_KV": True, "SCALE": 1.0, "stride_ns": 1, **no_taps}
             softmax = {**gka, **nothing, "NORMS": None, "SIGMA": None, "SHARED_KV": False, "SCALE": D**-0.5}
-            for constants in (gka, {**gka, **nothing}, softmax):
+            taps = {
+                **gka,
+                **nothing,
+                "BN": decode_triton.tile_shape(D, 4)[1],
+                "NORMS": None,
+                "SIGMA": None,
+                "N_TAPS": 4,
+            }
+            for name in ("SCALES", "KEY_TAPS", "VALUE_TAPS"):
+                del taps[name]
+            for constants in (gka, {**gka, **nothing}, softmax, taps):
                 found.append((decode_triton.split_kernel, dtype, constants, 4, 3))
             constants = {"D": D, "HALF": half, "BN": decode_triton.SPLITS}
             found.append((decode_triton.combine_kernel, dtype, constants, 4, 3))
@@ -82,7 +93,8 @@ def resources(kernel, dtype: str, constants: dict, warps: int, stages: int) -> d
         elif name in descriptors:
             signature[name] = f"tensordesc<{dtype}[1,{constants[descriptors[name]]},1,{constants['D']}]>"
         elif name.isupper() and name not in ANY_INTEGER | {"T_PAD"}:
-            signature[name] = "*fp32" if name in FLOAT32 else f"*{dtype}"
+            single = name in FLOAT32 or (name == "SCALES" and dtype == "fp32")
+            signature[name] = "*fp32" if single else "*fp16" if name == "SCALES" else f"*{dtype}"
         else:
             signature[name] = "i32"
         # At run time, pointers, strides and T_PAD are multiples of 16.
