@@ -253,7 +253,7 @@ def test_an_answer_that_is_closed_early_stays_in_the_conversation(session):
 class InterruptedSession:
     """Session whose second answer Ctrl-C cuts short."""
 
-    name, n_asked = "x", 0
+    name, n_asked, stats = "x", 0, {}
 
     def ask(self, text, sampling):
         self.n_asked += 1
