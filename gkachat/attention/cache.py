@@ -244,8 +244,8 @@ class LayerCache:
     def with_lookback(self, x: Tensor) -> Tensor:
         """Return the new inputs (B, T, ...) behind the `lookback` earlier ones, (B, lookback + T, ...), and store them.
 
-        Inputs before the text are zeros. Without lookback, x is returned as it is. Layers with taps have stored their
-        inputs as keys.
+        Inputs before the text are zeros. Without lookback, x is returned as it is. Those of layers with taps lie among
+        the keys, and `append` stores them.
         """
         lookback = self.spec.lookback
         if not lookback:

@@ -41,7 +41,7 @@ router = APIRouter()
 
 @dataclass(frozen=True)
 class Models:
-    """What handlers find in `request.app.state.models`: models by name, and the batcher with their engines."""
+    """Models by name, and the batcher with their engines. Handlers find it in `request.app.state.models`."""
 
     sessions: Mapping[str, ChatSession]
     batcher: Batcher
