@@ -60,7 +60,8 @@ class Cache:
             block: largest number of tokens that a step adds to a row.
             prefix: a cache of one row that every row continues.
         """
-        self.specs, self.prefix, self.length, self.block, self.device = specs, prefix, length, block, device
+        self.specs, self.prefix, self.length, self.block = specs, prefix, length, block
+        self.device, self.dtype = torch.device(device), dtype
         self.head_dim = config.head_dim
         self.first = 0 if prefix is None else prefix.lengths[0]  # position of a row's first token in this cache
         self.lengths = [self.first] * rows
@@ -166,6 +167,14 @@ class CacheStep:
         self._slots: dict[tuple, Tensor] = {}
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def slots_read(self, slots: int) -> int:
+        """Return how many slots of a buffer the new tokens read: those in use, or all of them.
+
+        A CPU's bfloat16 product copies a part of a buffer first, and then takes more than twice as long as with the whole.
+        """
+        copies = self.cache.device.type == "cpu" and self.cache.dtype == torch.bfloat16
+        return slots if self.longest >= slots or (copies and 2 * self.longest >= slots) else self.longest
+
     def layer(self, index: int) -> "LayerCache":
         """Return the part of this step that one layer reads and writes."""
         return LayerCache(self, index)
@@ -215,7 +224,7 @@ class CacheStep:
             if of_prefix:
                 n, newest = slots, torch.full((1, 1), cache.lengths[0] - first - 1, device=device)
             else:
-                n, newest = min(slots, self.longest), self.positions[:, -1:] - first
+                n, newest = self.slots_read(slots), self.positions[:, -1:] - first
             # Latest position that lies in each slot.
             positions = newest - (newest - torch.arange(n, device=device)) % slots + first
             distance = self.positions[:, :, None] - positions[:, None, :]
@@ -289,7 +298,7 @@ class LayerCache:
             buffers = prefix.layers[self.index]
             slots = min(buffers["k"].size(2) - self.halo, prefix.lengths[0])
             slices.append(self._slice(buffers, slice(None), slots, slots, of_prefix=True))
-        own = self._slice(self.buffers, step.rows, step.longest, self.slots, of_prefix=False)
+        own = self._slice(self.buffers, step.rows, step.slots_read(self.slots), self.slots, of_prefix=False)
         if not include_self:
             positions, _, _ = step.view(self.spec.window, self.slots, False, self.rotates_keys)
             is_self = positions[:, None, None, :] == step.positions[:, None, :, None]

@@ -29,12 +29,22 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def rms_norm(x: Tensor, gain_H: Tensor | None = None) -> Tensor:
     """Divide the last axis by its root mean square, and multiply each head of (B, T, H, D) by its gain, if given."""
-    return _RMSNorm.apply(x, gain_H)[0]
+    return rms_norm_and_scale(x, gain_H)[0]
 
 
-def rms_norm_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_and_scale(x: Tensor, gain_H: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return `rms_norm(x)` and what it multiplied x by, (..., 1) in float32 or wider, without gradient."""
-    return _RMSNorm.apply(x, None)
+    # For a token, an autograd.Function takes a third as long as the operations in it.
+    return _RMSNorm.apply(x, gain_H) if torch.is_grad_enabled() else _normalised(x, gain_H)
+
+
+def _normalised(x: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+    wide_x = cast(x, torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
+    scale = (norm.square() / x.size(-1) + torch.finfo(wide_x.dtype).eps).rsqrt()
+    if gain is not None:
+        scale = scale * cast(gain, scale.dtype)[..., None]
+    return cast(wide_x * scale, x.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -46,12 +56,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
-        wide_x = cast(x, torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
-        scale = (norm.square() / x.size(-1) + torch.finfo(wide_x.dtype).eps).rsqrt()
-        if gain is not None:
-            scale = scale * cast(gain, scale.dtype)[:, None]
-        y = cast(wide_x * scale, x.dtype)
+        y, scale = _normalised(x, gain)
         ctx.save_for_backward(y, scale, gain)
         ctx.mark_non_differentiable(scale)
         return y, scale
@@ -94,7 +99,7 @@ def apply_rope(x_BTHD: Tensor, rope: Rope | None) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (..., D), or its first channels, by tables that broadcast against half of what is rotated."""
-    return _Rotation.apply(x, cos, sin)
+    return _Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else _rotated(x, cos, sin, 1)
 
 
 class _Rotation(torch.autograd.Function):
@@ -148,14 +153,6 @@ def short_conv(x_BTHD: Tensor, weight_NHD: Tensor) -> Tensor:
     return _ShortConv.apply(x_BTHD, weight_NHD.to(x_BTHD.dtype))
 
 
-def short_convs(x_BSHD: Tensor, weights: Sequence[Tensor], T: int) -> list[Tensor]:
-    """Return the convolutions by several weights at the last T tokens, each (B, T, H, D)."""
-    if T > 1 or x_BSHD.size(1) != len(weights[0]):
-        return [short_conv(x_BSHD, weight)[:, -T:] for weight in weights]
-    # Decoding a token takes two operations in all, where the number of operations decides the time.
-    return list((torch.stack(weights).to(x_BSHD.dtype)[:, None] * x_BSHD.flip(1)).sum(dim=2, keepdim=True))
-
-
 class _ShortConv(torch.autograd.Function):
     """Convolution tap by tap, in place. On a CPU it is several times as fast as torch's depthwise convolution."""
 
@@ -186,9 +183,21 @@ def convolved_features(
     The weights are those of three ShortConv. Also returns what the norm multiplied the keys by, (B, T, H, 1), without
     gradient.
     """
-    q, k, v = short_convs(x_BSHD, weights, T)
+    if T == 1 and x_BSHD.size(1) == len(weights[0]) and not torch.is_grad_enabled():
+        return _features_of_a_token(x_BSHD, weights, gain_H)
+    q, k, v = (short_conv(x_BSHD, weight)[:, -T:] for weight in weights)
     k, key_scales = rms_norm_and_scale(k)
     return rms_norm(q, gain_H), k, v, key_scales
+
+
+def _features_of_a_token(
+    x_BNHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `convolved_features` returns, in few operations: for a single token their number decides the time."""
+    convolved = (torch.stack(weights).to(x_BNHD.dtype)[:, None] * x_BNHD.flip(1)).sum(dim=2, keepdim=True)
+    gains = torch.stack((gain_H, torch.ones_like(gain_H)))[:, None, None]
+    (q, k), (_, key_scales) = (pair.unbind() for pair in rms_norm_and_scale(convolved[:2], gains))
+    return q, k, convolved[2], key_scales
 
 
 class Features(NamedTuple):
