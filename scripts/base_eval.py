@@ -34,8 +34,8 @@ def main(
 
     Args:
         run_name: Name or directory of a run. Under torchrun, all processes share the work.
-        eval: bpb: bits per byte on all of val and as many training tokens. core: CORE; when interrupted, the same
-            command continues after the last finished task.
+        eval: bpb: bits per byte on all of val and a quarter as many training tokens. core: CORE; when interrupted, the
+            same command continues after the last finished task.
         step: Step of the checkpoint; by default the last one.
         device: A torch device, or auto.
         dtype: Dtype of activations; auto: as in training.

@@ -19,7 +19,7 @@ def main(
     run_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     tasks: tuple[str, ...] = SCORED_TASKS,
     limit: int = MAX_QUESTIONS,
-    batch_size: int = 16,
+    batch_size: int = 64,
     step: int | None = None,
     device: str = "auto",
 ) -> None:

@@ -170,7 +170,7 @@ class CacheStep:
     def slots_read(self, slots: int) -> int:
         """Return how many slots of a buffer the new tokens read: those in use, or all of them.
 
-        A CPU's bfloat16 product copies a part of a buffer first, and then takes more than twice as long as with the whole.
+        A CPU copies a part of a buffer before it multiplies it in bfloat16. All of it takes 0.4 of the time.
         """
         copies = self.cache.device.type == "cpu" and self.cache.dtype == torch.bfloat16
         return slots if self.longest >= slots or (copies and 2 * self.longest >= slots) else self.longest

@@ -25,6 +25,7 @@ from gkachat.train.distributed import World, all_reduce_sum
 
 MAX_LOGITS = {"cpu": 2**28, "cuda": 2**30}  # in one forward pass: 1 and 4 GiB in float32
 ROWS = {"cpu": 4, "cuda": 16}  # in a batch of evaluate_corpus
+TRAIN_SHARE = 4  # val has this many times the training tokens: theirs is the figure that nobody compares
 
 
 def evaluate_bpb(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor | np.ndarray) -> float:
@@ -100,8 +101,9 @@ def evaluate_corpus(
     """Return a model's bits per byte on the corpus in `tokens_dir`, which holds its shards and their manifest.
 
     `packing` is that of `plan_rows`; figures of different ones cannot be compared. The ranks share the batches and
-    return the same figures. These are val_bpb over all of val, train_bpb over as many training tokens, unigram_bpb (the
-    unigram model on val), val_tokens, and val_sha256, the hashes of val's texts: runs with equal ones can be compared.
+    return the same figures. These are val_bpb over all of val, train_bpb over a quarter as many training tokens,
+    unigram_bpb (the unigram model on val), val_tokens, and val_sha256, the hashes of val's texts: runs with equal ones
+    can be compared.
     """
     splits = {name: Split(tokens_dir, name, tokenizer) for name in ("train", "val")}
     val_tokens = sum(int(documents.length.sum()) for documents in splits["val"])
@@ -119,7 +121,7 @@ def evaluate_corpus(
 
     return {
         "val_bpb": bpb("val", None),
-        "train_bpb": bpb("train", val_tokens),
+        "train_bpb": bpb("train", val_tokens // TRAIN_SHARE),
         "unigram_bpb": unigram_bpb(splits["train"], splits["val"], token_bytes),
         "val_tokens": val_tokens,
         "packing": packing,

@@ -49,7 +49,7 @@ def evaluate_chat(
     *,
     val_fraction: float,
     limit: int = MAX_QUESTIONS,
-    rows: int = 16,
+    rows: int = 64,
 ) -> dict[str, dict[str, Any]]:
     """Ask held-out questions, with greedy decoding, and return {task: figures}.
 

@@ -201,7 +201,7 @@ def markdown(comparison: dict[str, Any]) -> str:
     published = " Published: gka over softmax at depth 20 (arXiv 2605.02144)."
     text += (
         f"\nRatios are over {first}.{published if any(row['published'] for row in rows) else ''}\n"
-        "Bits per byte are taken over all of the val split, and over as many training tokens.\n"
+        "Bits per byte are taken over all of the val split, and over a quarter as many training tokens.\n"
         "Tokens per second include waits for shards that were still being made and, on CPUs, other runs of a speedrun, "
         "which share the cores; scripts.bench_step compares speeds.\n"
     )

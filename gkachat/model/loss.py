@@ -62,6 +62,11 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x_NC.device)
         dx, dweight = [], torch.zeros_like(weight_VC) if with_gradients else None
         few = rows = max(1, LOGITS_PER_PART // weight.size(0))
+        shape, kept = x_NC.shape, None
+        if x_NC.device.type == "cpu" and not torch.compiler.is_compiling() and not scored_N.all():
+            # Tuning scores few tokens. A GPU, and a compiled graph, would have to wait for their number.
+            kept = scored_N.nonzero()[:, 0]
+            x_NC, targets_N, scored_N = x_NC[kept], targets_N[kept], scored_N[kept]
         if x_NC.device.type == "cpu":  # a compiled graph holds every piece, so that there are 64 at most
             few = max(1, LOGITS_IN_CACHE // weight.size(0), len(x_NC) // 64)
         for part in zip(x_NC.split(rows), targets_N.split(rows), scored_N.split(rows), strict=True):
@@ -87,7 +92,10 @@ class _HeadLoss(torch.autograd.Function):
             if with_gradients:
                 dweight += dlogits_NV.mT @ part[0]
         if with_gradients:
-            ctx.save_for_backward(torch.cat(dx), dweight, count)
+            dx_NC = torch.cat(dx) if dx else x_NC
+            if kept is not None:
+                dx_NC = dx_NC.new_zeros(shape).index_copy_(0, kept, dx_NC)
+            ctx.save_for_backward(dx_NC, dweight, count)
         return total / count
 
     @staticmethod

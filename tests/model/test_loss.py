@@ -62,3 +62,21 @@ def test_no_tensor_of_all_logits_is_made(monkeypatch):
     with RecordSizes():
         head_loss(x, weight, targets).backward()
     assert max(sizes) < N * V
+
+
+def test_on_a_cpu_only_scored_tokens_pass_the_head():
+    x, weight, targets = inputs(torch.float32)
+    targets[3:] = -1
+    rows = []
+
+    class RecordProducts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default:
+                rows.append(args[0].size(0))
+            return func(*args, **(kwargs or {}))
+
+    with RecordProducts():
+        head_loss(x, weight, targets)
+    assert rows == [2, 2, V]  # logits, gradient of x, gradient of the weight; token 0 is not scored
+    targets.fill_(-1)
+    assert head_loss(x, weight, targets).isnan()
