@@ -133,9 +133,10 @@ def parse_args(target: Callable[..., T], args: Sequence[str], **options: Any) ->
 
 
 def _rules() -> Any:
-    """Return the tyro rules of words, whole numbers and paths.
+    """Return the tyro rules of words, whole numbers, paths and tuples.
 
-    true, false and none are written as in TOML, whole numbers have at most 64 bits, and ~ in a path is expanded.
+    true, false and none are written as in TOML, whole numbers have at most 64 bits, and ~ in a path is expanded. The
+    help shows an empty tuple as none.
     """
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -175,6 +176,21 @@ def _rules() -> Any:
             instance_from_str=lambda texts: expand(texts[0]),
             is_instance=lambda value: isinstance(value, Path),
             str_from_instance=lambda value: [str(value)],
+        )
+
+    @registry.primitive_rule
+    def tuple_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type_origin is not tuple:
+            return None
+        item, _ = get_args(info.type)  # of a tuple of any length
+        spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(item, info.markers))
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar=f"[{spec.metavar} [{spec.metavar} ...]]",
+            instance_from_str=lambda texts: tuple(spec.instance_from_str([text]) for text in texts),
+            is_instance=lambda value: isinstance(value, tuple) and all(map(spec.is_instance, value)),
+            str_from_instance=lambda value: [spec.str_from_instance(one)[0] for one in value] or ["none"],
+            choices=spec.choices,
         )
 
     return registry

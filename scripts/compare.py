@@ -15,7 +15,11 @@ from scripts.cli import run
 
 
 def main(
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN [RUN ...]")],
+    runs: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN RUN [RUN ...]", help_behavior_hint="(required)"),
+    ],
     out: Path | None = None,
     wandb: str = "",
 ) -> None:

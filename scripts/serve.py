@@ -14,7 +14,9 @@ from scripts.cli import run
 
 
 def main(
-    run_names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")],
+    run_names: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
+    ],
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,

@@ -44,6 +44,7 @@ def test_help_shows_usage_and_an_example(script, tmp_path):
     commands = [line for line in result.stdout.splitlines() if re.search(rf" -m scripts\.{script}\b", line)][1:]
     assert all(line.count(" -m scripts.") == 1 and line.split()[0] in ("python", "torchrun") for line in commands)
     assert commands and ("[RUN]" in result.stdout.splitlines()[0]) == (script == "chat_cli")
+    assert "(default: )" not in " ".join(result.stdout.replace("│", "").split())
     assert not any(tmp_path.iterdir())
 
 

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import count, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -210,58 +211,13 @@ def write_shards(
     tokenizer. An unfinished one is replaced.
     """
     manifest = Manifest(source, tokenizer.sha256)
-    finished: dict[str, Shard] = {}
-    if (directory / MANIFEST).exists():
-        before = read_manifest(directory)
-        if differences := _differences(before, manifest):
-            if before.complete and not reread:
-                raise ValueError(
-                    f"{directory} was made from another source or tokenizer ({'; '.join(differences)}): "
-                    "give --reread to make it again, or another data.name"
-                )
-            _remove(directory, before)  # one that was never finished is in nobody's way
-            before = manifest
-        finished = {shard.name: shard for shard in before.shards if _is_intact(directory, shard)}
-        if before.complete and len(finished) == len(before.shards) and not reread:
-            yield from ((shard, True) for shard in before.shards)
-            return
-
-    written = dict.fromkeys(SPLITS, 0)
-    in_work: deque[tuple[str, str, int, str, list[Future]]] = deque()
-    with ThreadPoolExecutor() as pool:  # tiktoken releases the interpreter lock, so that it uses all cores
-
-        def finish_oldest() -> tuple[Shard, bool]:
-            """Write the shard that has been in work for longest, and the manifest."""
-            split, name, n_bytes, text_sha256, parts = in_work.popleft()
-            reused = not parts
-            shard = finished.pop(name, None)
-            if not reused:
-                tokens = [document for part in parts for document in part.result()]
-                shard = _write_shard(directory, split, name, tokens, n_bytes, text_sha256)
-            manifest.shards.append(shard)
-            # Finished shards that are still ahead stay in the manifest, or a second interruption would lose them.
-            ahead = [*manifest.shards, *finished.values()]
-            Manifest(source, tokenizer.sha256, shards=ahead).save(directory)
-            return shard, reused
-
-        try:
-            for split, texts in _group_into_shards(documents, shard_chars):
-                name = f"{split}_{written[split]:05d}"
-                written[split] += 1
-                encoded = [text.encode() for text in texts]
-                text_sha256 = _hash_texts(encoded)
-                there = name in finished and finished[name].text_sha256 == text_sha256
-                chunks = [] if there else [texts[at : at + CHUNK] for at in range(0, len(texts), CHUNK)]
-                parts = [pool.submit(list, map(tokenizer.encode_to_numpy, chunk)) for chunk in chunks]
-                in_work.append((split, name, sum(map(len, encoded)), text_sha256, parts))
-                # The texts of the next shard are read, or downloaded, while those of this one are tokenized.
-                while len(in_work) > len(SPLITS):
-                    yield finish_oldest()
-            while in_work:
-                yield finish_oldest()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    earlier = _earlier_manifest(directory, manifest, reread)
+    intact = [shard for shard in earlier.shards if _is_intact(directory, shard)]
+    if earlier.complete and len(intact) == len(earlier.shards) and not reread:
+        yield from ((shard, True) for shard in intact)
+        return
+    groups = _group_into_shards(documents, shard_chars)
+    yield from _write_groups(groups, tokenizer, directory, manifest, {shard.name: shard for shard in intact})
     for split in SPLITS:
         if not manifest.total(split, "tokens"):
             raise ValueError(f"the {split} split is empty; give more documents, or another data.val_fraction")
@@ -288,6 +244,26 @@ def _differences(before: Manifest, now: Manifest) -> list[str]:
     return [f"{name}: given {new!r}, it has {old!r}" for name, (new, old) in pairs.items() if new != old]
 
 
+def _earlier_manifest(directory: Path, now: Manifest, reread: bool) -> Manifest:
+    """Return the manifest in a directory, or `now` if there is none of the same source and tokenizer.
+
+    Shards of others are removed. Raises ValueError if they are complete, unless `reread` is set.
+    """
+    if not (directory / MANIFEST).exists():
+        return now
+    earlier = read_manifest(directory)
+    differences = _differences(earlier, now)
+    if not differences:
+        return earlier
+    if earlier.complete and not reread:
+        raise ValueError(
+            f"{directory} was made from another source or tokenizer ({'; '.join(differences)}): "
+            "give --reread to make it again, or another data.name"
+        )
+    _remove(directory, earlier)  # one that was never finished is in nobody's way
+    return now
+
+
 def _remove(directory: Path, manifest: Manifest) -> None:
     """Remove a corpus, its manifest first."""
     (directory / MANIFEST).unlink()
@@ -308,6 +284,72 @@ def _group_into_shards(documents: Iterable[tuple[str, str]], shard_chars: int) -
     yield from ((split, texts[split]) for split in SPLITS if texts[split])
 
 
+class _ShardInWork(NamedTuple):
+    """A shard between its texts and its files."""
+
+    split: str
+    name: str
+    bytes: int
+    text_sha256: str
+    earlier: Shard | None
+    """The shard of an earlier run that has the same texts, if any."""
+    chunks: list[Future]
+    """Token arrays of CHUNK documents each, which threads make. Empty where there is an earlier shard."""
+
+
+def _write_groups(
+    groups: Iterable[tuple[str, list[str]]],
+    tokenizer: Tokenizer,
+    directory: Path,
+    manifest: Manifest,
+    finished: dict[str, Shard],
+) -> Iterator[tuple[Shard, bool]]:
+    """Make a shard of each group of texts, add it to the manifest, and yield what `write_shards` yields.
+
+    `finished` has the shards of an earlier run by name. The texts of the next shard are read, or downloaded, while
+    those of this one are tokenized.
+    """
+    numbers = {split: count() for split in SPLITS}
+    in_work: deque[_ShardInWork] = deque()
+    with ThreadPoolExecutor() as pool:  # tiktoken releases the interpreter lock, so that it uses all cores
+        try:
+            for split, texts in groups:
+                name = f"{split}_{next(numbers[split]):05d}"
+                in_work.append(_begin_shard(pool, tokenizer, split, name, texts, finished.get(name)))
+                while len(in_work) > len(SPLITS):
+                    yield _finish_shard(in_work.popleft(), directory, manifest, finished)
+            while in_work:
+                yield _finish_shard(in_work.popleft(), directory, manifest, finished)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _begin_shard(
+    pool: ThreadPoolExecutor, tokenizer: Tokenizer, split: str, name: str, texts: list[str], earlier: Shard | None
+) -> _ShardInWork:
+    """Start to tokenize texts, unless they are those of the earlier shard of this name."""
+    encoded = [text.encode() for text in texts]
+    text_sha256 = _hash_texts(encoded)
+    if earlier is not None and earlier.text_sha256 != text_sha256:
+        earlier = None
+    chunks = [] if earlier else [texts[at : at + CHUNK] for at in range(0, len(texts), CHUNK)]
+    futures = [pool.submit(list, map(tokenizer.encode_to_numpy, chunk)) for chunk in chunks]
+    return _ShardInWork(split, name, sum(map(len, encoded)), text_sha256, earlier, futures)
+
+
+def _finish_shard(
+    work: _ShardInWork, directory: Path, manifest: Manifest, finished: dict[str, Shard]
+) -> tuple[Shard, bool]:
+    """Write a shard, unless there is an earlier one, and the manifest; return it, and whether it is an earlier one."""
+    shard = work.earlier or _write_shard(work, directory)
+    finished.pop(work.name, None)
+    manifest.shards.append(shard)
+    # Finished shards that are still ahead stay in the manifest, or a second interruption would lose them.
+    replace(manifest, shards=[*manifest.shards, *finished.values()]).save(directory)
+    return shard, shard is work.earlier
+
+
 def _hash_texts(texts: list[bytes]) -> str:
     """Return one hash of a list of texts and of where each ends."""
     digest = hashlib.sha256()
@@ -317,17 +359,16 @@ def _hash_texts(texts: list[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _write_shard(
-    directory: Path, split: str, name: str, tokens: list[np.ndarray], n_bytes: int, text_sha256: str
-) -> Shard:
+def _write_shard(work: _ShardInWork, directory: Path) -> Shard:
+    tokens = [document for chunk in work.chunks for document in chunk.result()]
     offsets = np.zeros(len(tokens) + 1, dtype=np.uint64)
     np.cumsum([len(document) for document in tokens], out=offsets[1:])
     content = {"bin": np.concatenate(tokens).tobytes(), "idx": offsets.tobytes()}
     for suffix, data in content.items():
-        with atomic_write(directory / f"{name}.{suffix}") as file:
+        with atomic_write(directory / f"{work.name}.{suffix}") as file:
             file.write(data)
     hashes = {f"{suffix}_sha256": hashlib.sha256(data).hexdigest() for suffix, data in content.items()}
-    return Shard(split, name, len(tokens), int(offsets[-1]), n_bytes, text_sha256, **hashes)
+    return Shard(work.split, work.name, len(tokens), int(offsets[-1]), work.bytes, work.text_sha256, **hashes)
 
 
 def _read_array(directory: Path, shard: Shard, suffix: str) -> np.ndarray:

@@ -24,7 +24,7 @@ from gkachat.model.loss import LOGIT_CAP
 from gkachat.tokenizer import BOS, Tokenizer
 
 ATTENTIONS = ("softmax", "gka", "gka_conv")  # those that attention_gkachat.py has
-SOURCES = ("configuration_gkachat.py", "attention_gkachat.py", "modeling_gkachat.py")
+SOURCES = ("configuration_gkachat.py", "positions_gkachat.py", "attention_gkachat.py", "modeling_gkachat.py")
 END_OF_ANSWER = "<|assistant_end|>"
 PAD = "<|output_end|>"  # no text has it; a token that ends texts would be left out of the loss as padding
 CHAT_TEMPLATE = (  # renders what gkachat.data.conversations.render does

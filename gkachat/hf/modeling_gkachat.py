@@ -28,8 +28,6 @@ from .attention_gkachat import (
     QK_SCALE,
     GaussianKernelAttention,
     GKAConv,
-    Positions,
-    RecentInputs,
     ShortConv,
     ValueEmbedding,
     linear,
@@ -37,6 +35,7 @@ from .attention_gkachat import (
     rms_norm,
 )
 from .configuration_gkachat import GkachatConfig
+from .positions_gkachat import Positions, RecentInputs
 
 SMEAR_CHANNELS = 24  # embedding channels that the smear's gate reads
 # The output field that holds the cache was renamed between versions of transformers.

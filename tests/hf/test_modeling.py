@@ -13,9 +13,9 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from gkachat.hf import configuration_gkachat  # noqa: E402
-from gkachat.hf.attention_gkachat import BLOCK, Positions  # noqa: E402
 from gkachat.hf.configuration_gkachat import GkachatConfig  # noqa: E402
 from gkachat.hf.modeling_gkachat import GkachatForCausalLM, GkachatForSequenceClassification  # noqa: E402
+from gkachat.hf.positions_gkachat import BLOCK, Positions  # noqa: E402
 
 V, C, WINDOW = 64, 32, 9
 SHAPES = {
