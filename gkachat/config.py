@@ -362,7 +362,7 @@ class OptimConfig:
     smear_lr: float = 0.2
     """Gate and scale of the smear, and scale of the backout. `lr_scale` leaves it alone."""
     sigma_lr: float = 0.01
-    """Log bandwidths (log sigma) of gka and gka_conv."""
+    """Log bandwidths (log sigma) of gka and gka_conv, and the biases of forget gates."""
     conv_lr: float = 0.02
     """Taps of short convolutions."""
     position_lr: float = 0.01

@@ -61,13 +61,15 @@ class Attention(nn.Module):
     """Number of earlier inputs that `qkv` needs, as short convolutions do."""
     taps = 1
     """Number of inputs that a key and a value are convolutions of, in a layer whose `qkv` has `taps`."""
+    forgets = False
+    """Whether `qkv` has biases of keys that are a running sum over the text."""
 
     def __init__(self, config: GPTConfig, index: int):
         super().__init__()
         self.config, self.window = config, config.window(index)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def inputs(self, x_BTC: Tensor, rope: Rope | None) -> Tensor:
+    def inputs(self, x_BTC: Tensor) -> Tensor:
         """Return what `qkv` reads of each token, (B, T, ...): the block input, or what a subclass makes of it."""
         return x_BTC
 
@@ -98,7 +100,7 @@ class Attention(nn.Module):
 
         With a cache, the new tokens are written to it, and attend to the cached tokens as well.
         """
-        inputs = self.inputs(x_BTC, rope)
+        inputs = self.inputs(x_BTC)
         if cache is None:
             y_BTHD = self.kernel.attend(self.qkv(inputs, idx_BT, rope))
         else:
@@ -108,9 +110,9 @@ class Attention(nn.Module):
                 y_BTHD = self.kernel.attend(qkv)
             else:
                 y_BTHD = self.decode_kernel.attend(qkv, cache.slices(self.include_self))
-        return self.c_proj(self.output(y_BTHD, x_BTC, rope).flatten(2))
+        return self.c_proj(self.output(y_BTHD, x_BTC).flatten(2))
 
-    def output(self, y_BTHD: Tensor, x_BTC: Tensor, rope: Rope | None) -> Tensor:
+    def output(self, y_BTHD: Tensor, x_BTC: Tensor) -> Tensor:
         """Return what `c_proj` reads, (B, T, H, D): the mean of the values, or what a subclass makes of it."""
         return y_BTHD
 
@@ -122,7 +124,7 @@ class Attention(nn.Module):
 
         `key_bias_BS` is added to the scores of each key, -inf for one that is ignored.
         """
-        qkv = self.qkv(self.inputs(x_BTC, rope), idx_BT, rope)
+        qkv = self.qkv(self.inputs(x_BTC), idx_BT, rope)
         q_BHTD, k_BHSD = reference.queries_and_keys(qkv)
         mask = reference.visible(x_BTC.size(1), self.window, self.config.causal, self.include_self, x_BTC.device)
         scores_BHTS = self.scores(q_BHTD, k_BHSD, qkv)
@@ -168,7 +170,7 @@ class Attention(nn.Module):
     def cache_spec(self) -> LayerCacheSpec:
         """Specification of what the cache keeps of each token: norms of keys only where Gaussian scores need them."""
         key_norms = self.gaussian and not self.unit_norm
-        return LayerCacheSpec(self.window, True, self.shares_kv, key_norms, self.lookback, self.taps)
+        return LayerCacheSpec(self.window, True, self.shares_kv, key_norms, self.lookback, self.taps, self.forgets)
 
     def split_heads(self, x_BTC: Tensor) -> Tensor:
         """Reshape (B, T, C) to (B, T, H, D)."""

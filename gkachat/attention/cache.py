@@ -35,6 +35,8 @@ class LayerCacheSpec(NamedTuple):
     taps: int = 1
     """Number of tokens that a key and a value are convolutions of. Above 1, the cache keeps one tensor that both are
     made of, whose earlier tokens are also those that `lookback` asks for, and a scale per key."""
+    forgets: bool = False
+    """Whether a bias per key is kept, the running sum of what forget gates give."""
 
 
 class Cache:
@@ -76,6 +78,9 @@ class Cache:
             if halo:
                 scales = torch.float16 if dtype == torch.bfloat16 else dtype  # bfloat16 would round scores by 0.4 %
                 buffers["key_scales"] = torch.zeros(*shape, 1, dtype=scales, device=device)
+            if spec.forgets:  # in bfloat16 a running sum would lose the differences between neighbours
+                wide = torch.promote_types(dtype, torch.float32)
+                buffers["key_bias"] = torch.zeros(*shape, 1, dtype=wide, device=device)
             if spec.has_keys and not spec.shares_kv:
                 buffers["v"] = torch.zeros_like(buffers["k"])
             if spec.key_norms:
@@ -273,20 +278,32 @@ class LayerCache:
         return torch.cat((past * in_text, x), dim=1)
 
     def append(self, qkv: QKV) -> None:
-        """Write keys and values of the new tokens, and the norms or scales of the keys if the layer needs them."""
+        """Write keys and values of the new tokens, and what else the layer needs of each key."""
         k, self.rotates_keys = qkv.cached_k, qkv.unrotated_k is not None
         new = {"k": k, "v": qkv.v}
         if "key_norms" in self.buffers:
             new["key_norms"] = k.float().square().sum(dim=-1, keepdim=True)  # a rotation keeps the norm
-        slots, rows, n = self.step.slots(self.slots), self.step.row_index, self.slots
-        if halo := self.halo:
-            self.buffers["key_scales"][rows, :, slots] = qkv.taps.key_scales.to(self.buffers["key_scales"].dtype)
-            if n < self.cache.length:  # slots that wrap: what lies before the first is what lies in the last
-                self.buffers["k"][rows, :, self.step.slots_before(n, halo)] = k
-            slots = self.step.slots(n, halo)
+        if "key_bias" in self.buffers:
+            new["key_bias"] = qkv.key_bias + self._bias_before()
+        if "key_scales" in self.buffers:
+            new["key_scales"] = qkv.taps.key_scales.to(self.buffers["key_scales"].dtype)
+        rows, n, halo = self.step.row_index, self.slots, self.halo
+        if halo and n < self.cache.length:  # slots that wrap: what lies before the first is what lies in the last
+            self.buffers["k"][rows, :, self.step.slots_before(n, halo)] = k
         for name, tensor in new.items():
             if name in self.buffers:
-                self.buffers[name][rows, :, slots] = tensor
+                self.buffers[name][rows, :, self.step.slots(n, halo if name == "k" else 0)] = tensor
+
+    def _bias_before(self) -> Tensor:
+        """Return the bias of the key before the new tokens, (B, 1, H, 1), and 0 at the beginning of a text."""
+        cache, buffer = self.cache, self.buffers["key_bias"]
+        before, in_text = self.step.before(1)
+        bias = buffer[self.step.row_index, :, (before - cache.first) % buffer.size(2)]
+        if (prefix := cache.prefix) is not None:
+            shared = prefix.layers[self.index]["key_bias"][0].transpose(0, 1)
+            of_prefix = shared[(before - prefix.first) % len(shared)]
+            bias = torch.where((before >= cache.first)[..., None, None], bias, of_prefix)
+        return bias * in_text[..., None]
 
     def slices(self, include_self: bool) -> list[KVSlice]:
         """Return the cached keys and values that the new tokens may attend to: of the prefix, if any, and of the rows.
@@ -307,8 +324,8 @@ class LayerCache:
 
     def _slice(self, buffers: dict[str, Tensor], rows: slice, n: int, slots: int, of_prefix: bool) -> KVSlice:
         """Return the keys and values in the first n slots of the buffers."""
-        names = "v", "key_norms", "key_scales"
+        names = "v", "key_norms", "key_scales", "key_bias"
         k = buffers["k"][rows, :, : self.halo + n]
-        v, norms, scales = (buffers[name][rows, :, :n] if name in buffers else None for name in names)
+        v, norms, scales, bias = (buffers[name][rows, :, :n] if name in buffers else None for name in names)
         _, mask, rope = self.step.view(self.spec.window, slots, of_prefix, self.rotates_keys)
-        return KVSlice(k, k if v is None else v, mask, norms, rope, scales)
+        return KVSlice(k, k if v is None else v, mask, norms, rope, scales, bias)

@@ -1,7 +1,7 @@
-"""gka_conv: Gaussian Kernel Attention on short convolutions of one tensor, which is all that decoding keeps of a token.
+"""gka_conv: Gaussian Kernel Attention on short convolutions of the block input, which is all that decoding keeps of it.
 
-    r_t = rope(x_t)    q = norm(conv(r))    k = norm(conv(r))    v = conv(r)    s_ij = q_i . k_j / sigma^2
-    y_i = gate_i rope^-1(sum_j softmax_j(s_ij) v_j)
+    q_i = norm(conv(x))_i    k_j = norm(conv(x))_j    v_j = conv(x)_j
+    s_ij = q_i . k_j / sigma^2 + log(f_(j+1) ... f_i)    y_i = gate_i sum_j softmax_j(s_ij) v_j
 
 A token of published GKA attends to tokens like itself. Here the convolution of the keys starts as a delay, by 1, 2, 3,
 1, ... tokens from head to head. A token then attends to what followed tokens like itself, as an induction head does
@@ -9,19 +9,20 @@ A token of published GKA attends to tokens like itself. Here the convolution of 
 distance reduces to the dot product. The layer divides its queries by sigma^2, and is then softmax attention to every
 kernel.
 
-The rotation comes before the convolutions, so that keys and values of cached tokens can be read off r by tap (`Taps`),
-without rotating them. Values are therefore rotated as well, and the output is rotated back. Half of the channels do not
-rotate at all: this costs the positions nothing, and what a value says there does not depend on how far away it is. The
-convolutions have 12 C parameters per layer. docs/experiments.md measures what each part is worth.
+Forget gates f take the place of rotary positions (forget_gate.py). Nothing is rotated, so that keys and values of
+cached tokens can be read off x by tap (`Taps`). The convolutions have 12 C parameters per layer, the forget gates
+C + 1 per head. docs/experiments.md measures what each part is worth.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkachat.attention.base import Groups
-from gkachat.attention.features import Rope, ShortConv, apply_rope, choose_features
+from gkachat.attention.features import Rope, ShortConv, choose_features
+from gkachat.attention.forget_gate import CHANNELS, ForgetGate, with_bias
 from gkachat.attention.gka import GaussianKernelAttention
 from gkachat.attention.head_gate import HeadGate
 from gkachat.attention.kernels import reference
@@ -31,46 +32,46 @@ from gkachat.config import GPTConfig
 SHARPNESS = 1.2  # q.k / sigma^2 starts as sharp as softmax attention's logits
 
 
-def every_other(rope: Rope) -> Rope:
-    """Return every other column of the tables, which rotate half of the channels, from the fastest to the slowest."""
-    return rope[0][..., ::2], rope[1][..., ::2]
-
-
 class GKAConv(GaussianKernelAttention):
-    """Gaussian Kernel Attention on short convolutions of the rotated block input. Caches that one tensor."""
+    """Gaussian Kernel Attention on short convolutions of the block input. Caches that one tensor."""
 
-    gaussian = False
+    gaussian, forgets = False, True
     taps, lookback = ShortConv.TAPS, ShortConv.TAPS - 1
 
     def __init__(self, config: GPTConfig, index: int):
         super().__init__(config, index)
         self.unit_norm, self.include_self = False, True  # options of published GKA
-        self.conv_q, self.conv_k, self.conv_v = (ShortConv(config.n_head, config.head_dim) for _ in range(3))
+        H, D = config.n_head, config.head_dim
+        self.conv_q, self.conv_k = (ShortConv(H, D - CHANNELS) for _ in range(2))  # the others hold the key's bias
+        self.conv_v = ShortConv(H, D)
+        self.forget_gate = ForgetGate(config)
         self.head_gate = HeadGate(config)
 
-    def inputs(self, x_BTC: Tensor, rope: Rope) -> Tensor:
-        """Return the block input, split into heads and rotated, (B, T, H, D)."""
-        return apply_rope(self.split_heads(x_BTC), every_other(rope))
+    def inputs(self, x_BTC: Tensor) -> Tensor:
+        """Return the block input, split into heads, (B, T, H, D)."""
+        return self.split_heads(x_BTC)
 
-    def qkv(self, r_BSHD: Tensor, idx_BT: Tensor, rope: Rope) -> QKV:
-        """Convolve the rotated input three times, normalise what is compared, and divide q by sigma^2.
+    def qkv(self, x_BSHD: Tensor, idx_BT: Tensor, rope: Rope) -> QKV:
+        """Convolve the input three times, normalise what is compared, divide q by sigma^2, and add biases to the keys.
 
         A softmax kernel's backward lacks the derivative of the norms. That part of the gradient is parallel to the
         feature, and the backward of the norm removes it.
         """
-        weights = self.conv_q.weight, self.conv_k.weight, self.conv_v.weight
-        gain_H, T = self.sigma.square().reciprocal(), idx_BT.size(1)
-        q, k, v, key_scales = self.features.compute(r_BSHD, weights, gain_H, T)
-        return QKV(q, k, v, taps=Taps(r_BSHD[:, -T:], *weights[1:], key_scales))
+        T, new_BTHD = idx_BT.size(1), x_BSHD[:, -idx_BT.size(1) :]
+        key_bias = self.forget_gate(new_BTHD.flatten(2))
+        weights = (*(F.pad(conv.weight, (0, CHANNELS)) for conv in (self.conv_q, self.conv_k)), self.conv_v.weight)
+        q, k, v, key_scales = self.features.compute(x_BSHD, weights, self.sigma.square().reciprocal(), T)
+        taps = Taps(new_BTHD, *weights[1:], key_scales)
+        return QKV(*with_bias(q, k, key_bias), v, taps=taps, key_bias=key_bias)
 
-    def output(self, y_BTHD: Tensor, x_BTC: Tensor, rope: Rope) -> Tensor:
-        """Rotate back, and multiply each head by its gate."""
-        cos, sin = every_other(rope)
-        return self.head_gate(apply_rope(y_BTHD, (cos, -sin)), x_BTC)
+    def output(self, y_BTHD: Tensor, x_BTC: Tensor) -> Tensor:
+        """Multiply each head by its gate."""
+        return self.head_gate(y_BTHD, x_BTC)
 
     def squared_distances(self, q_BHTD: Tensor, k_BHSD: Tensor, qkv: QKV) -> Tensor:
         """Return |q_i - k_j|^2 of the features before q was divided by sigma^2."""
-        return reference.squared_distances(q_BHTD * self.sigma.square()[:, None, None], k_BHSD)
+        q, k = (t[..., :-CHANNELS] for t in (q_BHTD, k_BHSD))
+        return reference.squared_distances(q * self.sigma.square()[:, None, None], k)
 
     def choose_kernels(self, device: torch.device, dtype: torch.dtype) -> None:
         super().choose_kernels(device, dtype)
@@ -86,8 +87,12 @@ class GKAConv(GaussianKernelAttention):
         self.conv_q.init_weights()
         self.conv_k.init_weights(ShortConv.KEY_DELAYS)
         self.conv_v.init_weights()
+        self.forget_gate.init_weights()
         self.head_gate.init_weights()
 
     def parameter_groups(self) -> Groups:
-        convolutions = [conv.weight for conv in (self.conv_q, self.conv_k, self.conv_v)]
-        return super().parameter_groups() | {"convolutions": convolutions, "gates": [self.head_gate.gate.weight]}
+        return super().parameter_groups() | {
+            "convolutions": [conv.weight for conv in (self.conv_q, self.conv_k, self.conv_v)],
+            "gates": [self.head_gate.gate.weight, self.forget_gate.gate.weight],
+            "forget_bias": [self.forget_gate.bias],
+        }

@@ -40,6 +40,9 @@ class QKV(NamedTuple):
     them, so that keys and unrotated values can share one tensor."""
     taps: Taps | None = None
     """What keys and values are convolutions of. Where given, the cache keeps that in place of both."""
+    key_bias: Tensor | None = None
+    """(B, T, H, 1) float32, a running sum that starts with these tokens. The last channels of q and k add it to the
+    score; the cache keeps it, and adds what the text had come to before."""
 
     @property
     def cached_k(self) -> Tensor:
@@ -67,6 +70,8 @@ class KVSlice(NamedTuple):
     """(cos, sin), each (B or 1, 1, S, D/2), for keys that were cached unrotated; None for rotated keys."""
     key_scales: Tensor | None = None
     """(B or 1, H, S, 1), what the norm multiplies each key by, where qkv has taps."""
+    key_bias: Tensor | None = None
+    """(B or 1, H, S, 1) float32, added to the scores of each key, where the layer forgets."""
 
     def rotated_keys(self) -> Tensor:
         """Return the keys after their rotation, (B or 1, H, S, D)."""

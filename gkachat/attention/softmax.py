@@ -43,7 +43,7 @@ class SoftmaxAttention(Attention):
         q, k = (QK_SCALE * rms_norm(apply_rope(t, rope)) for t in (q, k))
         return QKV(q, k, v, scale=self.config.head_dim**-0.5)
 
-    def output(self, y_BTHD: Tensor, x_BTC: Tensor, rope: Rope | None) -> Tensor:
+    def output(self, y_BTHD: Tensor, x_BTC: Tensor) -> Tensor:
         return y_BTHD if self.head_gate is None else self.head_gate(y_BTHD, x_BTC)
 
     def init_weights(self) -> None:

@@ -34,7 +34,7 @@ class ModelStats:
     flops_per_token: int
     """Training FLOPs, forward and backward."""
     cache_bytes_per_token: int
-    """Bytes of keys and values that decoding keeps for each token of context, in bfloat16, with scales of keys."""
+    """Bytes that decoding keeps for each token of context: keys and values in bfloat16, scales and biases of keys."""
 
     @property
     def scaling_params(self) -> int:
@@ -51,11 +51,12 @@ def model_stats(config: GPTConfig) -> ModelStats:
     multiplied = sum(groups.get(name, 0) for name in ("matrices", "lm_head", "convolutions"))
     seen = sum(min(block.attn.window or config.sequence_len, config.sequence_len) for block in model.blocks)
     tensors = sum(1 if block.attn.shares_kv else 2 for block in model.blocks)
-    cached = tensors * config.n_embd + sum(block.attn.taps > 1 for block in model.blocks) * config.n_head  # key scales
+    scales = sum(block.attn.taps > 1 for block in model.blocks)
+    biases = sum(block.attn.forgets for block in model.blocks)
     return ModelStats(
         params={"total": sum(groups.values()), **groups},
         flops_per_token=6 * multiplied + 12 * config.n_embd * seen,
-        cache_bytes_per_token=cached * CACHE_BYTES,
+        cache_bytes_per_token=tensors * config.n_embd * CACHE_BYTES + config.n_head * (2 * scales + 4 * biases),
     )
 
 

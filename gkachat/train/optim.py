@@ -295,6 +295,7 @@ def make_optimizers(
         "smear": config.smear_lr,
         "backout": config.smear_lr,
         "log_sigma": config.sigma_lr,
+        "forget_bias": config.sigma_lr,
         "convolutions": config.conv_lr,
         "positions": config.position_lr,
     }

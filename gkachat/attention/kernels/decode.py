@@ -20,7 +20,7 @@ def attend(qkv: QKV, slices: Sequence[KVSlice]) -> Tensor:
     """Return softmax attention of the new queries to the keys of all slices, (B, T, H, D).
 
     Scores are scale (q.k - |k|^2 / 2), the second term only where a slice has key norms, and `scale` is 1 / sigma^2
-    where qkv has a bandwidth. A token that sees no key gets 0.
+    where qkv has a bandwidth. Where a slice has biases of keys, these are added. A token that sees no key gets 0.
 
     With taps, keys and values are convolutions of what the slices hold. Since q.(w x) = (w q).x, a query becomes one
     for each tap, and nothing but their scores is added up over neighbours: the cache is read as it is.
@@ -34,6 +34,7 @@ def attend(qkv: QKV, slices: Sequence[KVSlice]) -> Tensor:
     for part in slices:
         products = _products(q, part.rotated_keys()).mT if taps is None else _tap_products(q, part, taps.key_weight)
         bias = part.mask if part.key_norms is None else part.mask - (0.5 * scale * part.key_norms).mT
+        bias = bias if part.key_bias is None else bias + part.key_bias.mT
         scores.append(products.float() * scale + bias)
     all_scores = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
     row_max = all_scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
