@@ -204,6 +204,12 @@ class CacheStep:
             self._slots[n, halo, "before"] = tap_slots(tokens, n, halo)
         return self._slots[n, halo, "before"]
 
+    def slot_before(self, n: int) -> Tensor:
+        """Return where the token before the new ones lies (B, 1) in a buffer of n slots."""
+        if (n, "before") not in self._slots:
+            self._slots[n, "before"] = (self.positions[:, :1] - 1 - self.cache.first) % n
+        return self._slots[n, "before"]
+
     def before(self, lookback: int) -> tuple[Tensor, Tensor]:
         """Return the positions (B, lookback) before the new tokens, and whether the text has them (B, lookback, 1).
 
@@ -298,7 +304,7 @@ class LayerCache:
         """Return the bias of the key before the new tokens, (B, 1, H, 1), and 0 at the beginning of a text."""
         cache, buffer = self.cache, self.buffers["key_bias"]
         before, in_text = self.step.before(1)
-        bias = buffer[self.step.row_index, :, (before - cache.first) % buffer.size(2)]
+        bias = buffer[self.step.row_index, :, self.step.slot_before(buffer.size(2))]
         if (prefix := cache.prefix) is not None:
             shared = prefix.layers[self.index]["key_bias"][0].transpose(0, 1)
             of_prefix = shared[(before - prefix.first) % len(shared)]

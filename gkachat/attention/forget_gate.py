@@ -5,11 +5,14 @@ token and head is between 0 and 1. In the scores that is c_j - c_i, where c is t
 term cancels in the softmax, so that c_j is a bias of the key. A layer with forget gates needs no other positions.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkachat.attention.linear import Linear
+from gkachat.attention.qkv import QKV
 from gkachat.config import GPTConfig
 
 MEMORY = (8, 512)  # tokens after which the first and the last head have forgotten 1 - 1/e, to start with
@@ -38,14 +41,20 @@ class ForgetGate(nn.Module):
         return -F.logsigmoid(wide + self.bias).cumsum(dim=1)[..., None]
 
 
-def with_bias(q_BTHD: Tensor, k_BTHD: Tensor, bias_BTH1: Tensor) -> tuple[Tensor, Tensor]:
+def attend_with_bias(qkv: QKV, *, softmax_attend: Callable[[QKV], Tensor]) -> Tensor:
+    """Return what a softmax kernel whose scores are q.k gives where each key has a bias, (B, T, H, D)."""
+    return softmax_attend(bias_in_channels(qkv))
+
+
+def bias_in_channels(qkv: QKV) -> QKV:
     """Return queries and keys of which the last three channels add the bias of the key to the score.
 
-    What they held before is lost; scores are q.k. Any softmax kernel can then run the layer.
+    What these channels held is lost.
     """
-    parts = []
+    parts, left = [], qkv.key_bias
     for _ in range(CHANNELS):
-        parts.append(bias_BTH1.to(k_BTHD.dtype))
-        bias_BTH1 = bias_BTH1 - parts[-1].to(bias_BTH1.dtype)  # what rounding has left out
-    ones = q_BTHD.new_ones(*q_BTHD.shape[:-1], CHANNELS)
-    return torch.cat((q_BTHD[..., :-CHANNELS], ones), dim=-1), torch.cat((k_BTHD[..., :-CHANNELS], *parts), dim=-1)
+        parts.append(left.to(qkv.k.dtype))
+        left = left - parts[-1].to(left.dtype)  # what rounding has left out
+    ones = qkv.q.new_ones(*qkv.q.shape[:-1], CHANNELS)
+    q = torch.cat((qkv.q[..., :-CHANNELS], ones), dim=-1)
+    return qkv._replace(q=q, k=torch.cat((qkv.k[..., :-CHANNELS], *parts), dim=-1), key_bias=None)

@@ -14,7 +14,9 @@ cached tokens can be read off x by tap (`Taps`). The convolutions have 12 C para
 C + 1 per head. docs/experiments.md measures what each part is worth.
 """
 
+import dataclasses
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from gkachat.attention.base import Groups
 from gkachat.attention.features import Rope, ShortConv, choose_features
-from gkachat.attention.forget_gate import CHANNELS, ForgetGate, with_bias
+from gkachat.attention.forget_gate import CHANNELS, ForgetGate, attend_with_bias
 from gkachat.attention.gka import GaussianKernelAttention
 from gkachat.attention.head_gate import HeadGate
 from gkachat.attention.kernels import reference
@@ -52,7 +54,7 @@ class GKAConv(GaussianKernelAttention):
         return self.split_heads(x_BTC)
 
     def qkv(self, x_BSHD: Tensor, idx_BT: Tensor, rope: Rope) -> QKV:
-        """Convolve the input three times, normalise what is compared, divide q by sigma^2, and add biases to the keys.
+        """Convolve the input three times, normalise what is compared, divide q by sigma^2, and give keys their biases.
 
         A softmax kernel's backward lacks the derivative of the norms. That part of the gradient is parallel to the
         feature, and the backward of the norm removes it.
@@ -62,7 +64,7 @@ class GKAConv(GaussianKernelAttention):
         weights = (*(F.pad(conv.weight, (0, CHANNELS)) for conv in (self.conv_q, self.conv_k)), self.conv_v.weight)
         q, k, v, key_scales = self.features.compute(x_BSHD, weights, self.sigma.square().reciprocal(), T)
         taps = Taps(new_BTHD, *weights[1:], key_scales)
-        return QKV(*with_bias(q, k, key_bias), v, taps=taps, key_bias=key_bias)
+        return QKV(q, k, v, taps=taps, key_bias=key_bias)
 
     def output(self, y_BTHD: Tensor, x_BTC: Tensor) -> Tensor:
         """Multiply each head by its gate."""
@@ -70,11 +72,12 @@ class GKAConv(GaussianKernelAttention):
 
     def squared_distances(self, q_BHTD: Tensor, k_BHSD: Tensor, qkv: QKV) -> Tensor:
         """Return |q_i - k_j|^2 of the features before q was divided by sigma^2."""
-        q, k = (t[..., :-CHANNELS] for t in (q_BHTD, k_BHSD))
-        return reference.squared_distances(q * self.sigma.square()[:, None, None], k)
+        return reference.squared_distances(q_BHTD * self.sigma.square()[:, None, None], k_BHSD)
 
     def choose_kernels(self, device: torch.device, dtype: torch.dtype) -> None:
         super().choose_kernels(device, dtype)
+        attend = partial(attend_with_bias, softmax_attend=self.kernel.attend)
+        self.kernel = dataclasses.replace(self.kernel, attend=attend)
         self.features = choose_features(self.config.head_dim, device, dtype)
 
     def kernel_lines(self) -> list[str]:

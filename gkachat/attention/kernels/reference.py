@@ -42,10 +42,11 @@ def squared_distances(q_BHTD: Tensor, k_BHSD: Tensor) -> Tensor:
 
 
 def scores(q_BHTD: Tensor, k_BHSD: Tensor, qkv: QKV) -> Tensor:
-    """Return scores (B, H, T, S): `scale * q.k`, or with sigma -|q - k|^2 / (2 sigma^2)."""
-    if qkv.sigma is None:
-        return qkv.scale * q_BHTD @ k_BHSD.mT
-    return -squared_distances(q_BHTD, k_BHSD) / (2 * qkv.sigma.to(q_BHTD.dtype).square()[:, None, None])
+    """Return the scores (B, H, T, S): `scale * q.k` and the bias of the key, or with sigma -|q - k|^2 / (2 sigma^2)."""
+    if qkv.sigma is not None:
+        return -squared_distances(q_BHTD, k_BHSD) / (2 * qkv.sigma.to(q_BHTD.dtype).square()[:, None, None])
+    products = qkv.scale * q_BHTD @ k_BHSD.mT
+    return products if qkv.key_bias is None else products + qkv.key_bias.permute(0, 2, 3, 1)
 
 
 def weights(scores_BHTS: Tensor, mask: Tensor) -> Tensor:
