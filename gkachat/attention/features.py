@@ -91,14 +91,13 @@ def rope_at(positions: Tensor, head_dim: int) -> Rope:
 def apply_rope(x_BTHD: Tensor, rope: Rope | None) -> Tensor:
     """Rotate the channels of each token by its position. With None, return x as it is.
 
-    Channels i and i + D/2 form a pair (a, b) -> (a cos + b sin, b cos - a sin), which is nanochat's direction. With
-    tables of P < D/2 columns these are the pairs of the first 2 P channels, and the others stay as they are.
+    Channels i and i + D/2 form a pair (a, b) -> (a cos + b sin, b cos - a sin), which is nanochat's direction.
     """
     return x_BTHD if rope is None else rotate(x_BTHD, *(table.unsqueeze(-2) for table in rope))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (..., D), or its first channels, by tables that broadcast against half of what is rotated."""
+    """Rotate x (..., D) by tables that broadcast against half of it."""
     return _Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else _rotated(x, cos, sin, 1)
 
 
@@ -117,8 +116,6 @@ class _Rotation(torch.autograd.Function):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     """Rotate by the angles (direction 1) or back (-1), in the tables' precision."""
-    if (n := 2 * cos.size(-1)) < x.size(-1):
-        return torch.cat((_rotated(x[..., :n], cos, sin, direction), x[..., n:]), dim=-1)
     wide_x = cast(x, torch.promote_types(x.dtype, cos.dtype))  # a CPU takes longer for products of two dtypes
     y = wide_x * torch.cat((cos, cos), dim=-1)
     (a, b), (y_a, y_b) = wide_x.chunk(2, dim=-1), y.chunk(2, dim=-1)
