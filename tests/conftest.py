@@ -6,9 +6,11 @@ import io
 import json
 import os
 import runpy
+import signal
 import struct
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,7 +186,7 @@ def run_script(script, *args, home, stdin=""):
 
 
 def launch(n, *options, home, script="scripts.base_train", timeout=300):
-    """Run a script, or another module, in n processes."""
+    """Run a script, or another module, in n processes of torchrun. `run_ranks` is the faster way."""
     return subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
@@ -193,6 +195,37 @@ def launch(n, *options, home, script="scripts.base_train", timeout=300):
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "GKACHAT_HOME": str(home)},
         capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
+
+
+def run_ranks(n, script, *args, home):
+    """Run a script in n processes that form a world, as `launch` does. Same result, with the output of all of them.
+
+    They are forked from this process, which has imported torch already, and use the store that torchrun would offer.
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = {"WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    pipes, pids = [], []
+    for rank in range(n):
+        read, write = os.pipe()
+        if (pid := os.fork()) == 0:
+            code = 1
+            try:
+                signal.alarm(300)  # ends a process that waits for one that is gone
+                os.environ.update({k: str(v) for k, v in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()})
+                result = run_script(script, *args, home=home)
+                code, written = result.returncode, [result.stdout, result.stderr]
+            except BaseException:
+                written = ["", traceback.format_exc()]
+            finally:
+                with open(write, "w") as pipe:
+                    json.dump(written, pipe)
+                os._exit(code)
+        os.close(write)
+        pipes.append(read)
+        pids.append(pid)
+    out, err = zip(*(json.loads(open(pipe).read() or '["", "ended by a signal"]') for pipe in pipes), strict=True)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return SimpleNamespace(returncode=max(codes, key=abs), stdout="".join(out), stderr="".join(err))
 
 
 def _wandb_records(path):
