@@ -4,13 +4,14 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import runpy
 import signal
 import struct
 import subprocess
 import sys
-import traceback
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,29 +204,31 @@ def run_ranks(n, script, *args, home):
     They are forked from this process, which has imported torch already, and use the store that torchrun would offer.
     """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    world = {"WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
-    pipes, pids = [], []
-    for rank in range(n):
-        read, write = os.pipe()
-        if (pid := os.fork()) == 0:
-            code = 1
-            try:
-                signal.alarm(300)  # ends a process that waits for one that is gone
-                os.environ.update({k: str(v) for k, v in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()})
-                result = run_script(script, *args, home=home)
-                code, written = result.returncode, [result.stdout, result.stderr]
-            except BaseException:
-                written = ["", traceback.format_exc()]
-            finally:
-                with open(write, "w") as pipe:
-                    json.dump(written, pipe)
-                os._exit(code)
-        os.close(write)
-        pipes.append(read)
-        pids.append(pid)
-    out, err = zip(*(json.loads(open(pipe).read() or '["", "ended by a signal"]') for pipe in pipes), strict=True)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    return SimpleNamespace(returncode=max(codes, key=abs), stdout="".join(out), stderr="".join(err))
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    with tempfile.TemporaryDirectory() as directory:
+        written = [Path(directory) / str(rank) for rank in range(n)]
+        ranks = [
+            multiprocessing.get_context("fork").Process(
+                target=_run_rank,
+                args=(world | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n}, path, script, args, home),
+            )
+            for rank, path in enumerate(written)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        texts = [json.loads(path.read_text()) for path in written if path.exists()]  # a rank that died wrote nothing
+    out, err = ("".join(text[i] for text in texts) for i in (0, 1))
+    return SimpleNamespace(returncode=max((rank.exitcode for rank in ranks), key=abs), stdout=out, stderr=err)
+
+
+def _run_rank(environment, written, script, args, home):
+    signal.alarm(300)  # ends a process that waits for one that is gone
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    result = run_script(script, *args, home=home)
+    written.write_text(json.dumps([result.stdout, result.stderr]))
+    sys.exit(result.returncode)
 
 
 def _wandb_records(path):

@@ -74,9 +74,9 @@ def test_the_script_prints_the_counts_as_json_and_as_tables(tmp_path):
 
 
 def test_the_plan_in_the_docs_is_the_one_that_is_counted(tmp_path, monkeypatch):
-    """Bytes per row take long: they are counted at depth 12 alone. What changes them elsewhere changes them there too."""
+    """Bytes per row take long, and are counted at depth 12 alone. A change of them shows there too."""
     count = stats.activation_bytes
-    monkeypatch.setattr(stats, "activation_bytes", lambda config, rows: count(config, rows) if config.depth == 12 else 0)
+    monkeypatch.setattr(stats, "activation_bytes", lambda shape, rows: count(shape, rows) if shape.depth == 12 else 0)
     printed = run_script("cost", "--config", "configs/d20.toml", "--plan", 12, 16, 20, 24, home=tmp_path).stdout
     page = (ROOT / "configs" / "README.md").read_text()
     assert printed.count("\n") == 11 and printed.count("| 0.00 |") == 6
