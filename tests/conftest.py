@@ -41,6 +41,17 @@ TINY = [
 ]
 
 
+LONG = [  # test files, the longest first
+    "test_scripts.py", "test_gpu_check.py", "test_decode_triton.py", "test_gaussian_kernel_attention.py",
+    "test_sweep.py", "test_conformance.py", "test_resume.py", "test_vision.py", "test_distributed.py", "test_kill.py",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Put long files first, so that at the end no process waits for the last file of another."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
