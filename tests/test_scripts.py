@@ -31,9 +31,10 @@ SLOW = {
     "transformers",
     "pyarrow",
 }
-# A model and a token budget that train in seconds on the laptop corpus.
-SMALL = ["--model.depth=1", "--model.n_embd=64", "--train.baseline_tokens=8192", "--train.eval_tokens=512"]
-SPEEDRUN = [*SMALL, "--chat.conversations=300"]
+# A part of the laptop corpus, and a model and a token budget that train on it in seconds. Answers end with the context.
+DATA = ["--data.max_chars=600000", "--data.val_fraction=0.1", "--tokenizer.vocab_size=512"]
+SHAPE = ["--model.depth=1", "--model.n_embd=64", "--model.sequence_len=64"]
+SMALL = [*DATA, *SHAPE, "--train.baseline_tokens=8192", "--train.eval_tokens=512"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -321,7 +322,7 @@ def bash(*words, home):
 @pytest.fixture(scope="module")
 def speedrun(tmp_path_factory):
     home = tmp_path_factory.mktemp("speedrun")
-    return home, bash("speedrun.sh", *SPEEDRUN, home=home)
+    return home, bash("speedrun.sh", *SMALL, "--chat.conversations=300", home=home)
 
 
 def test_the_speedrun_trains_compares_and_says_how_to_talk(speedrun):
@@ -344,22 +345,14 @@ def test_the_steps_of_a_second_speedrun_keep_what_is_finished(speedrun):
     before = [p.stat().st_mtime_ns for p in weights]
     config, named = "configs/laptop.toml", ["--model.attention", "gka", "--run.name", "d1_gka"]
     for step in (
-        ["tok_train", config],
-        ["data_prep", config],
+        ["tok_train", config, *DATA],
+        ["data_prep", config, *DATA],
         ["base_train", config, "--resume", *named, *SMALL],
         ["chat_sft", "d1_gka", "--resume", "--chat.conversations", 300],
     ):
         result = run_script(*step, home=home)
         assert result.returncode == 0, result.stderr
     assert weights and [p.stat().st_mtime_ns for p in weights] == before
-
-
-def test_a_step_that_fails_stops_the_speedrun_with_its_name(tmp_path):
-    (tmp_path / "tokenizer").write_text("in the way")
-    result = bash("speedrun.sh", *SPEEDRUN, home=tmp_path)
-    assert result.returncode != 0
-    assert result.stderr.splitlines()[-1].startswith("speedrun: train the tokenizer failed")
-    assert "== tokenize" not in result.stdout
 
 
 def bash_lines():
@@ -385,8 +378,8 @@ def test_the_commands_of_the_readme_run(speedrun, tmp_path):
         script, args = words[2].removeprefix("scripts."), words[3:]
         # The speedrun above has models of depth 1.
         args = [arg.replace("notes/**", f"{notes}/**").replace("d4_", "d1_") for arg in args]
-        if script == "base_train":
-            args += SMALL
+        if script in ("tok_train", "data_prep", "base_train"):
+            args += SMALL if script == "base_train" else DATA
         if script.startswith("bench"):
             args += ["--tokens", 64, "--rounds", 1]
         result = run_script(script, *args, home=home)

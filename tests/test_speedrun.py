@@ -200,6 +200,12 @@ def test_wrong_options_are_found_before_anything_is_made(commands, gpus):
     assert len(commands(gpus, "--train.protocol", "fair", broken="preflight*fair", code=3)) == 1
 
 
+def test_a_step_that_fails_stops_the_speedrun_with_its_name(commands):
+    message = "speedrun: train the tokenizer failed (exit code 3)\n"
+    lines = commands(0, broken="tok_train", code=3, message=message)
+    assert "tok_train" in lines[-1] and not any("data_prep" in line for line in lines)
+
+
 @pytest.mark.parametrize(("visible", "number"), [("1", 1), ("0,2,3", 3), ("GPU-5c8d,GPU-77aa", 2), ("", 0), ("-1", 0)])
 def test_cuda_visible_devices_decides_how_many_gpus_are_used(commands, visible, number):
     lines = trainings(commands(8, CUDA_VISIBLE_DEVICES=visible))

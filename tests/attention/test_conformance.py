@@ -261,8 +261,9 @@ def test_attention_weights_are_those_that_forward_applies(case, untrained):
         torch.testing.assert_close(reference.weights(scores, mask), found.weights, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@EVERY
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, torch.float32) for case in CASES), *((name, torch.bfloat16) for name in ATTENTIONS)]
+)
 def test_a_model_compiles_to_one_graph_with_eager_gradients(case, dtype):
     torch._dynamo.reset()
     made = live_model(**CASES[case], sequence_len=160, dtype=dtype)

@@ -145,13 +145,15 @@ def test_scaling_features_and_bandwidth_together_scales_the_output(T, window, in
 
 
 @FAST
-@DTYPES
 @ROPE
 @SELF
-@pytest.mark.parametrize("window", [1, 2, 17, 32, 64, 90, None])
+@pytest.mark.parametrize(
+    ("window", "dtype"),
+    [*((window, torch.float32) for window in (1, 2, 17, 64, 90, None)), (17, torch.bfloat16), (None, torch.bfloat16)],
+)
 def test_outputs_and_gradients_are_those_of_the_definition(backend, dtype, rope, include_self, window):
     tables = rope_table(100, 64) if rope else None
-    check(*inputs(dtype), backend, window=window, include_self=include_self, rope=tables)
+    check(*inputs(dtype, H=1), backend, window=window, include_self=include_self, rope=tables)
 
 
 @FAST
@@ -160,20 +162,20 @@ def test_outputs_and_gradients_are_those_of_the_definition(backend, dtype, rope,
 @pytest.mark.parametrize("window", [17, 90, None])
 def test_without_the_causal_mask_a_window_looks_both_ways(backend, dtype, rope, include_self, window):
     tables = rope_table(100, 64) if rope else None
-    check(*inputs(dtype), backend, window=window, include_self=include_self, rope=tables, causal=False)
+    check(*inputs(dtype, H=1), backend, window=window, include_self=include_self, rope=tables, causal=False)
 
 
 @FAST
 @DTYPES
-@pytest.mark.parametrize("T", [1, 16, 63, 64, 65, 200])
+@pytest.mark.parametrize("T", [1, 16, 63, 64, 65, 130])
 def test_any_length(backend, dtype, T):
-    check(*inputs(dtype, T=T), backend, window=48)
-    check(*inputs(dtype, T=T), backend, causal=False)
+    check(*inputs(dtype, T=T, H=1), backend, window=48)
+    check(*inputs(dtype, T=T, H=1), backend, causal=False)
 
 
 @FAST
 @DTYPES
-@pytest.mark.parametrize("H", [1, 5])
+@pytest.mark.parametrize("H", [1, 3])
 def test_any_number_of_heads_of_128_channels(backend, dtype, H):
     check(*inputs(dtype, B=2, T=70, H=H, D=128), backend, window=40)
 
@@ -232,7 +234,7 @@ def test_small_and_large_norms(backend, dtype, scale):
     ("scale", "sigma"), [(1.0, 1e-3), (1.0, 0.3), (1.0, 10.0), (1.0, 1e3), (8.0, 0.3), (8.0, 1.0), (8.0, 100.0)]
 )
 def test_any_bandwidth_gives_finite_numbers(backend, dtype, sigma, include_self, scale):
-    x, bandwidth = inputs(dtype, T=80, sigma=sigma, scale=scale)
+    x, bandwidth = inputs(dtype, T=80, H=1, sigma=sigma, scale=scale)
     y, dx, dsigma, dy = run(x, bandwidth, backend, include_self=include_self)
     assert all(torch.isfinite(t).all() for t in (y, dx, dsigma))
     if sigma >= 0.3:
@@ -242,7 +244,7 @@ def test_any_bandwidth_gives_finite_numbers(backend, dtype, sigma, include_self,
 
 @FAST
 def test_the_same_input_gives_the_same_bits(backend):
-    x, sigma = inputs(torch.float32, B=2)
+    x, sigma = inputs(torch.float32, B=2, T=70, H=1)
     a, b = (run(x, sigma, backend, torch.ones_like(x)) for _ in range(2))
     assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
@@ -262,7 +264,7 @@ def test_any_shape_window_and_bandwidth(backend, T, window, include_self, causal
     options = {"window": window, "include_self": include_self, "causal": causal}
     tables = rope_table(T, 64) if rope else None
     tolerance = {"y": 1e-5, "dx": 1e-4}
-    check(*inputs(torch.float32, T=T, sigma=sigma, seed=seed), backend, tolerance, rope=tables, **options)
+    check(*inputs(torch.float32, T=T, H=1, sigma=sigma, seed=seed), backend, tolerance, rope=tables, **options)
 
 
 @pytest.mark.parametrize(

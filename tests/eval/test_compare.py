@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import TINY, launch, run_script, wandb_runs
+from conftest import TINY, run_ranks, run_script, wandb_runs
 
 from gkachat.checkpoint import open_checkpoint
 from gkachat.config_file import load_config
@@ -164,7 +164,7 @@ def test_bits_per_byte_cover_all_of_val_and_are_printed_beside_the_unigram_model
 def test_two_processes_measure_what_one_does_each_on_its_share(runs, tiny_home):
     alone = read_results(runs[1], 8)["bpb"]
     (runs[1] / "evals" / "bpb_step_000008.json").unlink()
-    result = launch(2, "d2_gka", home=tiny_home, script="scripts.base_eval")
+    result = run_ranks(2, "base_eval", "d2_gka", home=tiny_home)
     assert result.returncode == 0 and result.stdout.count("unigram") == 1, result.stderr
     together = read_results(runs[1], 8)["bpb"]
     for name in ("val_bpb", "train_bpb"):  # sums in float64, added in another order

@@ -5,7 +5,7 @@ import json
 import core_reference as reference
 import pytest
 import torch
-from conftest import ROOT, launch, untrained_run
+from conftest import ROOT, run_ranks, untrained_run
 from core_reference import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -226,7 +226,7 @@ def saved(tiny_home, tokenizer):
 
 
 def test_processes_share_the_rows_and_write_one_result(saved, small, tiny_home, tokenizer):
-    ended = launch(2, "random", "--eval", "core", "--bundle", str(small), home=tiny_home, script="scripts.base_eval")
+    ended = run_ranks(2, "base_eval", "random", "--eval", "core", "--bundle", small, home=tiny_home)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("mean centered over 0 of 22 tasks and 3 others") == 1
     result = read_results(saved, 1)["core"]

@@ -55,15 +55,23 @@ def test_too_short_texts_are_refused(task):
 def test_the_script_goes_on_where_it_stopped_and_gka_conv_learns_what_gka_cannot(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["recall"])
     out, options = tmp_path / "r", {"lengths": (16,), "pairs": (2,), "steps": 120, "batch": 32, "channels": 32}
+    script.main(tasks=("induction",), attentions=("gka_conv",), out=out, **options)
+    first = json.loads(out.with_suffix(".json").read_text())["rows"]
+    capsys.readouterr()
     script.main(tasks=("induction",), attentions=("gka", "gka_conv"), out=out, **options)
+    said = capsys.readouterr().out
+    assert "1/1 task induction, attention gka," in said and "attention gka_conv" not in said
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     accuracy = {row["attention"]: row["accuracy"] for row in rows}
-    assert accuracy["gka_conv"] > 0.8 > 0.4 > accuracy["gka"]
-    capsys.readouterr()
-    script.main(tasks=("induction", "needle"), attentions=("gka", "gka_conv"), out=out, **options)
-    said = capsys.readouterr().out
-    assert "2/2 task needle" in said and "task induction, attention" not in said
-    assert json.loads(out.with_suffix(".json").read_text())["rows"][:2] == rows
+    assert rows[:1] == first and accuracy["gka_conv"] > 0.8 > 0.4 > accuracy["gka"]
     assert "| induction | 16 |" in out.with_suffix(".md").read_text() and out.with_suffix(".png").stat().st_size > 5000
     with pytest.raises(ValueError, match=r"its runs have .* give another --out"):
         script.main(tasks=("induction",), out=out, **{**options, "steps": 3})
+
+
+def test_every_task_is_drawn_and_has_a_line_for_each_shape(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recall"])
+    script.main(attentions=("gka",), lengths=(24,), pairs=(2, 3), steps=2, batch=2, channels=32, out=tmp_path / "r")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert [line.split("|")[1].strip() for line in lines] == sorted(["induction", *2 * ["copying", "needle", "recall"]])
+    assert (tmp_path / "r.png").stat().st_size > 5000

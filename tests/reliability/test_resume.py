@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, launch, make_trainer
+from conftest import TINY, make_trainer, run_ranks
 
 from gkachat.checkpoint import checkpoint_steps, load_model, load_optimizer, open_checkpoint, remove, step_dir
 from gkachat.config_file import load_config
@@ -117,7 +117,7 @@ def test_two_processes_train_as_one_does_and_resume_in_a_world_of_any_size(tiny_
     options = [*SHARED, f"--model.attention={attention}"]
     one = make_trainer(*options, "--run.name=one")
     one.fit(one.run)
-    result = launch(2, *options, "--run.name=many", home=tiny_home)
+    result = run_ranks(2, "base_train", *options, "--run.name=many", home=tiny_home)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("| saved") == 3  # only rank 0 writes and prints
     many = tiny_home / "runs" / "many"
@@ -127,12 +127,13 @@ def test_two_processes_train_as_one_does_and_resume_in_a_world_of_any_size(tiny_
     torch.testing.assert_close(tensors(many), tensors(one.run.directory), rtol=1e-3, atol=1e-3)
 
     parted = cut_copy(many, "parted", 8)
-    assert launch(2, *options, "--run.name=parted", "--resume", home=tiny_home).returncode == 0
+    result = run_ranks(2, "base_train", *options, "--run.name=parted", "--resume", home=tiny_home)
+    assert result.returncode == 0, result.stderr
     assert differing_bytes(many, parted) == 0
     assert logged(many) == logged(parted)
 
     other = cut_copy(many, "other", 16)
-    result = launch(another, *options, "--run.name=other", "--resume", home=tiny_home)
+    result = run_ranks(another, "base_train", *options, "--run.name=other", "--resume", home=tiny_home)
     assert "run 'other' resumes at step 16" in result.stdout, result.stderr
     torch.testing.assert_close(losses(other), losses(many), rtol=0, atol=1e-5)
 
