@@ -16,6 +16,7 @@ from .positions_gkachat import Positions, RecentInputs, Span
 
 QK_SCALE = 1.2  # sharpens the logits of unit queries and keys
 GATE_CHANNELS = 12  # block-input channels that the gates of values and heads read
+BIAS_CHANNELS = 3  # of a key, that hold its bias: three numbers in bfloat16 have the precision of float32
 FEW = 8  # new tokens from which on gka_conv makes all keys and values anew, in place of reading its cache by tap
 EPS = torch.finfo(torch.float32).eps
 
@@ -28,6 +29,15 @@ def rms_scale(x: Tensor) -> Tensor:
 def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
     wide = x.float()
     return (wide * (rms_scale(wide) * gain)).to(x.dtype)
+
+
+def in_parts(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """Return n numbers of a dtype for each of x (..., 1) whose sum is x, (..., n): each is what those before it lack."""
+    parts = []
+    for _ in range(n):
+        parts.append(x.to(dtype))
+        x = x - parts[-1].to(x.dtype)
+    return torch.cat(parts, dim=-1)
 
 
 def linear(n_in: int, n_out: int) -> nn.Linear:
@@ -62,18 +72,15 @@ def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, span: Span
 ) -> tuple[Tensor, None]:
     """Return what `eager_attention` returns, without weights, from torch's fused kernels."""
-    T, D = q.shape[-2:]
+    T, D = q.size(2), v.size(-1)
     if bias is not None and T == 1:  # nothing to fuse, and no copy of the keys
         return eager_attention(q, k, v, scale, bias, span)[0], None
     if bias is not None:
-        # Keys get the bias as one more channel, and queries a 1. In half precision a second one holds the rounding
-        # error. Kernels want head sizes in multiples of 8, and values as wide as keys.
-        high = bias.to(k.dtype)
-        columns = [high] if k.dtype == bias.dtype else [high, (bias - high.float()).to(k.dtype)]
-        zeros = k.new_zeros(*k.shape[:-1], -(D + len(columns)) % 8)
-        ones = q.new_ones(*q.shape[:-1], len(columns))
-        q = torch.cat((q, ones, zeros[:, :, -T:]), dim=-1)
-        k = torch.cat((k, *columns, zeros), dim=-1)
+        # Keys get the bias as more channels, and queries ones. A mask would have to be in the dtype of the queries, which
+        # rounds a bias to one number. Kernels want head sizes in multiples of 8, and values as wide as keys.
+        zeros = k.new_zeros(*k.shape[:-1], -(k.size(-1) + BIAS_CHANNELS) % 8)
+        q = torch.cat((q, q.new_ones(*q.shape[:-1], BIAS_CHANNELS), zeros[:, :, -T:]), dim=-1)
+        k = torch.cat((k, in_parts(bias, BIAS_CHANNELS, k.dtype), zeros), dim=-1)
         v = F.pad(v, (0, k.size(-1) - D))
     is_causal = span.visible is None and T > 1
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=span.visible, is_causal=is_causal, scale=scale)[..., :D]
@@ -98,9 +105,9 @@ class ValueEmbedding(nn.Module):
 class ShortConv(nn.Module):
     """Causal convolution of each channel over its last TAPS tokens: y_t = sum_n w_n x_(t-n)."""
 
-    def __init__(self, config: GkachatConfig):
+    def __init__(self, n_head: int, head_dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(TAPS, config.num_attention_heads, config.head_dim))
+        self.weight = nn.Parameter(torch.zeros(TAPS, n_head, head_dim))
 
     def forward(self, x_BTC: Tensor, before: list[Tensor]) -> Tensor:
         return sum(x * weight.flatten() for x, weight in zip((x_BTC, *before), self.weight, strict=True))
@@ -117,6 +124,19 @@ class HeadGate(nn.Module):
         return (2 * torch.sigmoid(self.gate(x_BTC[..., :GATE_CHANNELS]))).mT[..., None] * y_BHTD
 
 
+class ForgetGate(nn.Module):
+    """What each head forgets at a token: the weights of all tokens before it are multiplied by f = sigmoid(W x + b)."""
+
+    def __init__(self, config: GkachatConfig):
+        super().__init__()
+        self.gate = linear(config.hidden_size, config.num_attention_heads)
+        self.bias = parameter(config.num_attention_heads)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """Return -log f, (B, H, T, 1) float32."""
+        return -F.logsigmoid(self.gate(x_BTC).float() + self.bias).mT[..., None]
+
+
 class Attention(nn.Module):
     """Attention to the cached tokens, softmax(scale q.k + bias) v, and the output projection.
 
@@ -129,7 +149,6 @@ class Attention(nn.Module):
     def __init__(self, config: GkachatConfig, index: int):
         super().__init__()
         self.config, self.index = config, index
-        self.value_channels = config.head_dim  # channels that the cache keeps as values
         self.window = config.window if config.layer_types[index] == "sliding_attention" else None
         self.c_proj = linear(config.hidden_size, config.hidden_size)
 
@@ -199,7 +218,9 @@ class SoftmaxAttention(Attention):
         C = config.hidden_size
         self.scale, self.has_convs = config.head_dim**-0.5, config.short_conv
         self.c_q, self.c_k, self.c_v = linear(C, C), linear(C, C), linear(C, C)
-        self.convs = nn.ModuleList(ShortConv(config) for _ in range(3)) if config.short_conv else None
+        self.convs = None
+        if config.short_conv:
+            self.convs = nn.ModuleList(ShortConv(config.num_attention_heads, config.head_dim) for _ in range(3))
         self.head_gate = HeadGate(config) if config.short_conv else None
         self.value_embedding = ValueEmbedding(config) if index in config.value_embedding_layers else None
 
@@ -230,7 +251,6 @@ class GaussianKernelAttention(Attention):
 
     def __init__(self, config: GkachatConfig, index: int):
         super().__init__(config, index)
-        self.value_channels = 0
         self.log_sigma = parameter(config.num_attention_heads)
 
     def qkv(
@@ -251,18 +271,25 @@ class GaussianKernelAttention(Attention):
 
 
 class GKAConv(Attention):
-    """GKA on short convolutions of the rotated block input r, whose output is rotated back and gated per head.
+    """GKA on short convolutions of the block input x, with a forget gate per head and a gate on each head's output.
 
-    All keys have the same norm, so that there is no bias. The cache keeps r as keys, and what the norm multiplies each
-    key by as values of one channel.
+    All keys have the same norm. Their bias is the running sum of -log f, and takes the place of positions (FoX, arXiv
+    2503.02130). The cache keeps x as keys. Its values are what the norm multiplies each key by, and -log f.
     """
 
     def __init__(self, config: GkachatConfig, index: int):
         super().__init__(config, index)
-        self.value_channels = 1
-        self.conv_q, self.conv_k, self.conv_v = ShortConv(config), ShortConv(config), ShortConv(config)
-        self.head_gate = HeadGate(config)
-        self.log_sigma = parameter(config.num_attention_heads)
+        H, D = config.num_attention_heads, config.head_dim
+        self.conv_q, self.conv_k = (ShortConv(H, D - BIAS_CHANNELS) for _ in range(2))
+        self.conv_v = ShortConv(H, D)
+        self.forget_gate, self.head_gate = ForgetGate(config), HeadGate(config)
+        self.log_sigma = parameter(H)
+
+    @property
+    def taps(self) -> list[Tensor]:
+        """The weights of the convolutions for queries, keys and values, (TAPS, H, D) each."""
+        free = (0, BIAS_CHANNELS)
+        return [F.pad(self.conv_q.weight, free), F.pad(self.conv_k.weight, free), self.conv_v.weight]
 
     def heads(
         self,
@@ -272,42 +299,45 @@ class GKAConv(Attention):
         cache: DynamicCache | None,
         output_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        weights = [conv.weight for conv in (self.conv_q, self.conv_k, self.conv_v)]
-        r, T = positions.mask(positions.half_rotate(self.split_heads(x_BTC), 1)), x_BTC.size(1)
-        known = r
+        x, T = positions.mask(self.split_heads(x_BTC)), x_BTC.size(1)
+        known = x
         if cache is not None and cache.layers[self.index].is_initialized:
             past = cache.layers[self.index].keys
-            known = torch.cat((past if positions.has_holes else past[:, :, 1 - TAPS :], r), dim=2)
-        q, k, v = positions.convolve(known, weights, T)
-        gain = (-2 * self.log_sigma.float()).exp()[:, None, None]
-        q, scales = rms_norm(positions.mask(q), gain), rms_scale(k)
-        if cache is not None:  # bfloat16 would round scores by 0.4 %
-            scales = scales.to(torch.float16 if r.dtype == torch.bfloat16 else r.dtype)
-            r, scales = cache.update(r, scales, self.index)
-        S = r.size(2)
+            known = torch.cat((past if positions.has_holes else past[:, :, 1 - TAPS :], x), dim=2)
+        q, k, v = positions.convolve(known, self.taps, T)
+        q, scales = rms_norm(q, (-2 * self.log_sigma.float()).exp()[:, None, None]), rms_scale(k)
+        decay = positions.mask(self.forget_gate(x_BTC))  # padding makes nothing forget
+        if cache is not None:  # bfloat16 would round scores by 0.4 %, and decays, which add up, need 4 bytes
+            dtype, n = (torch.float16, 2) if x.element_size() == 2 else (torch.float32, 1)
+            values = torch.cat((scales.to(dtype), in_parts(decay, n, dtype)), dim=-1)
+            x, values = cache.update(x, values, self.index)
+            scales, decay = values[..., :1], values[..., 1:].float().sum(dim=-1, keepdim=True)
+        S, bias = x.size(2), decay.cumsum(dim=2)
         if S > T and T < FEW and not positions.has_holes:
-            y, shares = self.attend_by_tap(q, r, scales, positions.spans(S, self.window, False, True)[0])
+            y, shares = self.attend_by_tap(q, x, scales, bias, positions.spans(S, self.window, False, True)[0])
         else:
-            k, v = (k, v) if S == T else positions.convolve(r, weights[1:], S)
-            y, shares = self.attend(q, (k.float() * scales).to(r.dtype), v, None, positions, output_weights)
-        return self.head_gate(positions.half_rotate(y, -1), x_BTC), shares
+            k, v = (k, v) if S == T else positions.convolve(x, self.taps[1:], S)
+            k = (k.float() * scales).to(x.dtype)
+            q, k = (t[..., :-BIAS_CHANNELS] for t in (q, k))
+            y, shares = self.attend(q, k, v, bias, positions, output_weights)
+        return self.head_gate(y, x_BTC), shares
 
-    def attend_by_tap(self, q: Tensor, r: Tensor, scales: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Return what `attend` returns, without making keys and values of r.
+    def attend_by_tap(self, q: Tensor, x: Tensor, scales: Tensor, bias: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Return what `attend` returns, without making keys and values of x.
 
-        Since q.(w r) = (w q).r, a query becomes one for each tap, whose scores are added up over neighbours.
+        Since q.(w x) = (w q).x, a query becomes one for each tap, whose scores are added up over neighbours.
         """
         first = max(0, span.keys.start - TAPS + 1)
         n_missing = TAPS - 1 - span.keys.start + first  # tokens before the text
-        r, scales = r[:, :, first : span.keys.stop], scales[:, :, span.keys]
-        key_weight, value_weight = (conv.weight.transpose(0, 1)[:, None] for conv in (self.conv_k, self.conv_v))
+        x, scales, bias = x[:, :, first : span.keys.stop], scales[:, :, span.keys], bias[:, :, span.keys]
+        key_weight, value_weight = (weight.transpose(0, 1)[:, None] for weight in self.taps[1:])
         by_tap = (q[:, :, :, None] * key_weight.flip(2)).flatten(2, 3)  # (B, H, T N, D), oldest first
-        products = F.pad((r @ by_tap.mT).float(), (0, 0, n_missing, 0)).unflatten(-1, (-1, TAPS))  # (B, H, N-1+S, T, N)
+        products = F.pad((x @ by_tap.mT).float(), (0, 0, n_missing, 0)).unflatten(-1, (-1, TAPS))  # (B, H, N-1+S, T, N)
         of_each_key = products.unfold(2, TAPS, 1).diagonal(dim1=-2, dim2=-1)  # tap n with the n-th of N tokens
-        weights = attention_weights((of_each_key.sum(dim=-1) * scales).mT, span)
+        weights = attention_weights((of_each_key.sum(dim=-1) * scales + bias).mT, span)
         n = weights.size(-1) + TAPS - 1
-        by_tap = F.pad(weights.to(r.dtype), (TAPS - 1, TAPS - 1)).unfold(-1, n, 1)  # (B, H, T, N, N-1+S), newest first
-        sums = by_tap[..., n_missing:].flatten(2, 3) @ r
+        by_tap = F.pad(weights.to(x.dtype), (TAPS - 1, TAPS - 1)).unfold(-1, n, 1)  # (B, H, T, N, N-1+S), newest first
+        sums = by_tap[..., n_missing:].flatten(2, 3) @ x
         return (sums.unflatten(2, (-1, TAPS)) * value_weight).sum(dim=3), weights
 
 

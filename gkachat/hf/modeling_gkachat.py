@@ -26,6 +26,7 @@ from transformers.utils import can_return_tuple, is_peft_available
 from .attention_gkachat import (
     ATTENTIONS,
     QK_SCALE,
+    ForgetGate,
     GaussianKernelAttention,
     GKAConv,
     ShortConv,
@@ -109,7 +110,7 @@ class GkachatPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers wants lists)
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        "log_sigma", "residual_scale", "x0_mix", "backout", "smear.share",
+        "log_sigma", "forget_gate.bias", "residual_scale", "x0_mix", "backout", "smear.share",
     ]  # fmt: skip
 
     @classmethod
@@ -132,6 +133,9 @@ class GkachatPreTrainedModel(PreTrainedModel):
             init.constant_(module.log_sigma, 0.5 * math.log(self.config.head_dim / 2))
         elif isinstance(module, GKAConv):
             init.constant_(module.log_sigma, 0.25 * math.log(self.config.head_dim) - math.log(QK_SCALE))
+        elif isinstance(module, ForgetGate):  # heads forget at rates from 1/8 to 1/512
+            rates = torch.logspace(3, 9, module.bias.numel(), base=2.0)
+            init.copy_(module.bias, (rates - 1).log())
         elif isinstance(module, Smear):
             init.zeros_(module.share)
         elif isinstance(module, GkachatModel):
@@ -251,11 +255,11 @@ class GkachatModel(GkachatPreTrainedModel):
             cache.layers.append(DynamicLayer())
         while len(cache.layers) < 2 * L + 1:
             cache.layers.append(RecentInputs())
-        values, attention = cache.layers[0].values, self.blocks[0].attn
-        if cache.get_seq_length() and values.size(-1) != attention.value_channels:
+        attention, D, values = self.config.attention, self.config.head_dim, cache.layers[0].values
+        if cache.get_seq_length() and (values.size(-1) == D) != (attention == "softmax"):
             raise ValueError(
-                f"cache: given values of {values.size(-1)} channels, expected {attention.value_channels}; "
-                f"{self.config.attention} has no prefix tuning"
+                f"cache: given values of {values.size(-1)} channels for heads of {D}, which {attention} does not cache; "
+                "gka and gka_conv have no prefix tuning"
             )
         return cache
 

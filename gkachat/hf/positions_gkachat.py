@@ -73,7 +73,7 @@ class Positions:
                 self.positions = (is_token.cumsum(dim=-1) - 1).clamp(min=0)
         if position_ids is not None and (T > 1 or self.has_holes):
             self._check(position_ids.to(device), n_past)
-        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
         self._spans: dict[tuple, list[Span]] = {}
 
     def _check(self, position_ids: Tensor, n_past: int) -> None:
@@ -104,24 +104,14 @@ class Positions:
 
     def rotate(self, x_BHSD: Tensor) -> Tensor:
         """Rotate channel i against channel i + D/2 by the positions of the latest S tokens."""
-        return self._rotated(x_BHSD, 2, 1)
-
-    def half_rotate(self, x_BHSD: Tensor, direction: int) -> Tensor:
-        """Rotate the first half of the channels by every other angle, forward (direction 1) or back (-1)."""
-        n = 2 * -(-x_BHSD.size(-1) // 4)
-        return torch.cat((self._rotated(x_BHSD[..., :n], 4, direction, x_BHSD.size(-1)), x_BHSD[..., n:]), dim=-1)
-
-    def _rotated(self, x_BHSD: Tensor, step: int, direction: int, head_dim: int | None = None) -> Tensor:
-        """Rotate all channels by angles that fall with every `step` channels of a head."""
         S, D = x_BHSD.shape[-2:]
-        if (S, step) not in self._tables:
-            head_dim = head_dim or D
-            channels = torch.arange(0, head_dim, step, dtype=torch.float32, device=self.positions.device)
-            angles = self.positions[:, None, -S:, None].float() * ROPE_BASE ** (-channels / head_dim)
+        if S not in self._tables:
+            channels = torch.arange(0, D, 2, dtype=torch.float32, device=self.positions.device)
+            angles = self.positions[:, None, -S:, None].float() * ROPE_BASE ** (-channels / D)
             cos, sin = angles.cos(), angles.sin()
-            self._tables[S, step] = torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
-        cos, sin = self._tables[S, step]
-        return (x_BHSD * cos + direction * (x_BHSD.roll(D // 2, dims=-1) * sin)).to(x_BHSD.dtype)
+            self._tables[S] = torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
+        cos, sin = self._tables[S]
+        return (x_BHSD * cos + x_BHSD.roll(D // 2, dims=-1) * sin).to(x_BHSD.dtype)
 
     def before(self, x_BTC: Tensor, n: int, recent: RecentInputs | None) -> list[Tensor]:
         """Return the inputs 1 to n tokens before each new token, (B, T, C) each, and store the newest in the cache.

@@ -55,7 +55,7 @@ def make_run(directory, tokenizer, tuned=False, vocab_size=400, **shape):
     torch.manual_seed(3)
     model = GPT(config.model)
     for name, p in model.named_parameters():
-        if name.endswith(("c_proj.weight", "lm_head.weight", "attn.head_gate.gate.weight")):
+        if name.endswith(("c_proj.weight", "lm_head.weight", "attn.head_gate.gate.weight", "forget_gate.gate.weight")):
             torch.nn.init.normal_(p, std=0.3)
         elif ".conv_" in name:
             p.data += 0.1 * torch.randn(p.shape)
@@ -145,7 +145,7 @@ def test_a_cache_is_bounded_by_the_window_and_that_of_gka_is_one_tensor_per_laye
     ours, theirs = both
     cache = transformers.DynamicCache(config=theirs.config)
     theirs(some_tokens(), cache=cache)
-    numbers = {"softmax": 2 * 16, "gka": 16, "gka_conv": 16 + 1}[ours.config.attention]  # of each token and head
+    numbers = {"softmax": 2 * 16, "gka": 16, "gka_conv": 16 + 2}[ours.config.attention]  # of each token and head
     halo = 3 if ours.config.attention == "gka_conv" else 0  # tokens that the oldest key is a convolution of
     expected = [numbers * 2 * 2 * n * 4 for n in [WINDOW - 1 + halo] * 2 + [LENGTH]]  # B, H, 4 bytes
     assert [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers[:3]] == expected
