@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
 
 
 def in_parts(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """Return n numbers of a dtype for each of x (..., 1) whose sum is x, (..., n): each is what those before it lack."""
+    """Return x (..., 1) as n numbers of a dtype, (..., n), which sum up to it: each is what those before it lack."""
     parts = []
     for _ in range(n):
         parts.append(x.to(dtype))
@@ -76,8 +76,8 @@ def sdpa_attention(
     if bias is not None and T == 1:  # nothing to fuse, and no copy of the keys
         return eager_attention(q, k, v, scale, bias, span)[0], None
     if bias is not None:
-        # Keys get the bias as more channels, and queries ones. A mask would have to be in the dtype of the queries, which
-        # rounds a bias to one number. Kernels want head sizes in multiples of 8, and values as wide as keys.
+        # Keys get the bias as more channels, and queries ones. A mask would need the dtype of the queries, and bfloat16
+        # rounds a running sum of 100 to 0.5. Kernels want head sizes in multiples of 8, and values as wide as keys.
         zeros = k.new_zeros(*k.shape[:-1], -(k.size(-1) + BIAS_CHANNELS) % 8)
         q = torch.cat((q, q.new_ones(*q.shape[:-1], BIAS_CHANNELS), zeros[:, :, -T:]), dim=-1)
         k = torch.cat((k, in_parts(bias, BIAS_CHANNELS, k.dtype), zeros), dim=-1)

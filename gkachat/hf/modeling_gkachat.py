@@ -258,8 +258,8 @@ class GkachatModel(GkachatPreTrainedModel):
         attention, D, values = self.config.attention, self.config.head_dim, cache.layers[0].values
         if cache.get_seq_length() and (values.size(-1) == D) != (attention == "softmax"):
             raise ValueError(
-                f"cache: given values of {values.size(-1)} channels for heads of {D}, which {attention} does not cache; "
-                "gka and gka_conv have no prefix tuning"
+                f"cache: given values of {values.size(-1)} channels for heads of {D}, which is not what {attention} "
+                "caches; gka and gka_conv have no prefix tuning"
             )
         return cache
 
