@@ -43,9 +43,20 @@ def with_bias(q_BTHD: Tensor, k_BTHD: Tensor, bias_BTH1: Tensor) -> tuple[Tensor
 
     What they held before is lost; scores are q.k. Any softmax kernel can then run the layer.
     """
-    parts = []
-    for _ in range(CHANNELS):
-        parts.append(bias_BTH1.to(k_BTHD.dtype))
-        bias_BTH1 = bias_BTH1 - parts[-1].to(bias_BTH1.dtype)  # what rounding has left out
     ones = q_BTHD.new_ones(*q_BTHD.shape[:-1], CHANNELS)
+    parts = [part.to(k_BTHD.dtype) for part in split(bias_BTH1)]
     return torch.cat((q_BTHD[..., :-CHANNELS], ones), dim=-1), torch.cat((k_BTHD[..., :-CHANNELS], *parts), dim=-1)
+
+
+def split(bias: Tensor) -> list[Tensor]:
+    """Return three tensors that add up to a bias, and of a float32 bias each fits into bfloat16.
+
+    The last has all of the gradient. Bits are cut off rather than rounded: compiled code leaves out what
+    `.to(torch.bfloat16).float()` would round, and all three would be lost but the first.
+    """
+    parts = []
+    for _ in range(CHANNELS - 1):
+        bits = bias.detach().float().view(torch.int32)
+        parts.append((bits & -0x10000).view(torch.float32))  # sign, exponent and 8 significant bits
+        bias = bias - parts[-1]
+    return [*parts, bias]
