@@ -234,6 +234,7 @@ class GPTConfig:
         # An invalid head_dim or depth has a problem of its own, and is not reported once more as one of n_embd.
         divides = self.head_dim > 0 and self.n_embd % self.head_dim == 0
         no_values = self.attention in ("gka", "gka_conv") and self.value_embeddings
+        least = 4 if self.attention == "gka_conv" else 2  # three channels of its keys hold a bias
         require(
             self,
             value_embeddings=(
@@ -242,7 +243,7 @@ class GPTConfig:
             ),
             attention=(self.attention in ATTENTIONS, " or ".join(map(repr, ATTENTIONS))),
             window_pattern=(bool(self.window_pattern) and set(self.window_pattern) <= set("SL"), "letters S and L"),
-            head_dim=(self.head_dim >= 2 and self.head_dim % 2 == 0, "an even number, 2 or more"),
+            head_dim=(self.head_dim >= least and self.head_dim % 2 == 0, f"an even number, {least} or more"),
             n_embd=(
                 not 1 <= self.depth <= MAX_DEPTH or (16 <= self.n_embd <= MAX_WIDTH and divides),
                 f"16 to {MAX_WIDTH} and a multiple of head_dim {self.head_dim}",

@@ -132,7 +132,10 @@ def live_model(attention="softmax", *, dtype=torch.float32, seed=0, **shape):
     torch.manual_seed(seed)
     model = GPT(GPTConfig(attention=attention, **shape), dtype).eval()
     for name, p in model.named_parameters():
-        if name.endswith(("c_proj.weight", "lm_head.weight", "smear.share")) or ".conv" in name:
+        if (
+            name.endswith(("c_proj.weight", "lm_head.weight", "smear.share", "forget_gate.gate.weight"))
+            or ".conv" in name
+        ):
             torch.nn.init.normal_(p, std=0.2)
     return model
 

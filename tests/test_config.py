@@ -333,6 +333,12 @@ def test_width_and_heads_follow_from_depth_unless_they_are_set(shape, n_embd, he
     assert (config.n_embd, config.head_dim, config.n_head) == (n_embd, head_dim, n_head)
 
 
+def test_heads_of_gka_conv_have_channels_beside_the_three_of_their_bias():
+    GPTConfig(depth=1, head_dim=2, attention="gka")
+    with pytest.raises(ConfigError, match=r"^head_dim: given 2, expected an even number, 4 or more$"):
+        GPTConfig(depth=1, head_dim=2, attention="gka_conv")
+
+
 @pytest.mark.parametrize("shape", [{"n_embd": 200}, {"n_embd": 128, "head_dim": 48}, {"n_embd": 192, "head_dim": 128}])
 def test_channels_that_do_not_divide_into_heads_are_refused(shape):
     with pytest.raises(ConfigError, match=r"^n_embd: given \d+, expected 16 to 65536 and a multiple of head_dim \d+$"):

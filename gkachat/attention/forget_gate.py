@@ -51,10 +51,21 @@ def bias_in_channels(qkv: QKV) -> QKV:
 
     What these channels held is lost.
     """
-    parts, left = [], qkv.key_bias
-    for _ in range(CHANNELS):
-        parts.append(left.to(qkv.k.dtype))
-        left = left - parts[-1].to(left.dtype)  # what rounding has left out
+    parts = [part.to(qkv.k.dtype) for part in split(qkv.key_bias)]
     ones = qkv.q.new_ones(*qkv.q.shape[:-1], CHANNELS)
     q = torch.cat((qkv.q[..., :-CHANNELS], ones), dim=-1)
     return qkv._replace(q=q, k=torch.cat((qkv.k[..., :-CHANNELS], *parts), dim=-1), key_bias=None)
+
+
+def split(bias: Tensor) -> list[Tensor]:
+    """Return three tensors that add up to a bias, and of a float32 bias each fits into bfloat16.
+
+    The last has all of the gradient. Bits are cut off rather than rounded: compiled code leaves out what
+    `.to(torch.bfloat16).float()` would round, and all three would be lost but the first.
+    """
+    parts = []
+    for _ in range(CHANNELS - 1):
+        bits = bias.detach().float().view(torch.int32)
+        parts.append((bits & -0x10000).view(torch.float32))  # sign, exponent and 8 significant bits
+        bias = bias - parts[-1]
+    return [*parts, bias]

@@ -10,7 +10,6 @@ from conftest import live_model
 
 from gkachat.attention import attention_class, register
 from gkachat.attention.features import ShortConv, _ShortConv, apply_rope, rms_norm, rope_table
-from gkachat.attention.gka_conv import GKAConv
 from gkachat.attention.kernels.reference import visible
 from gkachat.config import GKAConfig, GPTConfig
 from gkachat.model.gpt import GPT
@@ -59,24 +58,23 @@ def gka_definition(attn, x_BTC, idx, rope):
 
 
 def gka_conv_definition(attn, x_BTC, idx, rope):
-    r = half_rotated(x_BTC.view(B, T, H, D), rope, 1)
-    q, k, v = (convolved(r, conv.weight) for conv in (attn.conv_q, attn.conv_k, attn.conv_v))
-    scores = torch.einsum("bihd,bjhd->bhij", rms_norm(q), rms_norm(k))
-    return scores * (-2 * attn.log_sigma).exp()[:, None, None], v
+    """Scores plus the logarithm of the product f_(j+1) ... f_i; q and k have three channels less than v."""
+    x = x_BTC.view(B, T, H, D)
+    q, k = (convolved(x[..., :-3], conv.weight) for conv in (attn.conv_q, attn.conv_k))
+    q, k = (math.sqrt(D) * F.normalize(t, dim=-1) for t in (q, k))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (-2 * attn.log_sigma).exp()[:, None, None]
+    f_TBH = (x_BTC @ attn.forget_gate.gate.weight.T + attn.forget_gate.bias).sigmoid().transpose(0, 1)
+    products, rows = x.new_ones(B, H, 0), []
+    for f in f_TBH:
+        products = torch.cat((products * f[..., None], x.new_ones(B, H, 1)), dim=-1)
+        rows.append(F.pad(products, (0, T - len(rows) - 1), value=1.0))
+    return scores + torch.stack(rows, dim=2).log(), convolved(x, attn.conv_v.weight)
 
 
-def output_definition(attn, y_BTHD, x_BTC, rope):
-    """The output as c_proj reads it: rotated back, and gated."""
-    y_BTHD = half_rotated(y_BTHD, rope, -1) if isinstance(attn, GKAConv) else y_BTHD
+def output_definition(attn, y_BTHD, x_BTC):
+    """The output as c_proj reads it, gated."""
     gate = getattr(attn, "head_gate", None)
     return y_BTHD if gate is None else y_BTHD * 2 * (x_BTC[..., :12] @ gate.gate.weight.T).sigmoid()[..., None]
-
-
-def half_rotated(x_BTHD, rope, direction):
-    """Rotate the first half of the channels, as complex numbers, by every other angle."""
-    a, b, rest = x_BTHD.split((D // 4, D // 4, D // 2), dim=-1)
-    turned = torch.complex(a, b) * torch.complex(rope[0], -direction * rope[1])[:, None, ::2]
-    return torch.cat((turned.real, turned.imag, rest), dim=-1)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +99,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(attention, definition
         scores, v = definition(attn, x, idx, rope)
         weights = scores.masked_fill(~mask & has_key, -torch.inf).softmax(-1) * has_key
         y = torch.einsum("bhij,bjhd->bihd", weights, v)
-        return output_definition(attn, y, x, rope).flatten(2) @ attn.c_proj.weight.T
+        return output_definition(attn, y, x).flatten(2) @ attn.c_proj.weight.T
 
     for function in (lambda x: attn(x, idx, rope), defined):
         leaf = x.clone().requires_grad_()
@@ -146,14 +144,19 @@ def test_value_embeddings_cost_parameters_and_no_flops():
     assert having.flops_per_token == without.flops_per_token
 
 
-def test_gka_conv_adds_less_than_a_hundredth_of_the_parameters_and_of_the_cache():
+def test_gka_conv_adds_less_than_a_hundredth_of_the_parameters_and_six_bytes_per_key_and_head():
     gka, conv = (model_stats(GPTConfig(depth=20, attention=name)) for name in ("gka", "gka_conv"))
+    counts = {
+        "convolutions": 20 * 4 * (1280 + 2 * (1280 - 3 * 10)),  # three channels of queries and keys hold the bias
+        "gates": 20 * (12 + 1280) * 10,
+        "forget_bias": 20 * 10,
+    }
+    assert {name: conv.params[name] for name in counts} == counts
     added = conv.params["total"] - gka.params["total"]
-    assert conv.params["convolutions"] == 20 * 12 * 1280 and conv.params["gates"] == 20 * 12 * 10
-    assert added == conv.params["convolutions"] + conv.params["gates"]
-    assert conv.flops_per_token - gka.flops_per_token == 6 * conv.params["convolutions"]
-    assert added < 0.01 * gka.params["total"] and conv.params["matrices"] == gka.params["matrices"]
-    assert conv.cache_bytes_per_token == gka.cache_bytes_per_token * 129 / 128  # a scale per head and token
+    assert added == sum(counts.values()) < 0.01 * gka.params["total"]
+    assert conv.flops_per_token - gka.flops_per_token == 6 * counts["convolutions"]
+    assert conv.params["matrices"] == gka.params["matrices"]
+    assert conv.cache_bytes_per_token - gka.cache_bytes_per_token == 20 * 10 * (2 + 4)  # a scale and a bias
 
 
 def test_an_untrained_gka_conv_token_finds_what_followed_a_token_like_itself():

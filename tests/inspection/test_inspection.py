@@ -35,10 +35,13 @@ def test_distances_and_sigma_give_the_weights(attention, include_self):
     for parameter in layer.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))
     x_BTC = rms_norm(torch.randn(2, T, config.n_embd))
-    found = layer.attention_weights(x_BTC, torch.randint(0, 512, (2, T)), rope_table(T, config.head_dim))
+    idx, rope = torch.randint(0, 512, (2, T)), rope_table(T, config.head_dim)
+    found = layer.attention_weights(x_BTC, idx, rope)
+    scores = -found.distances.double() / (2 * layer.sigma.double().square()[:, None, None])
+    if layer.forgets:
+        scores += layer.qkv(layer.inputs(x_BTC), idx, rope).key_bias.double().permute(0, 2, 3, 1)
     keys = visible(T, layer.window, include_self=layer.include_self)
-    kernel = (-found.distances.double() / (2 * layer.sigma.double().square()[:, None, None])).exp() * keys
-    expected = (kernel / kernel.sum(dim=-1, keepdim=True)).nan_to_num()  # float64, from the distances
+    expected = scores.masked_fill(~keys, -torch.inf).softmax(dim=-1).nan_to_num()  # float64, from the distances
     torch.testing.assert_close(found.weights.double(), expected, atol=1e-5, rtol=1e-3)
 
 

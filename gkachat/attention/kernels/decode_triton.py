@@ -247,17 +247,15 @@ def decode_attention(
         shared_kv = v is None
         v = k if shared_kv else contiguous_channels(v).expand(B, -1, -1, -1)
         mask = contiguous_channels(mask)
-        per_key = [t.expand(B, -1, -1, -1).stride()[:3] for t in (norms, scales, biases) if t is not None] or [
+        strides = {t.expand(B, -1, -1, -1).stride()[:3] for t in (norms, scales, biases) if t is not None} or {
             (0, 0, 0)
-        ]
-        assert len(set(per_key)) == 1, (
-            f"what a key has beside its channels: given strides {per_key}, expected equal ones"
-        )
+        }
+        assert len(strides) == 1, f"norms, scales and biases of keys: given strides {strides}, expected equal ones"
         if cos_S is not None:
             cos_S, sin_S = (table.contiguous().expand(B, -1, -1, -1) for table in (cos_S, sin_S))
         split_kernel[(B * H, splits)](  # the first dimension has room for 2^31 programs, the others for 2^16
             q, k, v, mask, norms, scales, biases, key_taps, value_taps, cos_S, sin_S, sigma, mean, lse,
-            q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], mask.stride(0), *per_key[0],
+            q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], mask.stride(0), *strides.pop(),
             0 if cos_S is None else cos_S.stride(0), H, mask.size(3), keys_per_split, first_split, n_splits,
             D=D, HALF=half, BN=tile, SHARED_KV=shared_kv, SCALE=scale, N_TAPS=n_taps,
         )  # fmt: skip
@@ -267,20 +265,5 @@ def decode_attention(
 
 
 @decode_attention.register_fake
-def _(
-    q,
-    keys,
-    values,
-    masks,
-    key_norms,
-    key_scales,
-    key_biases,
-    cos,
-    sin,
-    key_taps,
-    value_taps,
-    sigma,
-    scale,
-    multiprocessors,
-):
+def _(q, *others):
     return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -71,7 +71,10 @@ def attend_cached(qkv: QKV, slices: list[KVSlice], *, scores: Scores = scores) -
     k = torch.cat([_widen(part.rotated_keys()).expand(B, -1, -1, -1) for part in slices], dim=2)
     v = torch.cat([_widen(part.v).expand(B, -1, -1, -1) for part in slices], dim=2)
     mask = torch.cat([part.mask.expand(B, -1, -1, -1) for part in slices], dim=3) == 0
-    return (weights(scores(q_BHTD, k, qkv), mask) @ v).transpose(1, 2).to(qkv.v.dtype)
+    scores_BHTS = scores(q_BHTD, k, qkv._replace(key_bias=None))  # that of the new tokens is among the cached ones
+    if slices[0].key_bias is not None:
+        scores_BHTS = scores_BHTS + torch.cat([part.key_bias.expand(B, -1, -1, -1) for part in slices], dim=2).mT
+    return (weights(scores_BHTS, mask) @ v).transpose(1, 2).to(qkv.v.dtype)
 
 
 def _widen(t: Tensor) -> Tensor:

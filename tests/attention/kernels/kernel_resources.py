@@ -32,8 +32,8 @@ from gkachat.benchmark import table
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FLOAT32 = {
-    "SIGMA", "LSE", "BIAS", "DOT_LSE", "DELTA", "DF_SUM", "DS_SUM", "DSIGMA", "MASK", "NORMS", "COS", "SIN", "MEAN",
-    "KEY_TAPS", "VALUE_TAPS",
+    "SIGMA", "LSE", "BIAS", "DOT_LSE", "DELTA", "DF_SUM", "DS_SUM", "DSIGMA", "MASK", "NORMS", "BIASES", "COS", "SIN",
+    "MEAN", "KEY_TAPS", "VALUE_TAPS",
 }  # other pointers have the dtype of x  # fmt: skip
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Integers that need not be multiples of 16.
@@ -59,11 +59,12 @@ def cases() -> list[tuple]:
                 gaussian_triton.bias_kernel, gaussian_triton.backward_rows_kernel, gaussian_triton.backward_sum_kernel,
             ):  # fmt: skip
                 found.append((kernel, dtype, {"D": D, "BLOCK": gaussian_triton.ROWS}, 4, 3))
-    nothing, no_taps = {"COS": None, "SIN": None}, {"SCALES": None, "KEY_TAPS": None, "VALUE_TAPS": None, "N_TAPS": 1}
+    nothing, of_taps = {"COS": None, "SIN": None}, ("SCALES", "BIASES", "KEY_TAPS", "VALUE_TAPS")
     for dtype in ("bf16", "fp32"):
         for D in (64, 128, 256):
             half, tile = decode_triton.tile_shape(D)
-            gka = {"D": D, "HALF": half, "BN": tile, "SHARED_KV": True, "SCALE": 1.0, "stride_ns": 1, **no_taps}
+            gka = {"D": D, "HALF": half, "BN": tile, "SHARED_KV": True, "SCALE": 1.0, "stride_ns": 1, "N_TAPS": 1}
+            gka |= dict.fromkeys(of_taps)
             softmax = {**gka, **nothing, "NORMS": None, "SIGMA": None, "SHARED_KV": False, "SCALE": D**-0.5}
             taps = {
                 **gka,
@@ -73,7 +74,7 @@ def cases() -> list[tuple]:
                 "SIGMA": None,
                 "N_TAPS": 4,
             }
-            for name in ("SCALES", "KEY_TAPS", "VALUE_TAPS"):
+            for name in of_taps:
                 del taps[name]
             for constants in (gka, {**gka, **nothing}, softmax, taps):
                 found.append((decode_triton.split_kernel, dtype, constants, 4, 3))

@@ -11,12 +11,12 @@ B, T, H, S, D = 3, 4, 2, 11, 8
 
 
 def drawn_slice(rows, gaussian, seed):
-    """Cached tokens of which each new one sees some; the Gaussian kind rotates its keys when it is read."""
+    """Cached tokens of which each new one sees some. The Gaussian kind rotates its keys; the others have biases."""
     generator = torch.Generator().manual_seed(seed)
     k, v = (torch.randn(rows, H, S, D, generator=generator, dtype=torch.float64) for _ in range(2))
     mask = torch.zeros(B, 1, T, S).masked_fill(torch.rand(B, 1, T, S, generator=generator) < 0.3, -torch.inf)
     if not gaussian:
-        return KVSlice(k, v, mask)
+        return KVSlice(k, v, mask, key_bias=3 * torch.rand(rows, H, S, 1, generator=generator))
     cos, sin = rope_at(torch.arange(S).expand(rows, 1, -1), D)
     return KVSlice(k, k, mask, k.float().square().sum(-1, keepdim=True), (cos, sin))
 

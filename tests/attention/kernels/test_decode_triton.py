@@ -38,12 +38,15 @@ def exact(qkv, slices):
     if inv_sigma2 is not None and slices[0].key_norms is None:  # features of one norm: q.k / sigma^2
         qkv = qkv._replace(scale=inv_sigma2, sigma=None)
     rope = [part.rope and tuple(table.double() for table in part.rope) for part in slices]
-    wide = [KVSlice(part.k.double(), part.v.double(), part.mask, rope=r) for part, r in zip(slices, rope, strict=True)]
+    wide = [
+        KVSlice(part.k.double(), part.v.double(), part.mask, rope=r, key_bias=part.key_bias)
+        for part, r in zip(slices, rope, strict=True)
+    ]
     q = qkv.q.double()
     return reference.attend_cached(qkv._replace(q=q, v=q), wide)
 
 
-def drawn_slice(dtype, B, H, S, D, lengths, *, shared_kv, rope=False, prefix=False, seed=0):
+def drawn_slice(dtype, B, H, S, D, lengths, *, shared_kv, rope=False, prefix=False, biases=False, seed=0):
     """Cached keys in a ring buffer's order; row b sees the first lengths[b]. With `shared_kv` they have norms."""
     generator = torch.Generator().manual_seed(seed)
     rows = 1 if prefix else B
@@ -52,8 +55,9 @@ def drawn_slice(dtype, B, H, S, D, lengths, *, shared_kv, rope=False, prefix=Fal
     v = k if shared_kv else torch.randn(rows, H, S, D, generator=generator).to(dtype)
     order = torch.randperm(S, generator=generator)
     mask = torch.zeros(B, 1, 1, S).masked_fill_(order >= torch.tensor(lengths)[:, None, None, None], -torch.inf)
-    norms = k.float().square().sum(-1, keepdim=True) if shared_kv else None
-    return KVSlice(k, v, mask, norms, rope_at(order.expand(rows, 1, -1), D) if rope else None)
+    norms = k.float().square().sum(-1, keepdim=True).contiguous() if shared_kv else None
+    key_bias = 3 * torch.rand(rows, H, S, 1, generator=generator) if biases else None
+    return KVSlice(k, v, mask, norms, rope_at(order.expand(rows, 1, -1), D) if rope else None, key_bias=key_bias)
 
 
 def query(dtype, B, H, D, seed=1):
@@ -90,10 +94,11 @@ def test_keys_and_values_that_are_convolutions_decode_as_by_the_definition(dtype
     weights = [torch.randn(4, 2, D, generator=generator) for _ in range(2)]
     slices = []
     for S, lengths, prefix in ((40, (40, 40), True), (70, (70, 9), False)):
-        part = drawn_slice(dtype, 2, 2, S + 3, D, lengths, shared_kv=True, prefix=prefix)
+        part = drawn_slice(dtype, 2, 2, S + 3, D, lengths, shared_kv=True, prefix=prefix, biases=True)
         k = short_conv(part.k.transpose(1, 2).double(), weights[0].double())[:, 3:].transpose(1, 2)
-        scales = k.square().mean(-1, keepdim=True).rsqrt()
-        slices.append(part._replace(mask=part.mask[..., 3:], key_norms=None, key_scales=scales.float()))
+        scales, key_bias = k.square().mean(-1, keepdim=True).rsqrt().float(), part.key_bias[:, :, 3:]
+        per_key = {"key_norms": None, "key_scales": scales.contiguous(), "key_bias": key_bias.contiguous()}
+        slices.append(part._replace(mask=part.mask[..., 3:], **per_key))
     taps = Taps(q, *weights, q)
     wide = [part._replace(k=part.k.double(), key_scales=part.key_scales.double()) for part in slices]
     expected = exact(QKV(q, q, q, scale=0.3), [part.convolved(taps) for part in wide])
@@ -130,10 +135,10 @@ def test_a_row_that_sees_nothing_gives_zeros_and_disturbs_no_other():
 
 
 def test_keys_that_no_row_sees_are_not_read():
-    part = drawn_slice(torch.float32, 2, 2, 300, 16, (7, 0), shared_kv=True)
+    part = drawn_slice(torch.float32, 2, 2, 300, 16, (7, 0), shared_kv=True, biases=True)
     hidden = (part.mask[:, 0, 0] != 0)[:, None, :, None]
-    part.k.masked_fill_(hidden, torch.nan)
-    part.key_norms.masked_fill_(hidden, torch.nan)
+    for tensor in (part.k, part.key_norms, part.key_bias):
+        tensor.masked_fill_(hidden, torch.nan)
     got = attend(qkv(query(torch.float32, 2, 2, 16), torch.full((2,), 0.1)), [part])
     assert torch.isfinite(got).all()
 
@@ -155,14 +160,15 @@ def test_large_scores_do_not_overflow(scale, multiprocessors):
     sizes=st.lists(st.tuples(st.integers(0, 300), st.booleans()), min_size=1, max_size=3),
     shared_kv=st.booleans(),
     rope=st.booleans(),
+    biases=st.booleans(),
     multiprocessors=st.sampled_from([1, 2, 132]),
     data=st.data(),
 )
-def test_any_shapes_lengths_and_splits(B, H, D, sizes, shared_kv, rope, multiprocessors, data):
+def test_any_shapes_lengths_and_splits(B, H, D, sizes, shared_kv, rope, biases, multiprocessors, data):
     slices = [
         drawn_slice(
             torch.float32, B, H, S, D, data.draw(st.tuples(*[st.integers(0, S)] * B)),
-            shared_kv=shared_kv, rope=rope and shared_kv, prefix=prefix, seed=i,
+            shared_kv=shared_kv, rope=rope and shared_kv, prefix=prefix, biases=biases, seed=i,
         )
         for i, (S, prefix) in enumerate(sizes)
     ]  # fmt: skip
@@ -269,7 +275,7 @@ def test_torch_compile_takes_it_as_one_operator(dynamic):
         assert torch.equal(compiled(*inputs), step(*inputs))
     assert graphs == ([1] if dynamic else [1, 1])
     torch.library.opcheck(
-        decode_attention, (inputs[0], [x], [None], [mask], [norms], *[[None]] * 3, None, None, None, 0.5, 2)
+        decode_attention, (inputs[0], [x], [None], [mask], [norms], *[[None]] * 4, None, None, None, 0.5, 2)
     )
 
 
