@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gkachat.attention.features import cast
 from gkachat.machine import no_triton
@@ -63,7 +64,8 @@ class _HeadLoss(torch.autograd.Function):
         dx, dweight = [], torch.zeros_like(weight_VC) if with_gradients else None
         few = rows = max(1, LOGITS_PER_PART // weight.size(0))
         shape, kept = x_NC.shape, None
-        if x_NC.device.type == "cpu" and not torch.compiler.is_compiling() and not scored_N.all():
+        has_data = not (torch.compiler.is_compiling() or isinstance(x_NC, FakeTensor))
+        if x_NC.device.type == "cpu" and has_data and not scored_N.all():
             # Tuning scores few tokens. A GPU, and a compiled graph, would have to wait for their number.
             kept = scored_N.nonzero()[:, 0]
             x_NC, targets_N, scored_N = x_NC[kept], targets_N[kept], scored_N[kept]
