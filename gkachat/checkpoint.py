@@ -29,7 +29,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gkachat.config import Config, ConfigError, DataConfig, GPTConfig, TokenizerConfig, TuningConfig, home
+from gkachat.checks import ConfigError
+from gkachat.config import Config, DataConfig, GPTConfig, TokenizerConfig, TuningConfig, home
 from gkachat.config_file import from_dict, kind_of, load_config, read_toml, to_toml
 from gkachat.files import flush, read_json, sha256, write_text
 from gkachat.machine import commit

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from gkachat.config import Config, ConfigError
+from gkachat.checks import ConfigError
+from gkachat.config import Config
 from gkachat.text import decode, expand
 
 TOO_LARGE = "given a number of more than 64 bits, expected one below 2^63"

@@ -31,7 +31,8 @@ import numpy as np
 
 from gkachat.benchmark import table
 from gkachat.checkpoint import checkpoint_steps
-from gkachat.config import ATTENTIONS, DIRECTORY_NAME, Config, ConfigError, home, is_directory_name, require
+from gkachat.checks import DIRECTORY_NAME, ConfigError, is_directory_name, require
+from gkachat.config import ATTENTIONS, Config, home
 from gkachat.config_file import from_dict, load_config, read_toml
 from gkachat.eval.compare import read_run
 from gkachat.eval.results import write_report

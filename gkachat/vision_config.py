@@ -7,18 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gkachat.config import (
-    MAX_DEPTH,
-    MAX_WIDTH,
-    Checks,
-    ConfigError,
-    GKAConfig,
-    LoopConfig,
-    OptimConfig,
-    RunConfig,
-    at_least,
-    require,
-)
+from gkachat.checks import Checks, ConfigError, at_least, require
+from gkachat.config import MAX_DEPTH, MAX_WIDTH, GKAConfig, LoopConfig, OptimConfig, RunConfig
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gkachat.config import ConfigError, GPTConfig, TuningConfig, home
+from gkachat.checks import ConfigError
+from gkachat.config import GPTConfig, TuningConfig, home
 from gkachat.config_file import kind_of, load_config, read_toml
 from scripts.cli import RUN_FLAGS, run, split_args
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar, get_type_hints
 
-from gkachat.config import Config, ConfigError, TuningConfig
+from gkachat.checks import ConfigError
+from gkachat.config import Config, TuningConfig
 from gkachat.config_file import C, from_dict, hide, load_config, parse_args, parse_overrides, read_toml
 
 if TYPE_CHECKING:

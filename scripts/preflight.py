@@ -7,7 +7,8 @@ python -m scripts.preflight configs/d20.toml --train.protocol paper --chat.sourc
 import dataclasses
 import sys
 
-from gkachat.config import ATTENTIONS, Config, ConfigError, TuningConfig, home
+from gkachat.checks import ConfigError
+from gkachat.config import ATTENTIONS, Config, TuningConfig, home
 from scripts.cli import parse_config, run
 
 COLUMNS = {

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gkachat.checks import ConfigError
 from gkachat.config import (
     ATTENTIONS,
     Config,
-    ConfigError,
     DataConfig,
     GKAConfig,
     GPTConfig,

@@ -22,7 +22,8 @@ import gkachat.sweep
 import gkachat.train.setup  # before `parse` patches what it imports
 import scripts.cli
 from gkachat import config_file
-from gkachat.config import Config, ConfigError, TuningConfig
+from gkachat.checks import ConfigError
+from gkachat.config import Config, TuningConfig
 from gkachat.config_file import load_config, parse_args, to_toml
 from gkachat.inference.engine import Engine
 from gkachat.tokenizer import train_tokenizer

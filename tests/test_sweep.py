@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gkachat import sweep as sweeps
-from gkachat.config import ConfigError
+from gkachat.checks import ConfigError
 from gkachat.config_file import load_config, to_toml
 from gkachat.model.stats import model_stats
 from gkachat.sweep import Run, fit_parabola, fit_power_law, load_sweep

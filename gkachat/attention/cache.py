@@ -131,9 +131,7 @@ class Cache:
                 if self.prefix is None:
                     before.zero_()
                 else:
-                    newest = torch.arange(self.first - halo, self.first, device=self.device)
-                    shared = self.prefix.layers[index]["k"]
-                    before.copy_(shared[:, :, tap_slots(newest - self.prefix.first, shared.size(2) - halo, halo)])
+                    before.copy_(self.prefix.step(slice(0, 1), 0).layer(index).earlier_inputs().transpose(1, 2))
 
     def move(self, source: int, target: int) -> None:
         """Copy one row over another."""
@@ -141,14 +139,6 @@ class Cache:
             for buffer in buffers.values():
                 buffer[target] = buffer[source]
         self.lengths[target] = self.lengths[source]
-
-
-def tap_slots(tokens: Tensor, n: int, halo: int) -> Tensor:
-    """Return where tokens lie in a buffer of n slots behind a halo, which holds those before the first.
-
-    Tokens are counted from the cache's first one, and begin at -halo.
-    """
-    return torch.where(tokens < 0, tokens, tokens % n) + halo
 
 
 class CacheStep:
@@ -166,10 +156,13 @@ class CacheStep:
             longest: upper bound of the slots in use after this step.
         """
         self.cache, self.rows, self.longest, self.is_prefill = cache, rows, longest, prefill
-        self.positions = lengths[:, None] + torch.arange(T, device=cache.device)  # (B, T)
+        self.lengths = lengths[:, None]  # (B, 1)
+        self.positions = self.lengths + torch.arange(T, device=cache.device)  # (B, T)
         self.row_index = torch.arange(len(cache.lengths), device=cache.device)[rows, None]  # (B, 1)
         self._views: dict[tuple, tuple[Tensor, Tensor, Rope | None]] = {}
-        self._slots: dict[tuple, Tensor] = {}
+        self._slots: dict[int, Tensor] = {}
+        self._slots_before: dict[int, Tensor] = {}
+        self._halo_slots: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def slots_read(self, slots: int) -> int:
@@ -184,31 +177,31 @@ class CacheStep:
         """Return the part of this step that one layer reads and writes."""
         return LayerCache(self, index)
 
-    def slots(self, n: int, halo: int = 0) -> Tensor:
-        """Return where new tokens lie (B, T) in a buffer of n slots behind a halo, computed once for all layers."""
-        if (n, halo) not in self._slots:
-            self._slots[n, halo] = (self.positions - self.cache.first) % n + halo
-        return self._slots[n, halo]
+    def slots(self, n: int) -> Tensor:
+        """Return the slots (B, T) of the new tokens in a buffer of n slots, computed once for all layers."""
+        if n not in self._slots:
+            self._slots[n] = (self.positions - self.cache.first) % n
+        return self._slots[n]
 
-    def slots_before(self, n: int, halo: int) -> Tensor:
-        """Return where new tokens also lie (B, T): those of the last slots in the halo."""
-        if (n, -halo) not in self._slots:
-            slots = self.slots(n)
-            self._slots[n, -halo] = torch.where(slots < n - halo, halo + slots, slots - (n - halo))
-        return self._slots[n, -halo]
+    def halo_slots(self, n: int, halo: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return where tokens lie in a buffer of n slots behind a halo, computed once for all layers.
 
-    def taps(self, n: int, halo: int) -> Tensor:
-        """Return where the `halo` tokens before the new ones lie (B, halo) in such a buffer."""
-        if (n, halo, "before") not in self._slots:
-            tokens = self.positions[:, :1] - self.cache.first + torch.arange(-halo, 0, device=self.cache.device)
-            self._slots[n, halo, "before"] = tap_slots(tokens, n, halo)
-        return self._slots[n, halo, "before"]
+        The halo holds what lies before the first slot: what precedes the text and, once slots wrap, a copy of the last
+        slots. Returned are the places of the `halo` tokens before the new ones (B, halo), of the new ones (B, T), and
+        of their copies (B, T). The copy of a token that is not in the last slots is the token itself.
+        """
+        if (n, halo) not in self._halo_slots:
+            before = self.lengths - self.cache.first + torch.arange(-halo, 0, device=self.cache.device)
+            before = torch.where(before < 0, before, before % n) + halo
+            new = self.slots(n) + halo
+            self._halo_slots[n, halo] = before, new, new % n
+        return self._halo_slots[n, halo]
 
     def slot_before(self, n: int) -> Tensor:
-        """Return where the token before the new ones lies (B, 1) in a buffer of n slots."""
-        if (n, "before") not in self._slots:
-            self._slots[n, "before"] = (self.positions[:, :1] - 1 - self.cache.first) % n
-        return self._slots[n, "before"]
+        """Return the slot (B, 1) of the token before the new ones in a buffer of n slots."""
+        if n not in self._slots_before:
+            self._slots_before[n] = (self.lengths - 1 - self.cache.first) % n
+        return self._slots_before[n]
 
     def before(self, lookback: int) -> tuple[Tensor, Tensor]:
         """Return the positions (B, lookback) before the new tokens, and whether the text has them (B, lookback, 1).
@@ -216,7 +209,7 @@ class CacheStep:
         Computed once for all layers.
         """
         if lookback not in self._before:
-            positions = self.positions[:, :1] + torch.arange(-lookback, 0, device=self.cache.device)
+            positions = self.lengths + torch.arange(-lookback, 0, device=self.cache.device)
             self._before[lookback] = positions, (positions >= 0)[..., None]
         return self._before[lookback]
 
@@ -271,8 +264,7 @@ class LayerCache:
         if not lookback:
             return x
         if self.halo:
-            past = self.buffers["k"][self.step.row_index, :, self.step.taps(self.slots, self.halo)]
-            return torch.cat((past, x), dim=1)
+            return torch.cat((self.earlier_inputs(), x), dim=1)
         cache, buffer = self.cache, self.buffers["x"]
         slots = buffer.size(1)
         before, in_text = self.step.before(lookback)
@@ -282,6 +274,11 @@ class LayerCache:
             past = torch.where((before >= cache.first)[..., None], past, shared[(before - prefix.first) % len(shared)])
         buffer[self.step.row_index, self.step.slots(slots)[:, -slots:]] = x[:, -slots:]
         return torch.cat((past * in_text, x), dim=1)
+
+    def earlier_inputs(self) -> Tensor:
+        """Return what a layer with taps keeps of the `halo` tokens before the new ones, (B, halo, H, D)."""
+        before, _, _ = self.step.halo_slots(self.slots, self.halo)
+        return self.buffers["k"][self.step.row_index, :, before]
 
     def append(self, qkv: QKV) -> None:
         """Write keys and values of the new tokens, and what else the layer needs of each key."""
@@ -293,12 +290,15 @@ class LayerCache:
             new["key_bias"] = qkv.key_bias + self._bias_before()
         if "key_scales" in self.buffers:
             new["key_scales"] = qkv.taps.key_scales.to(self.buffers["key_scales"].dtype)
-        rows, n, halo = self.step.row_index, self.slots, self.halo
-        if halo and n < self.cache.length:  # slots that wrap: what lies before the first is what lies in the last
-            self.buffers["k"][rows, :, self.step.slots_before(n, halo)] = k
+        rows, n = self.step.row_index, self.slots
+        slots = k_slots = self.step.slots(n)
+        if self.halo:
+            _, k_slots, copies = self.step.halo_slots(n, self.halo)
+            if n < self.cache.length:  # slots that wrap
+                self.buffers["k"][rows, :, copies] = k
         for name, tensor in new.items():
             if name in self.buffers:
-                self.buffers[name][rows, :, self.step.slots(n, halo if name == "k" else 0)] = tensor
+                self.buffers[name][rows, :, k_slots if name == "k" else slots] = tensor
 
     def _bias_before(self) -> Tensor:
         """Return the bias of the key before the new tokens, (B, 1, H, 1), and 0 at the beginning of a text."""

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from gkachat.config import ConfigError, DataConfig
+from gkachat.checks import ConfigError
+from gkachat.config import DataConfig
 from gkachat.data.readers import READERS, find_files, read_files
 from gkachat.text import is_text, list_some
 

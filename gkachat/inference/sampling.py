@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gkachat.config import at_least, require
+from gkachat.checks import at_least, require
 
 TOP_LOGPROBS = 20  # the most that a row may ask for
 # Settings beyond these act as these do, and logits, of which none is above 15, stay finite in float32.

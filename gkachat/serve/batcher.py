@@ -56,16 +56,17 @@ class Answer:
 
 @dataclass
 class _Lane:
-    """Answers of one model: those that wait, those in rows of the batch by their number, and those to be removed.
-
-    `pending` has the outputs that have not been delivered.
-    """
+    """Answers of one model."""
 
     batch: Batch
     waiting: deque[Answer] = field(default_factory=deque)
+    """Answers without a row, the oldest first."""
     running: dict[int, Answer] = field(default_factory=dict)
+    """Answers in rows of the batch, by the numbers that the batch knows them by."""
     cancelled: set[Answer] = field(default_factory=set)
+    """Answers to be removed before the next step."""
     pending: dict[Answer, list[TokenOutput | Exception]] = field(default_factory=dict)
+    """Outputs that have not been delivered."""
 
     def put(self, answer: Answer, output: TokenOutput | Exception) -> None:
         self.pending.setdefault(answer, []).append(output)
@@ -86,7 +87,9 @@ class Batcher:
         self._lanes = {name: _Lane(engine.batch(rows)) for name, engine in engines.items()}
         self._device = next(iter(engines.values())).device
         self._calls: deque[tuple[Future, Callable[[], Any]]] = deque()
-        self._changed = threading.Condition()
+        self._changed = (
+            threading.Condition()
+        )  # its lock guards what clients change: `waiting`, `cancelled` and `_calls`
         self._numbers = itertools.count()
         self._deadline, self._closed = math.inf, False
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
@@ -161,7 +164,7 @@ class Batcher:
                 self._changed.wait_for(self._has_work)
                 calls = [self._calls.popleft() for _ in range(len(self._calls))]
             for future, function in calls:
-                _run(future, function)
+                _complete(future, function)
             for lane in self._lanes.values():
                 self._advance(lane)
             now = time.monotonic()
@@ -190,23 +193,23 @@ class Batcher:
                 lane.batch.cancel(number)
                 del lane.running[number]
         if time.monotonic() > self._deadline:
-            self._end(lane, Stopping("the server stopped before the answer was complete"), [*lane.waiting])
+            self._fail(lane, Stopping("the server stopped before the answer was complete"), [*lane.waiting])
         for number in self._admitted(lane):
             try:
                 output = lane.batch.add(number, lane.running[number].request)
             except Exception as error:
                 logging.exception("a prompt could not be read")
                 output = error
-            self._finish(lane, number, output)
+            self._store(lane, number, output)
         if lane.running:
             try:
                 outputs = lane.batch.step()
             except Exception as error:  # the batch serves whoever comes next
                 logging.exception("a decode step failed")
-                self._end(lane, error)
+                self._fail(lane, error)
                 return
             for output in outputs:
-                self._finish(lane, output.request, output)
+                self._store(lane, output.request, output)
 
     def _admitted(self, lane: _Lane) -> Iterator[int]:
         """Yield numbers for waiting answers, as long as there are free rows."""
@@ -218,11 +221,11 @@ class Batcher:
                 lane.running[number] = lane.waiting.popleft()
             yield number
 
-    def _finish(self, lane: _Lane, number: int, output: TokenOutput | Exception) -> None:
-        """Keep an output for its delivery, and forget the answer if it has ended."""
+    def _store(self, lane: _Lane, number: int, output: TokenOutput | Exception) -> None:
+        """Store an output until it is delivered. An answer that has ended leaves `running`."""
         lane.put(lane.running.pop(number) if _is_end(output) else lane.running[number], output)
 
-    def _end(self, lane: _Lane, error: Exception, waiting: Sequence[Answer] = ()) -> None:
+    def _fail(self, lane: _Lane, error: Exception, waiting: Sequence[Answer] = ()) -> None:
         """End all answers in rows, and some that wait, with an error."""
         with self._changed:
             answers = [*lane.running.values(), *waiting]
@@ -239,7 +242,8 @@ def _is_end(output: TokenOutput | Exception) -> bool:
     return isinstance(output, Exception) or bool(output.finished)
 
 
-def _run(future: Future, function: Callable[[], Any]) -> None:
+def _complete(future: Future, function: Callable[[], Any]) -> None:
+    """Call the function, and give its result or its error to those who wait for the future."""
     if not future.set_running_or_notify_cancel():
         return
     try:

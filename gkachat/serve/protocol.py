@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gkachat.config import ConfigError
+from gkachat.checks import ConfigError
 from gkachat.inference.engine import TokenOutput
 from gkachat.inference.sampling import TOP_LOGPROBS, Sampling
 from gkachat.serve.errors import ApiError

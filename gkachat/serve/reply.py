@@ -62,7 +62,9 @@ class Reply:
         if body.return_token_ids:
             self.prompt_ids["prompt_token_ids"] = prompts[0] if len(prompts) == 1 else prompts
         self.queue: asyncio.Queue[tuple[int, list[TokenOutput | Exception]]] = asyncio.Queue()
-        self.answers = [Answer(body.model, x, body.stream, (self.queue, i)) for i, x in enumerate(requests)]
+        self.answers = [
+            Answer(body.model, one, body.stream, owner=(self.queue, index)) for index, one in enumerate(requests)
+        ]
         with as_api_errors():
             batcher.submit(self.answers)
 

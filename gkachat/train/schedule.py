@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 import torch
 
-from gkachat.config import Config, ConfigError, GPTConfig
+from gkachat.checks import ConfigError
+from gkachat.config import Config, GPTConfig
 from gkachat.model.stats import model_stats, token_budget
 
 REFERENCE_DEPTH = 12

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkachat.config import ConfigError
+from gkachat.checks import ConfigError
 from gkachat.data.images import Batches, Images
 from gkachat.machine import widest_float
 from gkachat.model.vit import ViT, model_stats

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import live_model
 
-from gkachat.config import ATTENTIONS, ConfigError, GKAConfig, GPTConfig
+from gkachat.checks import ConfigError
+from gkachat.config import ATTENTIONS, GKAConfig, GPTConfig
 from gkachat.model.gpt import GPT
 
 EVERY = pytest.mark.parametrize("attention", list(ATTENTIONS))

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from gkachat.config import ConfigError, GKAConfig
+from gkachat.checks import ConfigError
+from gkachat.config import GKAConfig
 from gkachat.model.vit import ViT, model_stats
 from gkachat.vision_config import ViTConfig
 

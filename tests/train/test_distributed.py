@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, TINY, launch, make_trainer
 
-from gkachat.config import ConfigError
+from gkachat.checks import ConfigError
 from gkachat.config_file import load_config
 from gkachat.train import distributed
 from gkachat.train.distributed import COMPILE_SECONDS, Watchdog, World, init_process_group

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkachat.attention.linear import Linear
 from gkachat.checkpoint import checkpoint_steps, load_model, open_checkpoint
-from gkachat.config import ATTENTIONS, ConfigError
+from gkachat.checks import ConfigError
+from gkachat.config import ATTENTIONS
 from gkachat.config_file import load_config
 from gkachat.data import shards
 from gkachat.data.shards import write_shards

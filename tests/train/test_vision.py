@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gkachat.checkpoint import load_model, load_optimizer, load_vision_model, open_checkpoint, step_dir
-from gkachat.config import ConfigError
+from gkachat.checks import ConfigError
 from gkachat.config_file import load_config
 from gkachat.data.images import Batches, Images, load_images
 from gkachat.model.vit import model_stats
