@@ -5,6 +5,7 @@ token and head is between 0 and 1. In the scores that is c_j - c_i, where c is t
 term cancels in the softmax, so that c_j is a bias of the key. A layer with forget gates needs no other positions.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -30,7 +31,7 @@ class ForgetGate(nn.Module):
     def init_weights(self) -> None:
         """Start with a constant rate per head, from 1 in 8 to 1 in 512 tokens on a logarithmic scale."""
         nn.init.zeros_(self.gate.weight)
-        rates = torch.logspace(*torch.tensor(MEMORY).log2().tolist(), self.bias.numel(), base=2.0)
+        rates = torch.logspace(*(math.log2(tokens) for tokens in MEMORY), self.bias.numel(), base=2.0)
         with torch.no_grad():
             self.bias.copy_((rates - 1).log())  # sigmoid(log(n - 1)) = 1 - 1/n
 
