@@ -1,11 +1,13 @@
 """Forget gates against the paper, and their bias in the channels of keys against a bias that is added to the scores."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkachat.attention.forget_gate import ForgetGate, bias_in_channels, split
-from gkachat.attention.kernels import reference
+from gkachat.attention.kernels import reference, sdpa, window_cpu
 from gkachat.attention.qkv import QKV
 from gkachat.config import GPTConfig
 
@@ -80,6 +82,20 @@ def test_the_gradient_is_that_of_a_bias_added_to_the_scores(dtype):
     scores = torch.einsum("bihd,bjhd->bhij", *(t[..., :-3] for t in leaves[:2])) + leaves[2].permute(0, 2, 3, 1)
     for a, b in zip(got, torch.autograd.grad(scores, leaves, d_scores.double()), strict=True):
         assert (a.double() - b).norm() <= 4 * torch.finfo(dtype).eps * b.norm()  # of sums that are rounded once
+
+
+@pytest.mark.parametrize(
+    ("attend", "window"),
+    [(partial(sdpa.attend, window=None, causal=True), None), (partial(window_cpu.attend, window=40), 40)],
+)
+def test_kernels_in_bfloat16_keep_differences_between_biases_above_2000(attend, window):
+    q, k, bias = drawn(torch.bfloat16, sharpness=0.1)
+    bias = bias + 2000
+    got = attend(QKV(*with_bias(q, k, bias), q))
+    scores = torch.einsum("bihd,bjhd->bhij", q[..., :-3].double(), k[..., :-3].double())
+    weights = reference.weights(scores + bias.double().permute(0, 2, 3, 1), reference.visible(T, window))
+    expected = torch.einsum("bhij,bjhd->bihd", weights, q.double())
+    assert (got.double() - expected).norm() <= 2**-7 * expected.norm()  # weights and results are rounded to bfloat16
 
 
 def test_heads_start_to_forget_at_rates_from_8_to_512_tokens_whatever_the_token():

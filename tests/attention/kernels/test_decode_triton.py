@@ -55,9 +55,10 @@ def drawn_slice(dtype, B, H, S, D, lengths, *, shared_kv, rope=False, prefix=Fal
     v = k if shared_kv else torch.randn(rows, H, S, D, generator=generator).to(dtype)
     order = torch.randperm(S, generator=generator)
     mask = torch.zeros(B, 1, 1, S).masked_fill_(order >= torch.tensor(lengths)[:, None, None, None], -torch.inf)
-    norms = k.float().square().sum(-1, keepdim=True).contiguous() if shared_kv else None
-    key_bias = 3 * torch.rand(rows, H, S, 1, generator=generator) if biases else None
-    return KVSlice(k, v, mask, norms, rope_at(order.expand(rows, 1, -1), D) if rope else None, key_bias=key_bias)
+    norms, key_bias = k.float().square().sum(-1, keepdim=True), 3 * torch.rand(rows, H, S, 1, generator=generator)
+    norms, key_bias = torch.stack((norms, key_bias))  # with the same strides, as in a cache
+    slice_rope = rope_at(order.expand(rows, 1, -1), D) if rope else None
+    return KVSlice(k, v, mask, norms if shared_kv else None, slice_rope, key_bias=key_bias if biases else None)
 
 
 def query(dtype, B, H, D, seed=1):
