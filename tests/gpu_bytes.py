@@ -137,8 +137,8 @@ def inside_operators() -> dict[str, Counter]:
     found["gkachat.head_loss.default"] = counter.bytes
     H, D = C // 128, 128
     x, gain, weight = empty(B, T, H, D), empty(H, dtype=torch.float32), empty(4, H, D, dtype=torch.float32)
-    inputs = x, weight, weight, weight, gain
-    for name, args in (("features", (*inputs, T)), ("features_backward", (x, x, x, *inputs))):
+    inputs, bias = (x, weight, weight, weight, gain), empty(B, T, H, 1, dtype=torch.float32)
+    for name, args in (("features", (*inputs, bias, T)), ("features_backward", (x, x, x, *inputs))):
         counter = Inside()
         kernels = ("forward_kernel", "backward_kernel")
         saved = {kernel: getattr(features_triton, kernel) for kernel in kernels}

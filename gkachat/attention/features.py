@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gkachat.attention.forget_gate import with_bias
 from gkachat.machine import no_triton
 
 ROPE_BASE = 100_000.0
@@ -173,24 +174,27 @@ class _ShortConv(torch.autograd.Function):
 
 
 def convolved_features(
-    x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor, T: int
+    x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor, bias_BTH1: Tensor, T: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return q = gain norm(conv(x)), k = norm(conv(x)) and v = conv(x) of the last T tokens, each (B, T, H, D).
 
-    The weights are those of three ShortConv. Also returns what the norm multiplied the keys by, (B, T, H, 1), without
-    gradient.
+    The weights are (N, H, D). Those of q and k are 0 in the last channels, which get the bias of the keys
+    (`with_bias`). Also returns what the norm multiplied the keys by, (B, T, H, 1), without gradient.
     """
     if T == 1 and x_BSHD.size(1) == len(weights[0]) and not torch.is_grad_enabled():
         return _features_of_a_token(x_BSHD, weights, gain_H)
     q, k, v = (short_conv(x_BSHD, weight)[:, -T:] for weight in weights)
     k, key_scales = rms_norm_and_scale(k)
-    return rms_norm(q, gain_H), k, v, key_scales
+    return *with_bias(rms_norm(q, gain_H), k, bias_BTH1), v, key_scales
 
 
 def _features_of_a_token(
     x_BNHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what `convolved_features` returns, in few operations: for a single token their number decides the time."""
+    """Return what `convolved_features` returns, in few operations: for a single token their number decides the time.
+
+    The bias is left out. A token that stands alone has no other key to compare, and a cache has the biases of its keys.
+    """
     convolved = (torch.stack(weights).to(x_BNHD.dtype)[:, None] * x_BNHD.flip(1)).sum(dim=2, keepdim=True)
     gains = torch.stack((gain_H, torch.ones_like(gain_H)))[:, None, None]
     (q, k), (_, key_scales) = (pair.unbind() for pair in rms_norm_and_scale(convolved[:2], gains))

@@ -1,10 +1,10 @@
 """Convolutions and norms of gka_conv in Triton: one kernel forward, one backward.
 
-Forward, x is read once, and q, k, v and the scales of the keys are written. Rows that several taps read come from a
-cache. Backward, a row of a tile walks through a chunk of tokens, one at a time, and reads x, dq, dk and dv of each. The
-last rows of x and of dx stay in registers: what a tap reaches back to is neither read nor computed again, but for a few
-rows between chunks. The sums of the gradients of weights and gain have a fixed order. A number of x in bfloat16 moves 8
-bytes forward and 10 backward.
+Forward, x is read once, and q, k, v and the scales of the keys are written. The last channels of q and k are ones and
+the bias of the key. Rows that several taps read come from a cache. Backward, a row of a tile walks through a chunk of
+tokens, one at a time, and reads x, dq, dk and dv of each. The last rows of x and of dx stay in registers: what a tap
+reaches back to is neither read nor computed again, but for a few rows between chunks. The sums of the gradients of
+weights and gain have a fixed order. A number of x in bfloat16 moves 8 bytes forward and 10 backward.
 
 Arithmetic is float32. `convolved_features` of features.py is the reference. Imported only where it is used.
 Axes: B batch, S input tokens, T output tokens (the last T of S), H heads, D head_dim, N taps.
@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gkachat.attention.features import ShortConv
+from gkachat.attention import forget_gate
+from gkachat.attention.features import ShortConv, cast
 from gkachat.attention.kernels.gaussian_triton import contiguous_channels, on_device_of_first
 from gkachat.attention.kernels.gaussian_triton_kernels import rounded
 
 N_TAPS = tl.constexpr(ShortConv.TAPS)
+BIAS_CHANNELS = tl.constexpr(forget_gate.CHANNELS)
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 TILE = 2048  # numbers in a tile of the forward, a head wide
 WALK_TILE = 512  # numbers in a tile of the backward, a head wide: with 4 warps, a warp sums over a head of 128
@@ -58,17 +60,22 @@ def _convolve(X, W, rows, columns, stride_t, stride_n, S, n_columns):
 
 
 @triton.jit
-def _convolve_and_normalise(X, W, Q, gain, rows, look, columns, stride_xt, S, T, H, D):
-    """Write the normalised convolution of one block, times gain. Return what the norm multiplied it by."""
-    c = _convolve(X, W, rows + look, columns, stride_xt, H * D, S, D)
+def _convolve_and_normalise(X, W, gain, rows, columns, stride_xt, S, H, D):
+    """Return the normalised convolution at some input rows, times gain, and what the norm multiplied it by."""
+    c = _convolve(X, W, rows, columns, stride_xt, H * D, S, D)
     scale = tl.rsqrt(tl.sum(c * c, 1) / D + EPS)
-    _store(Q, c * (gain * scale)[:, None], rows, columns, H * D, T, D)
-    return scale
+    return c * (gain * scale)[:, None], scale
+
+
+@triton.jit
+def _cut(x):
+    """Cut float32 to the bits that bfloat16 has."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def forward_kernel(
-    X, WQ, WK, WV, GAIN, Q, K, V, SCALES, stride_xb, stride_xt, stride_xh, S, T, H, D, n_blocks,
+    X, WQ, WK, WV, GAIN, BIAS, Q, K, V, SCALES, stride_xb, stride_xt, stride_xh, S, T, H, D, n_blocks,
     BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Write q, k, v and the scales of the keys of one block of tokens of one head."""
@@ -76,9 +83,16 @@ def forward_kernel(
     rows, columns = block * BT + tl.arange(0, BT), tl.arange(0, BD)
     X += batch * stride_xb + head * stride_xh
     weight, out, gain = head * D, batch * T * H * D + head * D, tl.load(GAIN + head)
-    _convolve_and_normalise(X, WQ + weight, Q + out, gain, rows, S - T, columns, stride_xt, S, T, H, D)
-    scale = _convolve_and_normalise(X, WK + weight, K + out, 1.0, rows, S - T, columns, stride_xt, S, T, H, D)
-    tl.store(SCALES + batch * T * H + rows.to(tl.int64) * H + head, scale, mask=rows < T)
+    per_key, place = batch * T * H + rows.to(tl.int64) * H + head, columns[None, :] - (D - BIAS_CHANNELS)
+    q, _ = _convolve_and_normalise(X, WQ + weight, gain, rows + S - T, columns, stride_xt, S, H, D)
+    _store(Q + out, tl.where(place < 0, q, 1.0), rows, columns, H * D, T, D)
+    k, scale = _convolve_and_normalise(X, WK + weight, 1.0, rows + S - T, columns, stride_xt, S, H, D)
+    bias = tl.load(BIAS + per_key, mask=rows < T, other=0.0)[:, None]
+    high = _cut(bias)  # as `forget_gate.split` does
+    middle = _cut(bias - high)
+    parts = tl.where(place == 0, high, tl.where(place == 1, middle, bias - high - middle))
+    _store(K + out, tl.where(place < 0, k, parts), rows, columns, H * D, T, D)
+    tl.store(SCALES + per_key, scale, mask=rows < T)
     v = _convolve(X, WV + weight, rows + S - T, columns, stride_xt, H * D, S, D)
     _store(V + out, v, rows, columns, H * D, T, D)
 
@@ -98,9 +112,10 @@ def _load_taps(W, columns, stride_n, D):
 def _through_norm(c, DQ, rows, columns, gain, stride_t, T, D):
     """Return the gradient of a convolution c, and each row's part of the gradient of gain.
 
-    With r = 1 / rms(c) they are gain r (dq - r^2 c mean(dq c)) and r sum(dq c).
+    With r = 1 / rms(c) they are gain r (dq - r^2 c mean(dq c)) and r sum(dq c). Channels of the bias have no part.
     """
     dq = _load(DQ, rows, columns, stride_t, T, D)
+    dq = tl.where(columns[None, :] < D - BIAS_CHANNELS, dq, 0.0)
     r = tl.rsqrt(tl.sum(c * c, 1) / D + EPS)
     along = r * tl.sum(dq * c, 1)
     return (gain * r)[:, None] * (dq - (r * along / D)[:, None] * c), along
@@ -200,11 +215,11 @@ def backward_tile(D: int) -> tuple[int, int]:
 @torch.library.custom_op("gkachat::features", mutates_args=())
 @on_device_of_first
 def features(
-    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, gain: Tensor, T: int
+    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, gain: Tensor, bias: Tensor, T: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return q, k and v, each (B, T, H, D), and the scales of the keys (B, T, H, 1) in float32.
 
-    x is (B, S, H, D), weights are (4, H, D), and gain is (H,) float32.
+    x is (B, S, H, D), weights are (4, H, D), gain is (H,) and bias (B, T, H, 1), both float32.
     """
     B, S, H, D = x.shape
     x = contiguous_channels(x)
@@ -213,8 +228,8 @@ def features(
     BT, width = forward_tile(D)
     n_blocks = triton.cdiv(T, BT)
     forward_kernel[(n_blocks * B * H,)](
-        x, w_q.contiguous(), w_k.contiguous(), w_v.contiguous(), gain.contiguous(), q, k, v, scales, *x.stride()[:3],
-        S, T, H, D, n_blocks, BT=BT, BD=width,
+        x, w_q.contiguous(), w_k.contiguous(), w_v.contiguous(), gain.contiguous(), bias.contiguous(), q, k, v, scales,
+        *x.stride()[:3], S, T, H, D, n_blocks, BT=BT, BD=width,
     )  # fmt: skip
     return q, k, v, scales
 
@@ -244,7 +259,7 @@ def features_backward(
 
 
 @features.register_fake
-def _(x, w_q, w_k, w_v, gain, T):
+def _(x, w_q, w_k, w_v, gain, bias, T):
     B, _, H, D = x.shape
     return *(x.new_empty(B, T, H, D) for _ in range(3)), x.new_empty(B, T, H, 1, dtype=torch.float32)
 
@@ -255,19 +270,19 @@ def _(dq, dk, dv, x, w_q, w_k, w_v, gain):
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:-1])
+    ctx.save_for_backward(*inputs[:-2])
     ctx.mark_non_differentiable(output[3])
 
 
 def _backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor, _: None):
-    return *features_backward(dq, dk, dv, *ctx.saved_tensors), None
+    return *features_backward(dq, dk, dv, *ctx.saved_tensors), cast(dk[..., -1:], torch.float32), None
 
 
 features.register_autograd(_backward, setup_context=_save)
 
 
 def convolved_features(
-    x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor, T: int
+    x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor, bias_BTH1: Tensor, T: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return q, k, v and the scales of the keys, of the last T tokens."""
-    return features(x_BSHD, *weights, gain_H.float(), T)
+    return features(x_BSHD, *weights, gain_H.float(), bias_BTH1.float(), T)

@@ -6,14 +6,12 @@ term cancels in the softmax, so that c_j is a bias of the key. A layer with forg
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkachat.attention.linear import Linear
-from gkachat.attention.qkv import QKV
 from gkachat.config import GPTConfig
 
 MEMORY = (8, 512)  # tokens after which the first and the last head have forgotten 1 - 1/e, to start with
@@ -42,20 +40,14 @@ class ForgetGate(nn.Module):
         return -F.logsigmoid(wide + self.bias).cumsum(dim=1)[..., None]
 
 
-def attend_with_bias(qkv: QKV, *, softmax_attend: Callable[[QKV], Tensor]) -> Tensor:
-    """Return what a softmax kernel whose scores are q.k gives where each key has a bias, (B, T, H, D)."""
-    return softmax_attend(bias_in_channels(qkv))
-
-
-def bias_in_channels(qkv: QKV) -> QKV:
+def with_bias(q_BTHD: Tensor, k_BTHD: Tensor, bias_BTH1: Tensor) -> tuple[Tensor, Tensor]:
     """Return queries and keys of which the last three channels add the bias of the key to the score.
 
-    What these channels held is lost.
+    What they held before is lost; scores are q.k. Any softmax kernel can then run the layer.
     """
-    parts = [part.to(qkv.k.dtype) for part in split(qkv.key_bias)]
-    ones = qkv.q.new_ones(*qkv.q.shape[:-1], CHANNELS)
-    q = torch.cat((qkv.q[..., :-CHANNELS], ones), dim=-1)
-    return qkv._replace(q=q, k=torch.cat((qkv.k[..., :-CHANNELS], *parts), dim=-1), key_bias=None)
+    ones = q_BTHD.new_ones(*q_BTHD.shape[:-1], CHANNELS)
+    parts = [part.to(k_BTHD.dtype) for part in split(bias_BTH1)]
+    return torch.cat((q_BTHD[..., :-CHANNELS], ones), dim=-1), torch.cat((k_BTHD[..., :-CHANNELS], *parts), dim=-1)
 
 
 def split(bias: Tensor) -> list[Tensor]:

@@ -14,9 +14,7 @@ cached tokens can be read off x by tap (`Taps`). The convolutions have 12 C para
 C + 1 per head. docs/experiments.md measures what each part is worth.
 """
 
-import dataclasses
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 
 from gkachat.attention.base import Groups
 from gkachat.attention.features import Rope, ShortConv, choose_features
-from gkachat.attention.forget_gate import CHANNELS, ForgetGate, attend_with_bias
+from gkachat.attention.forget_gate import CHANNELS, ForgetGate
 from gkachat.attention.gka import GaussianKernelAttention
 from gkachat.attention.head_gate import HeadGate
 from gkachat.attention.kernels import reference
@@ -57,14 +55,14 @@ class GKAConv(GaussianKernelAttention):
         """Convolve the input three times, normalise what is compared, divide q by sigma^2, and give keys their biases.
 
         A softmax kernel's backward lacks the derivative of the norms. That part of the gradient is parallel to the
-        feature, and the backward of the norm removes it.
+        feature, and the backward of the norm removes it. Cached keys are 0 in the channels of the bias, since these
+        have no taps: while decoding, the cache's biases take their place.
         """
         T, new_BTHD = idx_BT.size(1), x_BSHD[:, -idx_BT.size(1) :]
         key_bias = self.forget_gate(new_BTHD.flatten(2))
         weights = (*(F.pad(conv.weight, (0, CHANNELS)) for conv in (self.conv_q, self.conv_k)), self.conv_v.weight)
-        q, k, v, key_scales = self.features.compute(x_BSHD, weights, self.sigma.square().reciprocal(), T)
-        taps = Taps(new_BTHD, *weights[1:], key_scales)
-        return QKV(q, k, v, taps=taps, key_bias=key_bias)
+        q, k, v, key_scales = self.features.compute(x_BSHD, weights, self.sigma.square().reciprocal(), key_bias, T)
+        return QKV(q, k, v, taps=Taps(new_BTHD, *weights[1:], key_scales), key_bias=key_bias)
 
     def output(self, y_BTHD: Tensor, x_BTC: Tensor) -> Tensor:
         """Multiply each head by its gate."""
@@ -72,12 +70,11 @@ class GKAConv(GaussianKernelAttention):
 
     def squared_distances(self, q_BHTD: Tensor, k_BHSD: Tensor, qkv: QKV) -> Tensor:
         """Return |q_i - k_j|^2 of the features before q was divided by sigma^2."""
-        return reference.squared_distances(q_BHTD * self.sigma.square()[:, None, None], k_BHSD)
+        q, k = (t[..., :-CHANNELS] for t in (q_BHTD, k_BHSD))
+        return reference.squared_distances(q * self.sigma.square()[:, None, None], k)
 
     def choose_kernels(self, device: torch.device, dtype: torch.dtype) -> None:
         super().choose_kernels(device, dtype)
-        attend = partial(attend_with_bias, softmax_attend=self.kernel.attend)
-        self.kernel = dataclasses.replace(self.kernel, attend=attend)
         self.features = choose_features(self.config.head_dim, device, dtype)
 
     def kernel_lines(self) -> list[str]:

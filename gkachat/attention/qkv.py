@@ -41,8 +41,8 @@ class QKV(NamedTuple):
     taps: Taps | None = None
     """What keys and values are convolutions of. Where given, the cache keeps that in place of both."""
     key_bias: Tensor | None = None
-    """(B, T, H, 1) float32, added to the scores of each key: a running sum that starts with these tokens. The cache
-    keeps it, and adds what the text had come to before."""
+    """(B, T, H, 1) float32, a running sum that starts with these tokens. The last channels of q and k add it to the
+    scores of training; the cache keeps it, and adds what the text had come to before."""
 
     @property
     def cached_k(self) -> Tensor:

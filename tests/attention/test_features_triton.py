@@ -20,12 +20,14 @@ def _short_chunks(monkeypatch):
     monkeypatch.setattr(features_triton, "CHUNK", 4)
 
 
-def inputs(B, S, H, D, dtype):
-    """A strided x, split into heads, with weights and gain."""
+def inputs(B, S, T, H, D, dtype):
+    """A strided x, split into heads, with weights, gain, and biases of keys up to 2,000."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(B, S, H * D + 16, generator=generator)[..., : H * D].to(dtype).view(B, S, H, D)
     weights = [torch.randn(4, H, D, generator=generator) for _ in range(3)]
-    return x, weights, torch.rand(H, generator=generator) + 0.1
+    for w in weights[:2]:
+        w[..., -3:] = 0
+    return x, *weights, torch.rand(H, generator=generator) + 0.1, 2000 * torch.rand(B, T, H, 1, generator=generator)
 
 
 @pytest.mark.parametrize(
@@ -40,31 +42,33 @@ def inputs(B, S, H, D, dtype):
 )
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_features_and_gradients_are_those_of_the_definition(B, S, T, H, D, dtype):
-    x, weights, gain = inputs(B, S, H, D, dtype)
-    leaves = [t.detach().requires_grad_() for t in (x, *weights, gain)]
-    *out, scales = features_triton.convolved_features(leaves[0], leaves[1:4], leaves[4], T)
+    leaves = [t.requires_grad_() for t in inputs(B, S, T, H, D, dtype)]
+    *out, scales = features_triton.convolved_features(leaves[0], leaves[1:4], *leaves[4:], T)
     exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
-    *exact, exact_scales = convolved_features(exact_leaves[0], exact_leaves[1:4], exact_leaves[4], T)
+    *exact, exact_scales = convolved_features(exact_leaves[0], exact_leaves[1:4], *exact_leaves[4:], T)
     generator = torch.Generator().manual_seed(1)
     into = [torch.randn(B, H, T, D, generator=generator).to(dtype).transpose(1, 2) for _ in out]
     got = *out, *torch.autograd.grad(out, leaves, into)
     expected = *exact, *torch.autograd.grad(exact, exact_leaves, [t.double() for t in into])
-    names = ("q", "k", "v", "dx", "dw_q", "dw_k", "dw_v", "dgain")
+    names = ("q", "k", "v", "dx", "dw_q", "dw_k", "dw_v", "dgain", "dbias")
     for name, a, b in zip(names, got, expected, strict=True):
-        assert a.dtype == (torch.float32 if name.startswith(("dw", "dg")) else dtype) and a.shape == b.shape
+        assert a.dtype == (torch.float32 if name.startswith(("dw", "dg", "db")) else dtype) and a.shape == b.shape
+        if name in "qk":  # the last channels are exact
+            assert torch.equal(a[..., -3:].double(), b[..., -3:])
+            a, b = a[..., :-3], b[..., :-3]
         assert (a.double() - b).norm() <= TOLERANCE[dtype] * b.norm(), name
     torch.testing.assert_close(scales.double(), exact_scales, rtol=1e-5, atol=0)
     assert not scales.requires_grad
 
 
 def test_the_operators_are_registered_in_full():
-    x, weights, gain = inputs(1, 6, 2, 16, torch.float32)
-    args = (x.contiguous(), *weights, gain)
+    x, *others = inputs(1, 6, 5, 2, 16, torch.float32)
+    args = (x.contiguous(), *others)
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
     leaves = tuple(t.requires_grad_() for t in args)
     torch.library.opcheck(features_triton.features, (*leaves, 5), test_utils=tests)
     gradients = [torch.randn(1, 5, 2, 16) for _ in range(3)]
-    args = tuple(t.detach() for t in args)
+    args = tuple(t.detach() for t in args[:-1])
     torch.library.opcheck(features_triton.features_backward, (*gradients, *args), test_utils=tests[:2])
 
 

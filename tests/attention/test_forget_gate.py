@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gkachat.attention.forget_gate import ForgetGate, bias_in_channels, split
+from gkachat.attention.forget_gate import ForgetGate, split, with_bias
 from gkachat.attention.kernels import reference, sdpa, window_cpu
 from gkachat.attention.qkv import QKV
 from gkachat.config import GPTConfig
@@ -20,11 +20,6 @@ def drawn(dtype, sharpness=1.0):
     q, k = (torch.randn(B, T, H, D, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
     rates = torch.rand(B, T, H, 1, generator=generator, dtype=torch.float64) * sharpness
     return q, k, rates.to(torch.promote_types(dtype, torch.float32)).cumsum(1)
-
-
-def with_bias(q, k, bias):
-    wide = bias_in_channels(QKV(q, k, q, key_bias=bias))
-    return wide.q, wide.k
 
 
 def test_weights_are_those_of_the_paper():

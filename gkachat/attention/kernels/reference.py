@@ -42,11 +42,10 @@ def squared_distances(q_BHTD: Tensor, k_BHSD: Tensor) -> Tensor:
 
 
 def scores(q_BHTD: Tensor, k_BHSD: Tensor, qkv: QKV) -> Tensor:
-    """Return the scores (B, H, T, S): `scale * q.k` and the bias of the key, or with sigma -|q - k|^2 / (2 sigma^2)."""
-    if qkv.sigma is not None:
-        return -squared_distances(q_BHTD, k_BHSD) / (2 * qkv.sigma.to(q_BHTD.dtype).square()[:, None, None])
-    products = qkv.scale * q_BHTD @ k_BHSD.mT
-    return products if qkv.key_bias is None else products + qkv.key_bias.permute(0, 2, 3, 1)
+    """Return scores (B, H, T, S): `scale * q.k`, or with sigma -|q - k|^2 / (2 sigma^2)."""
+    if qkv.sigma is None:
+        return qkv.scale * q_BHTD @ k_BHSD.mT
+    return -squared_distances(q_BHTD, k_BHSD) / (2 * qkv.sigma.to(q_BHTD.dtype).square()[:, None, None])
 
 
 def weights(scores_BHTS: Tensor, mask: Tensor) -> Tensor:
@@ -71,7 +70,7 @@ def attend_cached(qkv: QKV, slices: list[KVSlice], *, scores: Scores = scores) -
     k = torch.cat([_widen(part.rotated_keys()).expand(B, -1, -1, -1) for part in slices], dim=2)
     v = torch.cat([_widen(part.v).expand(B, -1, -1, -1) for part in slices], dim=2)
     mask = torch.cat([part.mask.expand(B, -1, -1, -1) for part in slices], dim=3) == 0
-    scores_BHTS = scores(q_BHTD, k, qkv._replace(key_bias=None))  # that of the new tokens is among the cached ones
+    scores_BHTS = scores(q_BHTD, k, qkv)
     if slices[0].key_bias is not None:
         scores_BHTS = scores_BHTS + torch.cat([part.key_bias.expand(B, -1, -1, -1) for part in slices], dim=2).mT
     return (weights(scores_BHTS, mask) @ v).transpose(1, 2).to(qkv.v.dtype)
