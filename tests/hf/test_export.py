@@ -196,7 +196,7 @@ def test_bfloat16_exports_keep_scales_in_float32_and_sharded_files_load(root, to
     }
     ours.prepare(torch.bfloat16)
     difference = (theirs(some_tokens()).logits - ours(some_tokens())).abs()
-    assert difference.mean() < 0.05  # of logits up to 15, which bfloat16 rounds to 0.06
+    assert difference.mean() < 0.025  # each is 0.02 from float32; a running sum in bfloat16 would be 0.035 from ours
 
 
 def test_an_export_loads_without_gkachat(tuned, tokenizer, tmp_path):
