@@ -274,7 +274,8 @@ class GKAConv(Attention):
     """GKA on short convolutions of the block input x, with a forget gate per head and a gate on each head's output.
 
     All keys have the same norm. Their bias is the running sum of -log f, and takes the place of positions (FoX, arXiv
-    2503.02130). The cache keeps x as keys. Its values are what the norm multiplies each key by, and -log f.
+    2503.02130). The cache keeps x as keys. Its values are what the norm multiplies each key by, and -log f, which is
+    summed up when it is read.
     """
 
     def __init__(self, config: GkachatConfig, index: int):

@@ -105,17 +105,17 @@ def some_tokens(B=2, T=LENGTH, seed=0):
 @torch.inference_mode()
 def test_logits_equal_those_of_gkachat_for_a_whole_text_its_parts_and_padded_rows(both):
     ours, theirs = both
-    idx = some_tokens()
+    idx, close = some_tokens(), {"atol": 3e-5, "rtol": 1e-5}  # of scores, biases of keys up to 60 round off 4e-6
     expected = ours(idx)
-    torch.testing.assert_close(theirs(idx, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs(idx, use_cache=False).logits, expected, **close)
     assert any(block.attn.window == WINDOW for block in theirs.model.blocks)
     cache = transformers.DynamicCache(config=theirs.config)
     parts = [theirs(part, cache=cache).logits for part in idx.split([3, 140, 1, 5, 51], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, **close)
     padded, mask = idx.clone(), torch.ones(2, LENGTH, dtype=torch.long)
     padded[1, 150:], mask[1, 150:] = 399, 0
     padded_logits = theirs(padded, attention_mask=mask).logits
-    torch.testing.assert_close(padded_logits[1, :150], expected[1, :150], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(padded_logits[1, :150], expected[1, :150], **close)
 
 
 def test_generate_gives_the_greedy_tokens_of_the_engine(both, tokenizer):
@@ -181,20 +181,22 @@ def test_beam_search_and_sampling_run_and_unsupported_inputs_are_refused(both):
             theirs(some_tokens(2, 6), **options)
 
 
+@pytest.mark.parametrize("attention", ["gka", "gka_conv"])
 @torch.inference_mode()
-def test_bfloat16_exports_keep_scales_in_float32_and_sharded_files_load(root, tokenizer):
-    run = make_run(root / "runs" / "half", tokenizer, attention="gka")
-    export(run, root / "half", dtype="bfloat16", max_shard_size="50KB")
-    assert len(list((root / "half").glob("model-*.safetensors"))) > 1
-    ours, theirs = load_model(run)[0], load(root / "half", dtype="auto")
+def test_bfloat16_exports_keep_scales_in_float32_and_sharded_files_load(root, tokenizer, attention):
+    run, out = make_run(root / "runs" / f"half_{attention}", tokenizer, attention=attention), root / f"half_{attention}"
+    export(run, out, dtype="bfloat16", max_shard_size="50KB")
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    ours, theirs = load_model(run)[0], load(out, dtype="auto")
     dtypes = {name: p.dtype for name, p in theirs.named_parameters()}
+    of_layers = ["log_sigma"] + (["forget_gate.bias"] if attention == "gka_conv" else [])
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
         *(f"model.{name}" for name in ("residual_scale", "x0_mix", "backout", "smear.share")),
-        *(f"model.blocks.{i}.attn.log_sigma" for i in range(3)),
+        *(f"model.blocks.{i}.attn.{name}" for i in range(3) for name in of_layers),
     }
     ours.prepare(torch.bfloat16)
     difference = (theirs(some_tokens()).logits - ours(some_tokens())).abs()
-    assert difference.mean() < 0.05  # of logits up to 15, which bfloat16 rounds to 0.06
+    assert difference.mean() < 0.025  # each is 0.02 from float32; a running sum in bfloat16 would be 0.035 from ours
 
 
 def test_an_export_loads_without_gkachat(tuned, tokenizer, tmp_path):
