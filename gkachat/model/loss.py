@@ -33,6 +33,17 @@ def head_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
     return _HeadLoss.apply(x_NC, weight_VC, targets_N, torch.is_grad_enabled())
 
 
+def scored_head_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
+    """Return what `head_loss` returns, of the scored tokens alone: tuning scores less than half of them.
+
+    A GPU would have to wait for their number, and a compiled graph for its shapes.
+    """
+    scored_N = targets_N != IGNORE
+    if torch.compiler.is_compiling() or isinstance(x_NC, FakeTensor) or scored_N.all() or not scored_N.any():
+        return head_loss(x_NC, weight_VC, targets_N)
+    return head_loss(x_NC[scored_N], weight_VC, targets_N[scored_N])
+
+
 class HeadLoss(NamedTuple):
     """A function that computes the head's loss, its name, and why it was chosen."""
 
@@ -48,7 +59,8 @@ def choose_head_loss(device: torch.device, dtype: torch.dtype) -> HeadLoss:
     obstacles += [f"the dtype is {dtype}"] if dtype not in (torch.bfloat16, torch.float16, torch.float32) else []
     obstacles += ["triton is not installed"] if importlib.util.find_spec("triton") is None else []
     if obstacles:
-        return HeadLoss("torch", f"no triton kernel: {'; '.join(obstacles)}", head_loss)
+        compute = scored_head_loss if device.type == "cpu" else head_loss
+        return HeadLoss("torch", f"no triton kernel: {'; '.join(obstacles)}", compute)
     from gkachat.model import loss_triton
 
     return HeadLoss("triton", "one kernel makes loss and gradient of the logits in place", loss_triton.head_loss)
@@ -63,12 +75,6 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x_NC.device)
         dx, dweight = [], torch.zeros_like(weight_VC) if with_gradients else None
         few = rows = max(1, LOGITS_PER_PART // weight.size(0))
-        shape, kept = x_NC.shape, None
-        has_data = not (torch.compiler.is_compiling() or isinstance(x_NC, FakeTensor))
-        if x_NC.device.type == "cpu" and has_data and not scored_N.all():
-            # Tuning scores few tokens. A GPU, and a compiled graph, would have to wait for their number.
-            kept = scored_N.nonzero()[:, 0]
-            x_NC, targets_N, scored_N = x_NC[kept], targets_N[kept], scored_N[kept]
         if x_NC.device.type == "cpu":  # a compiled graph holds every piece, so that there are 64 at most
             few = max(1, LOGITS_IN_CACHE // weight.size(0), len(x_NC) // 64)
         for part in zip(x_NC.split(rows), targets_N.split(rows), scored_N.split(rows), strict=True):
@@ -94,10 +100,7 @@ class _HeadLoss(torch.autograd.Function):
             if with_gradients:
                 dweight += dlogits_NV.mT @ part[0]
         if with_gradients:
-            dx_NC = torch.cat(dx) if dx else x_NC
-            if kept is not None:
-                dx_NC = dx_NC.new_zeros(shape).index_copy_(0, kept, dx_NC)
-            ctx.save_for_backward(dx_NC, dweight, count)
+            ctx.save_for_backward(torch.cat(dx), dweight, count)
         return total / count
 
     @staticmethod

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkachat.model import loss
-from gkachat.model.loss import LOGIT_CAP, head_loss, soft_cap
+from gkachat.model.loss import LOGIT_CAP, head_loss, scored_head_loss, soft_cap
 
 N, C, V = 37, 8, 29
 
@@ -22,11 +22,12 @@ def inputs(dtype=torch.float64):
 
 @pytest.mark.parametrize("logits_per_part", [1, 5 * V, 2**26])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-6), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_loss_and_gradients_are_those_of_all_logits_at_once(logits_per_part, dtype, tolerance, monkeypatch):
+@pytest.mark.parametrize("function", [head_loss, scored_head_loss])
+def test_loss_and_gradients_are_those_of_all_logits_at_once(function, logits_per_part, dtype, tolerance, monkeypatch):
     # Logits are float32 whatever comes in, so that float64 inputs are no more exact.
     monkeypatch.setattr(loss, "LOGITS_PER_PART", logits_per_part)
     x, weight, targets = inputs(dtype)
-    got = head_loss(x, weight, targets)
+    got = function(x, weight, targets)
     dx, dweight = torch.autograd.grad(3 * got, (x, weight))
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     expected = F.cross_entropy(15 * torch.tanh((exact[0] @ exact[1].mT) / 15), targets, ignore_index=-1)
@@ -76,7 +77,7 @@ def test_on_a_cpu_only_scored_tokens_pass_the_head():
             return func(*args, **(kwargs or {}))
 
     with RecordProducts():
-        head_loss(x, weight, targets)
+        scored_head_loss(x, weight, targets)
     assert rows == [2, 2, V]  # logits, gradient of x, gradient of the weight; token 0 is not scored
     targets.fill_(-1)
-    assert head_loss(x, weight, targets).isnan()
+    assert scored_head_loss(x, weight, targets).isnan()
