@@ -125,7 +125,7 @@ class HeadGate(nn.Module):
 
 
 class ForgetGate(nn.Module):
-    """What each head forgets at a token: the weights of all tokens before it are multiplied by f = sigmoid(W x + b)."""
+    """Makes each head forget: a token multiplies the weights of all tokens before it by f = sigmoid(W x + b)."""
 
     def __init__(self, config: GkachatConfig):
         super().__init__()

@@ -34,9 +34,10 @@ def head_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
 
 
 def scored_head_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
-    """Return what `head_loss` returns, of the scored tokens alone: tuning scores less than half of them.
+    """Return the mean cross-entropy of the scored targets, as `head_loss` does, without logits for the others.
 
-    A GPU would have to wait for their number, and a compiled graph for its shapes.
+    Tuning does not score what the user says. For CPUs alone: a GPU would have to wait for the number of scored targets,
+    and a compiled graph needs shapes that do not depend on it.
     """
     scored_N = targets_N != IGNORE
     if torch.compiler.is_compiling() or isinstance(x_NC, FakeTensor) or scored_N.all() or not scored_N.any():

@@ -52,7 +52,7 @@ def model_stats(config: GPTConfig) -> ModelStats:
     seen = sum(min(block.attn.window or config.sequence_len, config.sequence_len) for block in model.blocks)
     tensors = sum(1 if block.attn.shares_kv else 2 for block in model.blocks)
     scales = sum(block.attn.taps > 1 for block in model.blocks)
-    biases = sum(block.attn.forgets for block in model.blocks)
+    biases = sum(block.attn.forgets for block in model.blocks)  # in float32
     return ModelStats(
         params={"total": sum(groups.values()), **groups},
         flops_per_token=6 * multiplied + 12 * config.n_embd * seen,
