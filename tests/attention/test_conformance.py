@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gkachat.attention.features import rope_table
 from gkachat.attention.gka import GaussianKernelAttention
+from gkachat.attention.gka_conv import GKAConv
 from gkachat.attention.kernels import reference
 from gkachat.attention.kernels.choose import KernelSpec, plain_kernels
 from gkachat.config import ATTENTIONS, Config, GKAConfig, GPTConfig
@@ -117,6 +118,18 @@ def assert_rows_continue(made, texts, expected, cache, steps):
         new = torch.stack([texts[row][at[row]] for row in rows])[:, None]
         got = made(new, cache=cache.step(slice(0, len(texts)), 1), logits_to_keep=1)
         assert_close(got[:, 0], torch.stack([expected[row][at[row]] for row in rows]))
+
+
+def test_scores_of_its_own_see_the_keys_that_convolutions_make_of_the_cache(monkeypatch):
+    class OwnScores(GKAConv):
+        def scores(self, q, k, qkv):
+            return super().scores(q, k, qkv)
+
+    monkeypatch.setitem(ATTENTIONS, "own_scores", OwnScores)
+    made, idx = live_model(attention="own_scores", depth=3, sequence_len=T), text(2)
+    assert "own scores" in made.kernel_lines()[0]
+    with torch.no_grad():
+        assert_close(read(made, idx, [100, *[1] * 20, 50, 30], made.make_cache(2, T, block=100)), made(idx))
 
 
 @st.composite

@@ -66,6 +66,8 @@ def attend(qkv: QKV, *, window: int | None, causal: bool, include_self: bool, sc
 def attend_cached(qkv: QKV, slices: list[KVSlice], *, scores: Scores = scores) -> Tensor:
     """Return the attention of T new tokens to cached ones, (B, T, H, D) in the dtype of the values."""
     B = qkv.q.size(0)
+    if qkv.taps is not None:
+        slices = [part.convolved(qkv.taps) for part in slices]
     q_BHTD = _widen(qkv.q).transpose(1, 2)
     k = torch.cat([_widen(part.rotated_keys()).expand(B, -1, -1, -1) for part in slices], dim=2)
     v = torch.cat([_widen(part.v).expand(B, -1, -1, -1) for part in slices], dim=2)
