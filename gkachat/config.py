@@ -145,7 +145,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class GKAConfig:
-    """Gaussian Kernel Attention. The defaults are the operator as published (arXiv 2605.02144)."""
+    """Options of attention gka, which the others ignore. The defaults are the published ones (arXiv 2605.02144)."""
 
     rope: bool = False
     """Rotate the features by position (RoPE) before distances are computed."""
@@ -184,7 +184,7 @@ class GPTConfig:
     """Subtract a learned share of the residual stream after the middle layer at the end. The share starts at 0.2. A
     model of fewer than 3 layers has none: its middle layer is its last, and the share would change nothing."""
     short_conv: bool = False
-    """softmax: channels of queries, keys and values mix the last 4 tokens, and heads have gates, as in gka_conv."""
+    """softmax: queries, keys and values mix the last 4 tokens, and heads have output gates, as in gka_conv."""
     gka: GKAConfig = field(default_factory=GKAConfig)
 
     def __post_init__(self) -> None:
@@ -313,7 +313,7 @@ class OptimConfig:
     """Learning rates and weight decay, at a batch of 2^19 tokens; those of embeddings and head also at 768 channels."""
 
     matrix_lr: float = 0.02
-    """Muon learning rate of the attention and MLP matrices. All other rates are AdamW's."""
+    """Muon learning rate of the attention and MLP matrices, and of gates. All other rates are AdamW's."""
     embedding_lr: float = 0.3
     """Token embedding."""
     value_embedding_lr: float = 0.15

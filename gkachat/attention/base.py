@@ -42,7 +42,7 @@ class Attention(nn.Module):
     """One attention layer with its output projection. Subclasses define `qkv`."""
 
     shares_kv = False
-    """Whether keys and values are one tensor (`qkv.cached_k is qkv.v`), so that the cache keeps it once."""
+    """Whether one cached tensor serves as keys and values: `qkv.cached_k is qkv.v`, or both come from `qkv.taps.x`."""
     gaussian = False
     """Whether scores are -|q - k|^2 / (2 sigma^2) with the sigma that `qkv` gives. Fused kernels exist for these.
 

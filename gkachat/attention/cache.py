@@ -34,9 +34,9 @@ class LayerCacheSpec(NamedTuple):
     """Number of earlier inputs that the layer reads."""
     taps: int = 1
     """Number of tokens that a key and a value are convolutions of. Above 1, the cache keeps one tensor that both are
-    made of, whose earlier tokens are also those that `lookback` asks for, and a scale per key."""
+    made of, whose earlier tokens are also those that `lookback` asks for, and a scale per key and head."""
     forgets: bool = False
-    """Whether a bias per key is kept, the running sum of what forget gates give."""
+    """Whether a bias per key and head is kept, the running sum of what forget gates give."""
 
 
 class Cache:

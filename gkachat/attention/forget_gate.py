@@ -51,10 +51,10 @@ def with_bias(q_BTHD: Tensor, k_BTHD: Tensor, bias_BTH1: Tensor) -> tuple[Tensor
 
 
 def split(bias: Tensor) -> list[Tensor]:
-    """Return three tensors that add up to a bias, and of a float32 bias each fits into bfloat16.
+    """Split a bias into three tensors that add up to it. Each part of a float32 bias is exact in bfloat16.
 
-    The last has all of the gradient. Bits are cut off rather than rounded: compiled code leaves out what
-    `.to(torch.bfloat16).float()` would round, and all three would be lost but the first.
+    The gradient goes to the last part. Bits are cut off, not rounded: torch.compile drops a round trip through
+    bfloat16, which would leave the whole bias in the first part.
     """
     parts = []
     for _ in range(CHANNELS - 1):

@@ -1,6 +1,6 @@
-"""gka_conv: Gaussian Kernel Attention on short convolutions of the block input, which is all that decoding keeps of it.
+"""gka_conv: Gaussian Kernel Attention on three short convolutions of the block input.
 
-    q_i = norm(conv(x))_i    k_j = norm(conv(x))_j    v_j = conv(x)_j
+    q_i = norm(conv_q(x))_i    k_j = norm(conv_k(x))_j    v_j = conv_v(x)_j
     s_ij = q_i . k_j / sigma^2 + log(f_(j+1) ... f_i)    y_i = gate_i sum_j softmax_j(s_ij) v_j
 
 A token of published GKA attends to tokens like itself. Here the convolution of the keys starts as a delay, by 1, 2, 3,
@@ -10,7 +10,8 @@ distance reduces to the dot product. The layer divides its queries by sigma^2, a
 kernel.
 
 Forget gates f take the place of rotary positions (forget_gate.py). Nothing is rotated, so that keys and values of
-cached tokens can be read off x by tap (`Taps`). The convolutions have 12 C parameters per layer, the forget gates
+cached tokens can be read off x by tap (`Taps`), and the cache keeps x in place of both. q and k leave three channels
+free for the bias of the forget gates. With H heads a layer's convolutions have 12 C - 24 H parameters, the forget gates
 C + 1 per head. docs/experiments.md measures what each part is worth.
 """
 
@@ -33,7 +34,7 @@ SHARPNESS = 1.2  # q.k / sigma^2 starts as sharp as softmax attention's logits
 
 
 class GKAConv(GaussianKernelAttention):
-    """Gaussian Kernel Attention on short convolutions of the block input. Caches that one tensor."""
+    """Gaussian Kernel Attention on short convolutions of the block input, which is the one tensor that is cached."""
 
     gaussian, forgets = False, True
     taps, lookback = ShortConv.TAPS, ShortConv.TAPS - 1

@@ -42,7 +42,7 @@ class QKV(NamedTuple):
     """What keys and values are convolutions of. Where given, the cache keeps that in place of both."""
     key_bias: Tensor | None = None
     """(B, T, H, 1) float32, a running sum that starts with these tokens. The last channels of q and k add it to the
-    scores of training; the cache keeps it, and adds what the text had come to before."""
+    scores of training. The cache stores it plus the bias of the last earlier key."""
 
     @property
     def cached_k(self) -> Tensor:

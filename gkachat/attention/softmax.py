@@ -16,8 +16,8 @@ QK_SCALE = 1.2  # sharpens the logits of normalised queries and keys
 class SoftmaxAttention(Attention):
     """Scaled dot-product attention with rotary positions, normalised queries and keys, and gated value embeddings.
 
-    `config.short_conv` adds what gka_conv has, for like-for-like runs: short convolutions of queries, keys and values,
-    and a gate per head.
+    `config.short_conv` adds short convolutions of queries, keys and values, and a gate on each head's output, for
+    like-for-like runs against gka_conv. Forget gates in place of rotation make softmax worse (docs/experiments.md).
     """
 
     def __init__(self, config: GPTConfig, index: int):

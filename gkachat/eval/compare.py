@@ -52,7 +52,7 @@ def compare_runs(run_dirs: list[Path]) -> dict[str, Any]:
     Raises FileNotFoundError or ValueError when something is missing, or when the runs have different val texts.
     """
     if len(run_dirs) < 2:
-        raise ValueError(f"given {len(run_dirs)} run to compare, expected two or more")
+        raise ValueError(f"runs to compare: given {len(run_dirs)}, expected two or more")
     runs = [read_run(run_dir) for run_dir in run_dirs]
     for run_dir, run in zip(run_dirs, runs, strict=True):
         own, first = (one["results"]["bpb"] for one in (run, runs[0]))

@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
 
 
 def in_parts(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """Return x (..., 1) as n numbers of a dtype, (..., n), which sum up to it: each is what those before it lack."""
+    """Return x (..., 1) as n numbers of a dtype that add up to it, (..., n): each rounds what those before it left."""
     parts = []
     for _ in range(n):
         parts.append(x.to(dtype))

@@ -17,6 +17,8 @@ tags: [gkachat, {attention}]
 # {name}
 
 A small GPT trained with gkachat. Its attention is `{attention}`; gka is Gaussian Kernel Attention (arXiv 2605.02144).
+gka_conv is that kernel on short convolutions of the block input, with forget gates (FoX, arXiv 2503.02130) and gates on
+each head's output.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

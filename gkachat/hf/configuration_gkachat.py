@@ -21,7 +21,7 @@ class GkachatConfig(PretrainedConfig):
         smear: add a share of the previous token's embedding to each token's.
         backout: subtract a share of the residual stream after the middle layer at the end.
         value_embedding_layers: softmax: layers that add a learned vector per token to the values.
-        short_conv: softmax: queries, keys and values mix the last 4 tokens, and heads have gates, as in gka_conv.
+        short_conv: softmax: queries, keys and values mix the last 4 tokens, and heads have output gates.
         gka_rope: gka: rotate features by position before they are compared.
         gka_include_self: gka: let a token attend to itself.
         gka_normalize: gka: RMS-normalise each head's channels before they are compared and averaged.

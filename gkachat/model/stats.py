@@ -34,7 +34,8 @@ class ModelStats:
     flops_per_token: int
     """Training FLOPs, forward and backward."""
     cache_bytes_per_token: int
-    """Bytes that decoding keeps for each token of context: keys and values in bfloat16, scales and biases of keys."""
+    """Bytes that decoding keeps for each token of context: keys and values in bfloat16, and scales and biases of keys.
+    The norms of gka's keys are left out."""
 
     @property
     def scaling_params(self) -> int:

@@ -48,7 +48,7 @@ ADAMW = {
     "x0_mix": ((0.96, 0.95), 0.0),
     "residual_scale": ((0.8, 0.95), 0.05),
 }
-# Smear and backout in nanochat; bandwidths, convolutions and positions, which it lacks.
+# Smear and backout in nanochat; bandwidths, convolutions, biases of forget gates and positions, which it lacks.
 ADAMW_DEFAULT = ((0.8, 0.95), 0.0)
 SCALED_BY_WIDTH = ("embedding", "value_embeddings", "lm_head")  # rates that fall with the width, as (C / 768)^-1/2
 UNSCALED = ("smear", "backout")  # rates that do not follow the batch
@@ -269,7 +269,7 @@ def make_optimizers(
     config: OptimConfig,
     world: World = World(),  # noqa: B008 (frozen)
 ) -> list[Muon | ShardedAdamW]:
-    """Return Muon for a model's matrices and AdamW for its other parameters.
+    """Return Muon for a model's matrices and gates, and AdamW for its other parameters.
 
     Call it before the model is compiled or wrapped. `config` must be resolved (schedule.resolve). Each parameter group
     has its highest learning rate in "initial_lr", as torch's own schedulers expect. Raises ValueError for a parameter

@@ -116,7 +116,7 @@ def test_published_ratios_stand_beside_gka_over_softmax_at_depth_20_only(runs, m
 
 
 def test_runs_that_cannot_be_compared_are_refused(runs):
-    with pytest.raises(ValueError, match="given 1 run to compare"):
+    with pytest.raises(ValueError, match="runs to compare: given 1"):
         compare_runs(runs[:1])
     change_bpb(runs[1], val_sha256=["0"])
     with pytest.raises(ValueError, match="different val texts"):

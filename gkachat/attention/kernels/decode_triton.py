@@ -95,7 +95,7 @@ def split_kernel(
 
     SHARED_KV: keys are the values. NORMS, COS and SIN may be None. SCALE is used where SIGMA is None. With N_TAPS
     above 1, KEYS holds what keys and values are convolutions of, N_TAPS - 1 tokens more than there are keys, and SCALES
-    normalises keys. BIASES, which may be None, are added to the scores. All three have the strides of NORMS. Heads are
+    normalises keys. BIASES, which may be None, are added to the scores. All three have the same strides. Heads are
     neighbours in the grid, then rows, so that they find masks, tables and a shared prefix in the L2 cache.
     """
     row_and_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
