@@ -35,8 +35,9 @@ STEPS = 6
 DDP_LOGGED = 10  # steps whose times DistributedDataParallel takes for its log, each with some host waits
 MAX_PEAK_GIB = 79.0
 GOOD_PEAK_GIB = 72.0
+DEPTH = 2
 SMALL = [
-    "--model.depth=2", "--model.n_embd=256", "--train.max_skipped=100000", "--train.eval_every=3",
+    f"--model.depth={DEPTH}", "--model.n_embd=256", "--train.max_skipped=100000", "--train.eval_every=3",
     f"--train.eval_tokens={ROWS * T}", "--run.log_every=3", "--run.timeout=1500",
 ]  # fmt: skip
 
@@ -158,7 +159,7 @@ def chat(walk: Walk) -> list[Row]:
     """Answers of the tuned models that the speedrun has left."""
     rows = []
     for attention in ATTENTIONS:
-        command = ["-m", "scripts.chat_cli", f"d20_{attention}_chat", "-p", "Say 7.", "--max-tokens", "20"]
+        command = ["-m", "scripts.chat_cli", f"d{DEPTH}_{attention}_chat", "-p", "Say 7.", "--max-tokens", "20"]
         step = walk.run("chat", f"chat_cli {attention}", command)
         rows.append(row_of("chat", step))
     return rows
