@@ -93,8 +93,11 @@ def test_stop_ends_an_answer_and_the_next_follows(page, server, slow, how):
     page.wait_for(f"{ANSWERS}.length == 2 && {ANSWERS}.every(text => text.length > 1)")  # streams
     assert not page.evaluate(IDLE)
     page.press("Escape") if how == "Escape" else page.evaluate("document.getElementById('stop').click()")
-    page.wait_for(IDLE, seconds=1)  # the whole answer takes four seconds
-    wait_until(lambda: server.batcher.count() == 0, seconds=1)
+    page.wait_for(IDLE)
+    wait_until(lambda: server.batcher.count() == 0)
+    prompt = render_prompt(server.sessions["gka"].engine.tokenizer, [{"role": "user", "content": "x"}])
+    for run, shown in zip(("gka", "gka_conv"), page.evaluate(ANSWERS), strict=True):
+        assert len(shown) < len(answer_of(server.sessions[run], prompt, max_tokens=120, temperature=0)[0])
     assert page.evaluate("document.querySelectorAll('[role=alert]').length") == 0
     send(page, "y")
     page.wait_for(f"{ANSWERS}.length == 4")
