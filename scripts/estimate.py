@@ -40,15 +40,16 @@ def estimate(config: Config) -> dict:
         """A task of random tokens whose even steps have one pass, and whose odd steps have two."""
 
         def batch(self, step: int) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
-            idx = tokens[: (1 + step % 2) * pass_rows]
-            return (idx, idx.roll(-1, 1)), idx.numel()
+            idx, targets = (t[: (1 + step % 2) * pass_rows] for t in (tokens, next_tokens))
+            return (idx, targets), idx.numel()
 
     config, device = resolve(config), pick_device(config.run.device)
     model = build_model(GPT, config, device)
     trainer = Trainer(config, model, make_optimizers(model, config.optim), RandomTokens(), device, World())
     rows = config.train.total_batch_size // config.model.sequence_len
     pass_rows = min(trainer.device_batch_size, rows)
-    tokens = torch.randint(model.config.vocab_size, (2 * pass_rows, model.config.sequence_len))
+    shape, pinned = (2 * pass_rows, model.config.sequence_len), device.type == "cuda"  # as the loader's batches are
+    tokens, next_tokens = (torch.randint(model.config.vocab_size, shape, pin_memory=pinned) for _ in range(2))
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for step in range(WARMUP + STEPS):
         start = time.perf_counter()
