@@ -178,6 +178,9 @@ class GPTConfig:
     """Channels per head. None: 128, or 64 if n_embd is not a multiple of 128."""
     value_embeddings: bool | None = None
     """Add a learned vector per token to the values, in every other layer and the last. None: true for softmax only."""
+    attention_x0: bool | None = None
+    """Let attention read a learned sum of the normalised residual stream and the embedding, in place of the stream
+    alone. None: true for gka_conv only."""
     smear: bool = True
     """Add a gated share of the previous token's embedding to each token's. The share starts at 0."""
     backout: bool = True
@@ -230,6 +233,15 @@ class GPTConfig:
     def uses_value_embeddings(self) -> bool:
         """Whether layers have value embeddings: `value_embeddings`, or the attention's default if that is None."""
         return self.attention == "softmax" if self.value_embeddings is None else self.value_embeddings
+
+    @property
+    def uses_attention_x0(self) -> bool:
+        """Whether attention reads the embedding too: `attention_x0`, or the attention's default if that is None."""
+        return self.attention == "gka_conv" if self.attention_x0 is None else self.attention_x0
+
+    def with_attention(self, attention: str) -> "GPTConfig":
+        """Return the same shape with another attention, and what that attention has by default."""
+        return dataclasses.replace(self, attention=attention, value_embeddings=None, attention_x0=None)
 
     @property
     def causal(self) -> bool:
@@ -327,7 +339,8 @@ class OptimConfig:
     smear_lr: float = 0.2
     """Gate and scale of the smear, and scale of the backout. `lr_scale` leaves it alone."""
     sigma_lr: float = 0.01
-    """Log bandwidths (log sigma) of gka and gka_conv, and the biases of forget gates."""
+    """Log bandwidths (log sigma) of gka and gka_conv, biases of forget gates, and what attention reads of the stream
+    and of the embedding."""
     conv_lr: float = 0.02
     """Taps of short convolutions."""
     position_lr: float = 0.01

@@ -59,7 +59,7 @@ class ViTConfig:
             raise ConfigError(["gka.rope: given True, expected false: positions in an image are learned"])
 
     # Attention layers also ask a config for these.
-    causal = uses_value_embeddings = short_conv = property(lambda self: False)
+    causal = uses_value_embeddings = uses_attention_x0 = short_conv = property(lambda self: False)
     n_head = property(lambda self: self.n_embd // self.head_dim)
     sequence_len = property(lambda self: (self.image_size // self.patch_size) ** 2 + 1)
 

@@ -71,8 +71,7 @@ def batch_table(config: Config) -> str:
     from gkachat.train.schedule import resolve
 
     def tokens_per_step(attention: str, protocol: str) -> int:
-        # Each attention has its own default of value embeddings: gka as published has none.
-        model = dataclasses.replace(config.model, attention=attention, value_embeddings=None)
+        model = config.model.with_attention(attention)
         train = dataclasses.replace(config.train, protocol=protocol)
         return resolve(dataclasses.replace(config, model=model, train=train)).train.total_batch_size
 

@@ -362,13 +362,26 @@ def test_the_pattern_repeats_and_the_last_layer_is_always_long(pattern, letters)
     assert [shape.window(layer) for layer in range(7)] == [{"S": 513, "L": None}[letter] for letter in letters]
 
 
+def test_attention_reads_the_embedding_by_default_in_gka_conv_alone():
+    for name in ATTENTIONS:
+        shape = GPTConfig(attention=name)
+        assert shape.uses_attention_x0 == (name == "gka_conv")
+        assert [dataclasses.replace(shape, attention_x0=given).uses_attention_x0 for given in (True, False)] == [1, 0]
+
+
+def test_another_attention_of_the_same_shape_has_its_own_defaults():
+    shape = GPTConfig(depth=4, attention="softmax", value_embeddings=False, attention_x0=True, short_conv=True)
+    assert shape.with_attention("gka_conv") == GPTConfig(depth=4, attention="gka_conv", short_conv=True)
+    assert shape.with_attention("softmax").uses_value_embeddings
+
+
 def test_value_embeddings_are_by_default_those_of_softmax_alone():
     default = GPTConfig()
     assert {name: dataclasses.replace(default, attention=name).uses_value_embeddings for name in ATTENTIONS} == {
         name: name == "softmax" for name in ATTENTIONS
     }
     assert not GPTConfig(value_embeddings=False).uses_value_embeddings
-    assert not ViTConfig().uses_value_embeddings
+    assert not ViTConfig().uses_value_embeddings and not ViTConfig().uses_attention_x0
     for name in ("gka", "gka_conv"):
         with pytest.raises(
             ConfigError, match=rf"^value_embeddings: given True, expected false with attention '{name}'"

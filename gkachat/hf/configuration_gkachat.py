@@ -18,6 +18,7 @@ class GkachatConfig(PretrainedConfig):
             caches by `sliding_window`, which is the same number, and for gka_conv 3 more: those that the oldest key is
             a convolution of.
         layer_types: "full_attention" or "sliding_attention" for each layer.
+        attention_x0: attention reads a learned sum of the normalised residual stream and the embedding.
         smear: add a share of the previous token's embedding to each token's.
         backout: subtract a share of the residual stream after the middle layer at the end.
         value_embedding_layers: softmax: layers that add a learned vector per token to the values.
@@ -44,6 +45,7 @@ class GkachatConfig(PretrainedConfig):
         max_position_embeddings: int = 2048,
         window: int | None = None,
         layer_types: list[str] | None = None,
+        attention_x0: bool = False,
         smear: bool = True,
         backout: bool = True,
         value_embedding_layers: list[int] | None = None,
@@ -71,7 +73,7 @@ class GkachatConfig(PretrainedConfig):
         self.max_position_embeddings, self.window = max_position_embeddings, window
         kwargs["sliding_window"] = window + TAPS - 1 if window and attention == "gka_conv" else window
         self.layer_types = list(layer_types or ["full_attention"] * num_hidden_layers)
-        self.smear, self.backout, self.short_conv = smear, backout, short_conv
+        self.attention_x0, self.smear, self.backout, self.short_conv = attention_x0, smear, backout, short_conv
         self.value_embedding_layers = list(value_embedding_layers or [])
         self.gka_rope, self.gka_include_self, self.gka_normalize = gka_rope, gka_include_self, gka_normalize
         self.final_logit_softcapping, self.initializer_range = final_logit_softcapping, initializer_range

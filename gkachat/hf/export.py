@@ -158,6 +158,7 @@ def _settings(model: GPT, tokenizer: Tokenizer, meta: dict[str, Any], dtype: str
         "max_position_embeddings": shape.sequence_len,
         "window": next(filter(None, windows), None),
         "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
+        "attention_x0": shape.uses_attention_x0,
         "smear": shape.smear,
         "backout": shape.backout_layer is not None,
         "value_embedding_layers": [

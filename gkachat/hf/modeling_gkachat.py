@@ -71,17 +71,23 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         self.attn = ATTENTIONS[config.attention](config, index)
         self.mlp = MLP(config)
+        self.attention_mix = parameter(2) if config.attention_x0 else None
 
     def forward(
         self,
         x_BTC: Tensor,
+        x0_BTC: Tensor,
         idx_BT: Tensor | None,
         positions: Positions,
         cache: DynamicCache | None = None,
         output_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the residual stream and, if asked, the attention weights (B, H, T, S)."""
-        y_BTC, weights = self.attn(rms_norm(x_BTC), idx_BT, positions, cache, output_weights)
+        input_BTC = rms_norm(x_BTC)
+        if self.attention_mix is not None:
+            x_share, x0_share = self.attention_mix.to(x_BTC.dtype)
+            input_BTC = x_share * input_BTC + x0_share * x0_BTC
+        y_BTC, weights = self.attn(input_BTC, idx_BT, positions, cache, output_weights)
         x_BTC = x_BTC + y_BTC
         return x_BTC + self.mlp(rms_norm(x_BTC)), weights
 
@@ -110,7 +116,7 @@ class GkachatPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers wants lists)
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        "log_sigma", "forget_gate.bias", "residual_scale", "x0_mix", "backout", "smear.share",
+        "log_sigma", "forget_gate.bias", "residual_scale", "x0_mix", "attention_mix", "backout", "smear.share",
     ]  # fmt: skip
 
     @classmethod
@@ -138,6 +144,8 @@ class GkachatPreTrainedModel(PreTrainedModel):
             init.copy_(module.bias, (rates - 1).log())
         elif isinstance(module, Smear):
             init.zeros_(module.share)
+        elif isinstance(module, Block) and module.attention_mix is not None:
+            init.constant_(module.attention_mix, 0.5)
         elif isinstance(module, GkachatModel):
             init.ones_(module.residual_scale)
             init.zeros_(module.x0_mix)
@@ -224,7 +232,8 @@ class GkachatModel(GkachatPreTrainedModel):
             scale, mix = self.residual_scale[index].to(x_BTC), self.x0_mix[index].to(x_BTC)
             x0_BTC = x0_BTC.to(x_BTC.device)
             x_BTC = scale * x_BTC + mix * x0_BTC
-            x_BTC, weights = block(x_BTC, input_ids, positions, cache=cache, output_weights=bool(output_attentions))
+            output = bool(output_attentions)
+            x_BTC, weights = block(x_BTC, x0_BTC, input_ids, positions, cache=cache, output_weights=output)
             attentions.append(weights)
             if index == len(self.blocks) // 2:
                 middle_BTC = x_BTC

@@ -120,11 +120,7 @@ def compare_stats(config: GPTConfig) -> dict[str, Any]:
 
     `ratio` has the ratios of gka, `ratios` those of each attention, with total FLOPs under each protocol.
     """
-    # Each attention has its own default of value embeddings: gka as published has none.
-    shapes = {
-        name: config if name == config.attention else dataclasses.replace(config, attention=name, value_embeddings=None)
-        for name in ATTENTIONS
-    }
+    shapes = {name: config if name == config.attention else config.with_attention(name) for name in ATTENTIONS}
     stats = {name: model_stats(shape) for name, shape in shapes.items()}
 
     def ratios(name: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ ADAMW = {
     "x0_mix": ((0.96, 0.95), 0.0),
     "residual_scale": ((0.8, 0.95), 0.05),
 }
-# Smear and backout in nanochat; bandwidths, convolutions, biases of forget gates and positions, which it lacks.
+# Smear and backout in nanochat; bandwidths and what else it lacks.
 ADAMW_DEFAULT = ((0.8, 0.95), 0.0)
 SCALED_BY_WIDTH = ("embedding", "value_embeddings", "lm_head")  # rates that fall with the width, as (C / 768)^-1/2
 UNSCALED = ("smear", "backout")  # rates that do not follow the batch
@@ -296,6 +296,7 @@ def make_optimizers(
         "backout": config.smear_lr,
         "log_sigma": config.sigma_lr,
         "forget_bias": config.sigma_lr,
+        "attention_mix": config.sigma_lr,
         "convolutions": config.conv_lr,
         "positions": config.position_lr,
     }

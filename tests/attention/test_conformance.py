@@ -24,6 +24,8 @@ T, BLOCK, WINDOW = 200, 32, 129
 CASES = {name: {"attention": name} for name in ATTENTIONS} | {
     "softmax without value embeddings": {"attention": "softmax", "value_embeddings": False},
     "softmax with short convolutions": {"attention": "softmax", "short_conv": True},
+    "softmax with the embedding": {"attention": "softmax", "attention_x0": True},
+    "gka_conv without the embedding": {"attention": "gka_conv", "attention_x0": False},
     "gka with rope": {"attention": "gka", "gka": GKAConfig(rope=True)},
     "gka with rope and norm": {"attention": "gka", "gka": GKAConfig(rope=True, normalize=True)},
     "gka without self": {"attention": "gka", "gka": GKAConfig(rope=True, include_self=False)},

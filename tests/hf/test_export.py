@@ -32,11 +32,12 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 SHAPES = {
     "softmax": {"attention": "softmax"},
     "softmax_plain": {"attention": "softmax", "value_embeddings": False, "smear": False, "backout": False},
-    "softmax_conv": {"attention": "softmax", "short_conv": True},
+    "softmax_conv": {"attention": "softmax", "short_conv": True, "attention_x0": True},
     "gka": {"attention": "gka"},
     "gka_rope": {"attention": "gka", "gka": GKAConfig(rope=True)},
     "gka_all": {"attention": "gka", "gka": GKAConfig(rope=True, include_self=False, normalize=True)},
     "gka_conv": {"attention": "gka_conv"},
+    "gka_conv_plain": {"attention": "gka_conv", "attention_x0": False},
 }
 LENGTH, WINDOW = 200, 129  # the short windows hide some tokens
 PROPERTY = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
@@ -189,10 +190,11 @@ def test_bfloat16_exports_keep_scales_in_float32_and_sharded_files_load(root, to
     assert len(list(out.glob("model-*.safetensors"))) > 1
     ours, theirs = load_model(run)[0], load(out, dtype="auto")
     dtypes = {name: p.dtype for name, p in theirs.named_parameters()}
-    of_layers = ["log_sigma"] + (["forget_gate.bias"] if attention == "gka_conv" else [])
+    of_layers = ["attn.log_sigma"]
+    of_layers += ["attn.forget_gate.bias", "attention_mix"] if attention == "gka_conv" else []
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
         *(f"model.{name}" for name in ("residual_scale", "x0_mix", "backout", "smear.share")),
-        *(f"model.blocks.{i}.attn.{name}" for i in range(3) for name in of_layers),
+        *(f"model.blocks.{i}.{name}" for i in range(3) for name in of_layers),
     }
     ours.prepare(torch.bfloat16)
     difference = (theirs(some_tokens()).logits - ours(some_tokens())).abs()

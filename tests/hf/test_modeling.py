@@ -23,7 +23,7 @@ SHAPES = {
     "softmax_conv": {"attention": "softmax", "short_conv": True},
     "gka": {"attention": "gka"},
     "gka_rope": {"attention": "gka", "gka_rope": True, "gka_include_self": False},
-    "gka_conv": {"attention": "gka_conv"},
+    "gka_conv": {"attention": "gka_conv", "attention_x0": True},
 }
 
 

@@ -48,7 +48,7 @@ SHAPES = {
     "Softmax": {"attention": "softmax", "value_embedding_layers": [1]},
     "SoftmaxConv": {"attention": "softmax", "short_conv": True},
     "GKA": {"attention": "gka", "gka_rope": True},
-    "GKAConv": {"attention": "gka_conv"},
+    "GKAConv": {"attention": "gka_conv", "attention_x0": True},
 }
 
 
