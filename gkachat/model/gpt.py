@@ -6,8 +6,8 @@
 The model is nanochat's (commit 92d63d4): a pre-norm transformer with parameter-free RMSNorm (also after the embedding),
 a relu^2 MLP, no biases, and an untied head with soft-capped logits. Each embedding gets a share of the previous one
 (smear). In front of each block, the residual stream and the embedding are added again, each times a learned scalar. At
-the end, a share of the residual stream after the middle layer is subtracted (backout). The config names the attention. Where it asks for it, as
-gka_conv does, attention reads the embedding besides the residual stream.
+the end, a share of the residual stream after the middle layer is subtracted (backout). The config names the attention.
+Where it asks for it, as gka_conv does, attention reads the embedding besides the residual stream.
 Weights stay in float32; activations have `compute_dtype`.
 Axes: B batch, T time, C channels, V vocabulary.
 """
