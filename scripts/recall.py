@@ -98,7 +98,8 @@ def train(
 ) -> dict[str, float]:
     """Return the accuracy on 512 new texts after training, and the seconds that it took.
 
-    The model has no smear, which hands each token its predecessor, so that attention alone is tested.
+    The model has no smear, which hands each token its predecessor, and attention reads the residual stream alone, so
+    that attention is what is tested.
     """
     import torch
 
@@ -112,7 +113,7 @@ def train(
     tokens = batch * length
     model_config = GPTConfig(
         depth=2, attention=attention, vocab_size=VOCAB_SIZE, sequence_len=length, n_embd=channels, head_dim=32,
-        window_pattern="L", value_embeddings=False, smear=False,
+        window_pattern="L", value_embeddings=False, attention_x0=False, smear=False,
     )  # fmt: skip
     config = resolve(
         Config(
