@@ -179,8 +179,8 @@ class GPTConfig:
     value_embeddings: bool | None = None
     """Add a learned vector per token to the values, in every other layer and the last. None: true for softmax only."""
     attention_x0: bool | None = None
-    """Let attention read a learned sum of the normalised residual stream and the embedding, in place of the stream
-    alone. None: true for gka_conv only."""
+    """Let attention after the first layer read a learned sum of the normalised residual stream and the embedding, in
+    place of the stream alone. None: true for gka_conv only."""
     smear: bool = True
     """Add a gated share of the previous token's embedding to each token's. The share starts at 0."""
     backout: bool = True

@@ -68,9 +68,18 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.window = config, config.window(index)
         self.c_proj = Linear(config.n_embd, config.n_embd)
+        reads_x0 = config.uses_attention_x0 and index > 0  # the first layer's stream is the embedding
+        self.input_mix = nn.Parameter(torch.empty(2)) if reads_x0 else None
+
+    def mixed(self, x_BTC: Tensor, x0_BTC: Tensor | None) -> Tensor:
+        """Return the learned sum of the block input and the embedding, where the config asks for it, or the input."""
+        if self.input_mix is None or x0_BTC is None:
+            return x_BTC
+        x_share, x0_share = self.input_mix.to(x_BTC.dtype)
+        return x_share * x_BTC + x0_share * x0_BTC
 
     def inputs(self, x_BTC: Tensor) -> Tensor:
-        """Return what `qkv` reads of each token, (B, T, ...): the block input, or what a subclass makes of it."""
+        """Return what `qkv` reads of each token, (B, T, ...): what `mixed` returns, or what a subclass makes of it."""
         return x_BTC
 
     def qkv(self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None) -> QKV:
@@ -94,13 +103,22 @@ class Attention(nn.Module):
         return reference.scores(q_BHTD, k_BHSD, qkv)
 
     def forward(
-        self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None, cache: LayerCache | None = None
+        self,
+        x_BTC: Tensor,
+        idx_BT: Tensor | None,
+        rope: Rope | None,
+        cache: LayerCache | None = None,
+        x0_BTC: Tensor | None = None,
     ) -> Tensor:
         """Return what the layer adds to the residual stream, (B, T, C).
 
         With a cache, the new tokens are written to it, and attend to the cached tokens as well.
+
+        Args:
+            x_BTC: block input, the normalised residual stream.
+            x0_BTC: embedding, for layers that read it too. Without it these read x alone.
         """
-        inputs = self.inputs(x_BTC)
+        inputs = self.inputs(self.mixed(x_BTC, x0_BTC))
         if cache is None:
             y_BTHD = self.kernel.attend(self.qkv(inputs, idx_BT, rope))
         else:
@@ -118,13 +136,18 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def attention_weights(
-        self, x_BTC: Tensor, idx_BT: Tensor | None, rope: Rope | None, key_bias_BS: Tensor | None = None
+        self,
+        x_BTC: Tensor,
+        idx_BT: Tensor | None,
+        rope: Rope | None,
+        key_bias_BS: Tensor | None = None,
+        x0_BTC: Tensor | None = None,
     ) -> AttentionWeights:
         """Return the weights that `forward` applies to whole texts, for inspection.
 
         `key_bias_BS` is added to the scores of each key, -inf for one that is ignored.
         """
-        qkv = self.qkv(self.inputs(x_BTC), idx_BT, rope)
+        qkv = self.qkv(self.inputs(self.mixed(x_BTC, x0_BTC)), idx_BT, rope)
         q_BHTD, k_BHSD = reference.queries_and_keys(qkv)
         mask = reference.visible(x_BTC.size(1), self.window, self.config.causal, self.include_self, x_BTC.device)
         scores_BHTS = self.scores(q_BHTD, k_BHSD, qkv)
@@ -179,10 +202,13 @@ class Attention(nn.Module):
     def init_weights(self) -> None:
         """Initialize every parameter. The block starts as the identity: its output projection is zero."""
         nn.init.zeros_(self.c_proj.weight)
+        if self.input_mix is not None:
+            nn.init.constant_(self.input_mix, 0.5)
 
     def parameter_groups(self) -> Groups:
         """Return every parameter of the layer once, by group."""
-        return {"matrices": [self.c_proj.weight]}
+        groups = {"matrices": [self.c_proj.weight]}
+        return groups if self.input_mix is None else groups | {"input_mix": [self.input_mix]}
 
     def statistics(self) -> dict[str, Tensor]:
         """Return numbers to log, by name; each is a tensor of one dimension."""

@@ -7,6 +7,7 @@ Axes: B batch, T time (query), S time (key), H heads, D head_dim, C channels.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class LayerShape:
     causal: bool
     limit: int | None
     gka: GKAConfig
+    uses_attention_x0: ClassVar[bool] = False
 
     @property
     def head_dim(self) -> int:

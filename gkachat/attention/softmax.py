@@ -59,7 +59,8 @@ class SoftmaxAttention(Attention):
             self.head_gate.init_weights()
 
     def parameter_groups(self) -> Groups:
-        groups: Groups = {"matrices": [m.weight for m in (self.c_q, self.c_k, self.c_v, self.c_proj)]}
+        groups = super().parameter_groups()
+        groups["matrices"] = [m.weight for m in (self.c_q, self.c_k, self.c_v, self.c_proj)]
         if self.convs is not None:
             groups["convolutions"] = [conv.weight for conv in self.convs]
             groups["gates"] = [self.head_gate.gate.weight]

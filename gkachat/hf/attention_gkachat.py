@@ -4,8 +4,6 @@ Shapes: B batch, T new tokens, S tokens in the cache and new, H heads, D head_di
 MIT License, the gkachat developers.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -151,6 +149,9 @@ class Attention(nn.Module):
         self.config, self.index = config, index
         self.window = config.window if config.layer_types[index] == "sliding_attention" else None
         self.c_proj = linear(config.hidden_size, config.hidden_size)
+        # The first layer's residual stream is the embedding.
+        self.input_mix = parameter(2) if config.attention_x0 and index else None
+        self.head_gate: HeadGate | None = None
 
     def qkv(
         self, x_BTC: Tensor, idx_BT: Tensor | None, positions: Positions, recent: RecentInputs | None
@@ -167,12 +168,20 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTC: Tensor,
+        x0_BTC: Tensor,
         idx_BT: Tensor | None,
         positions: Positions,
         cache: DynamicCache | None,
         output_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        y_BHTD, weights = self.heads(x_BTC, idx_BT, positions, cache, output_weights)
+        """Return what is added to the residual stream. Its norm is x_BTC, and x0_BTC the embedding."""
+        input_BTC = x_BTC
+        if self.input_mix is not None:
+            x_share, x0_share = self.input_mix.to(x_BTC.dtype)
+            input_BTC = x_share * x_BTC + x0_share * x0_BTC
+        y_BHTD, weights = self.heads(input_BTC, idx_BT, positions, cache, output_weights)
+        if self.head_gate is not None:
+            y_BHTD = self.head_gate(y_BHTD, x_BTC)
         return self.c_proj(y_BHTD.transpose(1, 2).flatten(2)), weights if output_weights else None
 
     def heads(
@@ -183,7 +192,7 @@ class Attention(nn.Module):
         cache: DynamicCache | None,
         output_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what `c_proj` reads, (B, H, T, D), and the weights (B, H, T, S) where they are asked for."""
+        """Return the mean of the values, (B, H, T, D), and the weights (B, H, T, S) where they are asked for."""
         recent = None
         if cache is not None and self.has_convs:
             recent = cache.layers[self.config.num_hidden_layers + 1 + self.index]
@@ -236,10 +245,6 @@ class SoftmaxAttention(Attention):
         if self.value_embedding is not None:
             v = v + self.value_embedding(x_BTC, idx_BT)
         return rms_norm(positions.rotate(q), QK_SCALE), rms_norm(positions.rotate(k), QK_SCALE), v
-
-    def heads(self, x_BTC: Tensor, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-        y_BHTD, weights = super().heads(x_BTC, *inputs)
-        return y_BHTD if self.head_gate is None else self.head_gate(y_BHTD, x_BTC), weights
 
 
 class GaussianKernelAttention(Attention):
@@ -315,13 +320,11 @@ class GKAConv(Attention):
             scales, decay = values[..., :1], values[..., 1:].float().sum(dim=-1, keepdim=True)
         S, bias = x.size(2), decay.cumsum(dim=2)
         if S > T and T < FEW and not positions.has_holes:
-            y, shares = self.attend_by_tap(q, x, scales, bias, positions.spans(S, self.window, False, True)[0])
-        else:
-            k, v = (k, v) if S == T else positions.convolve(x, self.taps[1:], S)
-            k = (k.float() * scales).to(x.dtype)
-            q, k = (t[..., :-BIAS_CHANNELS] for t in (q, k))
-            y, shares = self.attend(q, k, v, bias, positions, output_weights)
-        return self.head_gate(y, x_BTC), shares
+            return self.attend_by_tap(q, x, scales, bias, positions.spans(S, self.window, False, True)[0])
+        k, v = (k, v) if S == T else positions.convolve(x, self.taps[1:], S)
+        k = (k.float() * scales).to(x.dtype)
+        q, k = (t[..., :-BIAS_CHANNELS] for t in (q, k))
+        return self.attend(q, k, v, bias, positions, output_weights)
 
     def attend_by_tap(self, q: Tensor, x: Tensor, scales: Tensor, bias: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Return what `attend` returns, without making keys and values of x.

@@ -26,6 +26,7 @@ from transformers.utils import can_return_tuple, is_peft_available
 from .attention_gkachat import (
     ATTENTIONS,
     QK_SCALE,
+    Attention,
     ForgetGate,
     GaussianKernelAttention,
     GKAConv,
@@ -71,7 +72,6 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         self.attn = ATTENTIONS[config.attention](config, index)
         self.mlp = MLP(config)
-        self.attention_mix = parameter(2) if config.attention_x0 else None
 
     def forward(
         self,
@@ -83,11 +83,7 @@ class Block(GradientCheckpointingLayer):
         output_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the residual stream and, if asked, the attention weights (B, H, T, S)."""
-        input_BTC = rms_norm(x_BTC)
-        if self.attention_mix is not None:
-            x_share, x0_share = self.attention_mix.to(x_BTC.dtype)
-            input_BTC = x_share * input_BTC + x0_share * x0_BTC
-        y_BTC, weights = self.attn(input_BTC, idx_BT, positions, cache, output_weights)
+        y_BTC, weights = self.attn(rms_norm(x_BTC), x0_BTC, idx_BT, positions, cache, output_weights)
         x_BTC = x_BTC + y_BTC
         return x_BTC + self.mlp(rms_norm(x_BTC)), weights
 
@@ -116,7 +112,7 @@ class GkachatPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers wants lists)
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        "log_sigma", "forget_gate.bias", "residual_scale", "x0_mix", "attention_mix", "backout", "smear.share",
+        "log_sigma", "forget_gate.bias", "residual_scale", "x0_mix", "input_mix", "backout", "smear.share",
     ]  # fmt: skip
 
     @classmethod
@@ -131,6 +127,8 @@ class GkachatPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, Attention) and module.input_mix is not None:
+            init.constant_(module.input_mix, 0.5)
         if isinstance(module, ShortConv):
             identity = torch.zeros_like(module.weight)
             identity[0] = 1
@@ -144,8 +142,6 @@ class GkachatPreTrainedModel(PreTrainedModel):
             init.copy_(module.bias, (rates - 1).log())
         elif isinstance(module, Smear):
             init.zeros_(module.share)
-        elif isinstance(module, Block) and module.attention_mix is not None:
-            init.constant_(module.attention_mix, 0.5)
         elif isinstance(module, GkachatModel):
             init.ones_(module.residual_scale)
             init.zeros_(module.x0_mix)

@@ -123,11 +123,14 @@ def _check_weights(layer: type, attention: str) -> None:
 
 @torch.no_grad()
 def attention_inputs(model: GPT, ids: list[int]) -> list[tuple]:
-    """Run the model over one text; return what each attention layer receives: block input, tokens and rotations."""
+    """Run the model over one text; return the arguments of each layer's `attention_weights`."""
     inputs: list[tuple] = []
-    hooks = [
-        block.attn.register_forward_pre_hook(lambda layer, args: inputs.append(args[:3])) for block in model.blocks
-    ]
+
+    def collect(layer: Attention, args: tuple) -> None:
+        x_BTC, idx_BT, rope, _, x0_BTC = args
+        inputs.append((x_BTC, idx_BT, rope, None, x0_BTC))
+
+    hooks = [block.attn.register_forward_pre_hook(collect) for block in model.blocks]
     try:
         model(torch.tensor([ids], device=model.wte.weight.device), logits_to_keep=1)
     finally:

@@ -94,34 +94,17 @@ class Block(nn.Module):
         super().__init__()
         self.attn = attention_class(config.attention)(config, index)
         self.mlp = MLP(config)
-        self.attention_mix = nn.Parameter(torch.empty(2)) if config.uses_attention_x0 else None
-
-    def init_weights(self) -> None:
-        """Initialize every weight. Attention that reads the embedding starts with the mean of both inputs."""
-        self.attn.init_weights()
-        self.mlp.init_weights()
-        if self.attention_mix is not None:
-            nn.init.constant_(self.attention_mix, 0.5)
 
     def forward(
         self,
         x_BTC: Tensor,
-        x0_BTC: Tensor | None,
         idx_BT: Tensor | None,
         rope: Rope | None,
         cache: LayerCache | None = None,
+        x0_BTC: Tensor | None = None,
     ) -> Tensor:
-        """Return the residual stream after the block. x0 is the embedding, which image models have not."""
-        x_BTC = x_BTC + self.attn(self.attention_input(x_BTC, x0_BTC), idx_BT, rope, cache)
+        x_BTC = x_BTC + self.attn(rms_norm(x_BTC), idx_BT, rope, cache, x0_BTC)
         return x_BTC + self.mlp(rms_norm(x_BTC))
-
-    def attention_input(self, x_BTC: Tensor, x0_BTC: Tensor | None) -> Tensor:
-        """Return the normalised residual stream, or a learned sum of it and the embedding."""
-        x_BTC = rms_norm(x_BTC)
-        if self.attention_mix is None:
-            return x_BTC
-        x_share, x0_share = self.attention_mix.to(x_BTC.dtype)
-        return x_share * x_BTC + x0_share * x0_BTC
 
 
 class Transformer(nn.Module):
@@ -168,8 +151,6 @@ class Transformer(nn.Module):
         groups = self._outer_groups()
         for block in self.blocks:
             groups["matrices"] += [block.mlp.c_fc.weight, block.mlp.c_proj.weight]
-            if block.attention_mix is not None:
-                groups.setdefault("attention_mix", []).append(block.attention_mix)
             for name, parameters in block.attn.parameter_groups().items():
                 groups.setdefault(name, []).extend(parameters)
         assert sum(map(len, groups.values())) == len(list(self.parameters())), "a parameter belongs to no group"
@@ -223,7 +204,8 @@ class GPT(Transformer):
         if self.backout is not None:
             nn.init.constant_(self.backout, 0.2)
         for block in self.blocks:
-            block.init_weights()
+            block.attn.init_weights()
+            block.mlp.init_weights()
 
     def forward(
         self,
@@ -256,7 +238,7 @@ class GPT(Transformer):
         for index, block in enumerate(self.blocks):
             scale, mix = self.residual_scale[index].to(x_BTC.dtype), self.x0_mix[index].to(x_BTC.dtype)
             x_BTC = scale * x_BTC + mix * x0_BTC
-            x_BTC = self._run_block(block, x_BTC, x0_BTC, idx, rope, None if cache is None else cache.layer(index))
+            x_BTC = self._run_block(block, x_BTC, idx, rope, None if cache is None else cache.layer(index), x0_BTC)
             if index == self.config.backout_layer:
                 middle_BTC = x_BTC
         if self.backout is not None:

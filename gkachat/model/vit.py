@@ -44,7 +44,8 @@ class ViT(Transformer):
         nn.init.normal_(self.positions, std=0.02)
         nn.init.normal_(self.head.weight, std=0.001)
         for block in self.blocks:
-            block.init_weights()
+            block.attn.init_weights()
+            block.mlp.init_weights()
 
     def _outer_groups(self) -> Groups:
         positions = [self.positions, self.class_token]
@@ -76,7 +77,7 @@ class ViT(Transformer):
         for index, block in enumerate(self.blocks):
             # Stochastic depth (arXiv 1603.09382), linear in depth. Kept blocks grow by 1 / (1 - p): equal mean.
             dropped = config.drop_path * index / max(1, config.depth - 1) if self.training else 0.0
-            after_BTC = self._run_block(block, x_BTC, None, None, None)
+            after_BTC = self._run_block(block, x_BTC, None, None)
             if dropped:
                 kept_B11 = (torch.rand(B, 1, 1, device=x_BTC.device) >= dropped).to(x_BTC.dtype) / (1 - dropped)
                 after_BTC = x_BTC + kept_B11 * (after_BTC - x_BTC)

@@ -296,7 +296,7 @@ def make_optimizers(
         "backout": config.smear_lr,
         "log_sigma": config.sigma_lr,
         "forget_bias": config.sigma_lr,
-        "attention_mix": config.sigma_lr,
+        "input_mix": config.sigma_lr,
         "convolutions": config.conv_lr,
         "positions": config.position_lr,
     }

@@ -150,7 +150,7 @@ def test_gka_conv_adds_less_than_a_hundredth_of_the_parameters_and_six_bytes_per
         "convolutions": 20 * 4 * (1280 + 2 * (1280 - 3 * 10)),  # three channels of queries and keys hold the bias
         "gates": 20 * (12 + 1280) * 10,
         "forget_bias": 20 * 10,
-        "attention_mix": 20 * 2,
+        "input_mix": 19 * 2,
     }
     assert {name: conv.params[name] for name in counts} == counts
     added = conv.params["total"] - gka.params["total"]

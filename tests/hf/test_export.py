@@ -106,7 +106,7 @@ def some_tokens(B=2, T=LENGTH, seed=0):
 @torch.inference_mode()
 def test_logits_equal_those_of_gkachat_for_a_whole_text_its_parts_and_padded_rows(both):
     ours, theirs = both
-    idx, close = some_tokens(), {"atol": 3e-5, "rtol": 1e-5}  # of scores, biases of keys up to 60 round off 4e-6
+    idx, close = some_tokens(), {"atol": 5e-5, "rtol": 1e-5}  # of scores, biases of keys up to 60 round off 4e-6
     expected = ours(idx)
     torch.testing.assert_close(theirs(idx, use_cache=False).logits, expected, **close)
     assert any(block.attn.window == WINDOW for block in theirs.model.blocks)
@@ -190,11 +190,11 @@ def test_bfloat16_exports_keep_scales_in_float32_and_sharded_files_load(root, to
     assert len(list(out.glob("model-*.safetensors"))) > 1
     ours, theirs = load_model(run)[0], load(out, dtype="auto")
     dtypes = {name: p.dtype for name, p in theirs.named_parameters()}
-    of_layers = ["attn.log_sigma"]
-    of_layers += ["attn.forget_gate.bias", "attention_mix"] if attention == "gka_conv" else []
+    of_layers = ["log_sigma"] + (["forget_gate.bias"] if attention == "gka_conv" else [])
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
         *(f"model.{name}" for name in ("residual_scale", "x0_mix", "backout", "smear.share")),
-        *(f"model.blocks.{i}.{name}" for i in range(3) for name in of_layers),
+        *(f"model.blocks.{i}.attn.{name}" for i in range(3) for name in of_layers),
+        *(f"model.blocks.{i}.attn.input_mix" for i in (1, 2) if attention == "gka_conv"),
     }
     ours.prepare(torch.bfloat16)
     difference = (theirs(some_tokens()).logits - ours(some_tokens())).abs()

@@ -66,30 +66,29 @@ def test_initial_weights_have_the_stated_spread():
 
 @EVERY
 def test_attention_reads_the_embedding_where_the_config_asks_for_it(attention):
-    """What each layer receives is the learned sum of its block's normalised input and the smeared embedding."""
+    """What a layer after the first reads is the learned sum of its normalised input and the smeared embedding."""
     model = live_model(attention, attention_x0=True, **SHAPE)
-    shares = [tuple(block.attention_mix.tolist()) for block in model.blocks]
-    assert shares == [(0.5, 0.5)] * len(model.blocks)
-    for i, block in enumerate(model.blocks):
-        block.attention_mix.data = torch.tensor([0.3 + i, 0.7])
-    streams, inputs = [], []
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, args: streams.append(args[:2]))
-        block.attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    layers = [block.attn for block in model.blocks[1:]]
+    assert model.blocks[0].attn.input_mix is None
+    assert [layer.input_mix.tolist() for layer in layers] == [[0.5, 0.5]] * 2
+    given, read = [], []
+    for i, layer in enumerate(layers):
+        layer.input_mix.data = torch.tensor([0.3 + i, 0.7])
+        layer.register_forward_pre_hook(lambda _, args: given.append((args[0], args[4])))
+        layer.inputs = lambda x, inputs=layer.inputs: read.append(x) or inputs(x)
     model(tokens())
     embeddings = torch.nn.functional.rms_norm(model.wte(tokens()), (model.config.n_embd,))
     with_past = embeddings.roll(1, dims=1).index_fill(1, torch.tensor([0]), 0.0)
     x0 = embeddings + model.smear.share * torch.sigmoid(model.smear.gate(embeddings[..., :24])) * with_past
-    for i, ((x, given_x0), given) in enumerate(zip(streams, inputs, strict=True)):
+    for i, ((x, given_x0), x_read) in enumerate(zip(given, read, strict=True)):
         torch.testing.assert_close(given_x0, x0, rtol=0, atol=1e-5)
-        expected = (0.3 + i) * torch.nn.functional.rms_norm(x, x.shape[-1:]) + 0.7 * x0
-        torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(x_read, (0.3 + i) * x + 0.7 * x0, rtol=0, atol=1e-5)
 
 
 def test_attention_that_reads_the_stream_alone_has_no_shares():
     model = live_model("gka_conv", attention_x0=False, **SHAPE)
-    assert "attention_mix" not in model.parameter_groups()
-    assert all(block.attention_mix is None for block in model.blocks)
+    assert "input_mix" not in model.parameter_groups()
+    assert all(block.attn.input_mix is None for block in model.blocks)
 
 
 def test_backends_of_gka_agree_in_the_whole_model():
