@@ -1,8 +1,9 @@
-"""gka_conv: Gaussian Kernel Attention on three short convolutions of the block input.
+"""gka_conv: Gaussian Kernel Attention on three short convolutions of one tensor x.
 
     q_i = norm(conv_q(x))_i    k_j = norm(conv_k(x))_j    v_j = conv_v(x)_j
     s_ij = q_i . k_j / sigma^2 + log(f_(j+1) ... f_i)    y_i = gate_i sum_j softmax_j(s_ij) v_j
 
+x is a learned sum of the block input and the embedding (`Attention.mixed`), and in the first layer the block input.
 A token of published GKA attends to tokens like itself. Here the convolution of the keys starts as a delay, by 1, 2, 3,
 1, ... tokens from head to head. A token then attends to what followed tokens like itself, as an induction head does
 (arXiv 2209.11895), from the first training step on. The features have one common norm, so the Gaussian kernel's
@@ -34,7 +35,7 @@ SHARPNESS = 1.2  # q.k / sigma^2 starts as sharp as softmax attention's logits
 
 
 class GKAConv(GaussianKernelAttention):
-    """Gaussian Kernel Attention on short convolutions of the block input, which is the one tensor that is cached."""
+    """Gaussian Kernel Attention on short convolutions of its input, which is the one tensor that is cached."""
 
     gaussian, forgets = False, True
     taps, lookback = ShortConv.TAPS, ShortConv.TAPS - 1
@@ -49,7 +50,7 @@ class GKAConv(GaussianKernelAttention):
         self.head_gate = HeadGate(config)
 
     def inputs(self, x_BTC: Tensor) -> Tensor:
-        """Return the block input, split into heads, (B, T, H, D)."""
+        """Return what the layer reads, split into heads, (B, T, H, D)."""
         return self.split_heads(x_BTC)
 
     def qkv(self, x_BSHD: Tensor, idx_BT: Tensor, rope: Rope) -> QKV:
