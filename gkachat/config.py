@@ -180,7 +180,7 @@ class GPTConfig:
     """Add a learned vector per token to the values, in every other layer and the last. None: true for softmax only."""
     attention_x0: bool | None = None
     """Let attention after the first layer read a learned sum of the normalised residual stream and the embedding, in
-    place of the stream alone. None: true for gka_conv only."""
+    place of the stream alone. None: true for gka_conv only, and not for attentions registered besides."""
     smear: bool = True
     """Add a gated share of the previous token's embedding to each token's. The share starts at 0."""
     backout: bool = True
@@ -240,7 +240,7 @@ class GPTConfig:
         return self.attention == "gka_conv" if self.attention_x0 is None else self.attention_x0
 
     def with_attention(self, attention: str) -> "GPTConfig":
-        """Return the same shape with another attention, and what that attention has by default."""
+        """Return the same shape with another attention, and its value_embeddings and attention_x0 by default."""
         return dataclasses.replace(self, attention=attention, value_embeddings=None, attention_x0=None)
 
     @property
@@ -339,8 +339,7 @@ class OptimConfig:
     smear_lr: float = 0.2
     """Gate and scale of the smear, and scale of the backout. `lr_scale` leaves it alone."""
     sigma_lr: float = 0.01
-    """Log bandwidths (log sigma) of gka and gka_conv, biases of forget gates, and what attention reads of the stream
-    and of the embedding."""
+    """Log bandwidths (log sigma) of gka and gka_conv, biases of forget gates, and the two shares of attention_x0."""
     conv_lr: float = 0.02
     """Taps of short convolutions."""
     position_lr: float = 0.01

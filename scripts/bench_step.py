@@ -9,7 +9,7 @@ from scripts.cli import benchmark_parser, parse_benchmark, positive, run
 
 VARIANTS = {
     "softmax": {},
-    "softmax, short_conv": {"short_conv": True},
+    "softmax, short_conv": {"short_conv": True, "attention_x0": True},
     "gka": {"attention": "gka"},
     "gka normalised": {"attention": "gka", "gka": GKAConfig(normalize=True)},
     "gka_conv": {"attention": "gka_conv"},

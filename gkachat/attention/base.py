@@ -2,8 +2,8 @@
 
     layer = attention_class(config.attention)(config, index)
     layer.choose_kernels(device, dtype)
-    y_BTC = layer(x_BTC, idx_BT, rope)                 # training
-    y_BTC = layer(x_BTC, idx_BT, rope, cache)          # prefill and decoding
+    y_BTC = layer(x_BTC, idx_BT, rope, x0_BTC=x0_BTC)            # training
+    y_BTC = layer(x_BTC, idx_BT, rope, cache, x0_BTC)            # prefill and decoding
 
 A subclass defines little more than `qkv`, which turns the block input into queries, keys and values. docs/attention.md
 has a complete example.
@@ -72,9 +72,14 @@ class Attention(nn.Module):
         self.input_mix = nn.Parameter(torch.empty(2)) if reads_x0 else None
 
     def mixed(self, x_BTC: Tensor, x0_BTC: Tensor | None) -> Tensor:
-        """Return the learned sum of the block input and the embedding, where the config asks for it, or the input."""
-        if self.input_mix is None or x0_BTC is None:
+        """Return the learned sum of the block input and the embedding, or without `input_mix` the block input.
+
+        Raises ValueError where the layer reads the embedding and is not given it.
+        """
+        if self.input_mix is None:
             return x_BTC
+        if x0_BTC is None:
+            raise ValueError("x0_BTC: given None, expected the embedding, which this layer reads (model.attention_x0)")
         x_share, x0_share = self.input_mix.to(x_BTC.dtype)
         return x_share * x_BTC + x0_share * x0_BTC
 
@@ -116,7 +121,7 @@ class Attention(nn.Module):
 
         Args:
             x_BTC: block input, the normalised residual stream.
-            x0_BTC: embedding, for layers that read it too. Without it these read x alone.
+            x0_BTC: embedding after its norm and smear, for layers that read it too (`input_mix`).
         """
         inputs = self.inputs(self.mixed(x_BTC, x0_BTC))
         if cache is None:

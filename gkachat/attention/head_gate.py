@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from gkachat.attention.linear import Linear
 from gkachat.config import GPTConfig
 
-GATE_CHANNELS = 12  # channels of the block input that the gates read, as those of value embeddings do
+GATE_CHANNELS = 12  # channels of the block input that the gates read
 
 
 class HeadGate(nn.Module):

@@ -174,7 +174,12 @@ class Attention(nn.Module):
         cache: DynamicCache | None,
         output_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what is added to the residual stream. Its norm is x_BTC, and x0_BTC the embedding."""
+        """Return what is added to the residual stream, and the weights where they are asked for.
+
+        Args:
+            x_BTC: the normalised residual stream.
+            x0_BTC: the embedding, after its norm and smear.
+        """
         input_BTC = x_BTC
         if self.input_mix is not None:
             x_share, x0_share = self.input_mix.to(x_BTC.dtype)
@@ -251,7 +256,7 @@ class GaussianKernelAttention(Attention):
     """Mean of the visible tokens, weighted by exp(-|x_i - x_j|^2 / (2 sigma^2)) with one bandwidth sigma per head.
 
     The query's own norm cancels in that mean, which leaves softmax attention with a bias for each key's norm. The
-    cache keeps the block input as keys; its values have no channels.
+    cache keeps the input as keys; its values have no channels.
     """
 
     def __init__(self, config: GkachatConfig, index: int):
@@ -276,7 +281,7 @@ class GaussianKernelAttention(Attention):
 
 
 class GKAConv(Attention):
-    """GKA on short convolutions of the block input x, with a forget gate per head and a gate on each head's output.
+    """GKA on short convolutions of its input x, with a forget gate per head and a gate on each head's output.
 
     All keys have the same norm. Their bias is the running sum of -log f, and takes the place of positions (FoX, arXiv
     2503.02130). The cache keeps x as keys. Its values are what the norm multiplies each key by, and -log f, which is

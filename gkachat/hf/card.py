@@ -17,7 +17,7 @@ tags: [gkachat, {attention}]
 # {name}
 
 A small GPT trained with gkachat. Its attention is `{attention}`; gka is Gaussian Kernel Attention (arXiv 2605.02144).
-gka_conv is that kernel on short convolutions of the block input, with forget gates (FoX, arXiv 2503.02130) and gates on
+gka_conv is that kernel on short convolutions of its input, with forget gates (FoX, arXiv 2503.02130) and gates on
 each head's output.
 
 ```python
@@ -68,9 +68,10 @@ def model_card(run_dir: Path, shape: GPTConfig, meta: dict[str, Any]) -> str:
     data, train, chat = stored["data"], stored["train"], stored.get("chat")
     options = [name for name in ("rope", "normalize") if getattr(shape.gka, name)]
     options += [] if shape.gka.include_self else ["without self"]
+    reads = ["reads the embedding too"] if shape.uses_attention_x0 else []
     source = data["dataset"] if data["source"] == "huggingface" else data["source"]
     facts = {
-        "attention": ", ".join([shape.attention, *(options if shape.attention == "gka" else [])]),
+        "attention": ", ".join([shape.attention, *(options if shape.attention == "gka" else []), *reads]),
         "layers, channels, heads": f"{shape.depth}, {shape.n_embd:,}, {shape.n_head} of {shape.head_dim}",
         "context, windows": f"{shape.sequence_len:,} tokens, {shape.window_pattern}",
         **{f"parameters: {name.replace('_', ' ')}": f"{n:,}" for name, n in stats.params.items()},

@@ -13,12 +13,12 @@ class GkachatConfig(PretrainedConfig):
 
     Args:
         attention: "softmax", "gka" (Gaussian Kernel Attention, arXiv 2605.02144) or "gka_conv" (the same kernel on
-            short convolutions of the block input).
+            short convolutions of its input).
         window: tokens visible to layers of type "sliding_attention", the query's own included. transformers sizes its
             caches by `sliding_window`, which is the same number, and for gka_conv 3 more: those that the oldest key is
             a convolution of.
         layer_types: "full_attention" or "sliding_attention" for each layer.
-        attention_x0: attention reads a learned sum of the normalised residual stream and the embedding.
+        attention_x0: attention after the first layer reads a learned sum of the residual stream and the embedding.
         smear: add a share of the previous token's embedding to each token's.
         backout: subtract a share of the residual stream after the middle layer at the end.
         value_embedding_layers: softmax: layers that add a learned vector per token to the values.

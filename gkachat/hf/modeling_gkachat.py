@@ -5,8 +5,9 @@
 The model is a pre-norm transformer with parameter-free RMSNorm, a relu^2 MLP, an untied head with soft-capped logits
 and two learned scalars per layer. Each embedding gets a share of the previous one (smear), and a share of the residual
 stream after the middle layer is subtracted at the end (backout). Attention is softmax attention or Gaussian Kernel
-Attention (GKA, arXiv 2605.02144). GKA has no query, key or value projections: it compares and averages the block input
-itself (gka) or short convolutions of it (gka_conv).
+Attention (GKA, arXiv 2605.02144). GKA has no query, key or value projections: it compares and averages its input, the
+normalised residual stream, itself (gka) or short convolutions of it (gka_conv). With `attention_x0` the embedding is
+added to that input.
 Shapes: B batch, T new tokens, S tokens in the cache and new, H heads, C channels.
 MIT License, the gkachat developers.
 """
@@ -228,8 +229,8 @@ class GkachatModel(GkachatPreTrainedModel):
             scale, mix = self.residual_scale[index].to(x_BTC), self.x0_mix[index].to(x_BTC)
             x0_BTC = x0_BTC.to(x_BTC.device)
             x_BTC = scale * x_BTC + mix * x0_BTC
-            output = bool(output_attentions)
-            x_BTC, weights = block(x_BTC, x0_BTC, input_ids, positions, cache=cache, output_weights=output)
+            inputs, output_weights = (x_BTC, x0_BTC, input_ids, positions), bool(output_attentions)
+            x_BTC, weights = block(*inputs, cache=cache, output_weights=output_weights)
             attentions.append(weights)
             if index == len(self.blocks) // 2:
                 middle_BTC = x_BTC

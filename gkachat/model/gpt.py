@@ -7,7 +7,7 @@ The model is nanochat's (commit 92d63d4): a pre-norm transformer with parameter-
 a relu^2 MLP, no biases, and an untied head with soft-capped logits. Each embedding gets a share of the previous one
 (smear). In front of each block, the residual stream and the embedding are added again, each times a learned scalar. At
 the end, a share of the residual stream after the middle layer is subtracted (backout). The config names the attention.
-Where it asks for it, as gka_conv does, attention reads the embedding besides the residual stream.
+With `attention_x0`, the default of gka_conv, attention after the first layer reads the embedding too.
 Weights stay in float32; activations have `compute_dtype`.
 Axes: B batch, T time, C channels, V vocabulary.
 """
@@ -88,7 +88,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on the normalised residual stream and added to it."""
+    """Attention and MLP, each on the normalised residual stream and added to it. Attention may read the embedding."""
 
     def __init__(self, config: GPTConfig, index: int):
         super().__init__()

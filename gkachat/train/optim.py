@@ -48,7 +48,7 @@ ADAMW = {
     "x0_mix": ((0.96, 0.95), 0.0),
     "residual_scale": ((0.8, 0.95), 0.05),
 }
-# Smear and backout in nanochat; bandwidths and what else it lacks.
+# All other groups. Of these, nanochat has smear and backout alone.
 ADAMW_DEFAULT = ((0.8, 0.95), 0.0)
 SCALED_BY_WIDTH = ("embedding", "value_embeddings", "lm_head")  # rates that fall with the width, as (C / 768)^-1/2
 UNSCALED = ("smear", "backout")  # rates that do not follow the batch

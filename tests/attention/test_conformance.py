@@ -25,6 +25,7 @@ CASES = {name: {"attention": name} for name in ATTENTIONS} | {
     "softmax without value embeddings": {"attention": "softmax", "value_embeddings": False},
     "softmax with short convolutions": {"attention": "softmax", "short_conv": True},
     "softmax with the embedding": {"attention": "softmax", "attention_x0": True},
+    "gka with the embedding": {"attention": "gka", "attention_x0": True},
     "gka_conv without the embedding": {"attention": "gka_conv", "attention_x0": False},
     "gka with rope": {"attention": "gka", "gka": GKAConfig(rope=True)},
     "gka with rope and norm": {"attention": "gka", "gka": GKAConfig(rope=True, normalize=True)},
@@ -57,15 +58,16 @@ def rope64(length, head_dim):
 
 
 def layer64(case, **shape):
-    """A layer in float64 with a drawn input (2, T, C), token ids and rotation tables."""
-    attn = live_model(**CASES[case], **shape).double().blocks[0].attn
+    """A layer in float64 with a drawn input (2, T, C), and the other arguments: ids, rotation tables, embedding."""
+    attn = live_model(**CASES[case], depth=3, **shape).double().blocks[1].attn
     for name, p in attn.named_parameters():
         if name != "log_sigma":
             torch.nn.init.normal_(p, std=0.3)
     config = attn.config
     x = torch.randn(2, config.sequence_len, config.n_embd, dtype=torch.float64, requires_grad=True)
+    x0 = torch.randn_like(x, requires_grad=attn.input_mix is not None)
     idx = torch.randint(config.vocab_size, x.shape[:2])
-    return attn, x, idx, rope64(config.sequence_len, config.head_dim)
+    return attn, x, (idx, rope64(config.sequence_len, config.head_dim), None, x0)
 
 
 # What a token sees.
@@ -88,7 +90,7 @@ def test_tokens_beyond_the_window_do_not_change_the_output(case):
     changed = x.clone()
     changed[:, 10] += 1
     with torch.no_grad():
-        a, b = (attn(x, idx, rope_table(T, 16)) for x in (x, changed))
+        a, b = (attn(x, idx, rope_table(T, 16)) for x in (x, changed))  # the first layer reads no embedding
     changes, beyond = (a - b).abs().amax(dim=-1)[0], 10 + WINDOW + attn.lookback  # convolutions look further back
     assert not changes[:10].any() and changes[11 : 10 + WINDOW].all()
     # Running sums of forget gates change by the same number for all keys, which changes how they are rounded.
@@ -236,38 +238,39 @@ def test_the_cache_keeps_what_is_declared_and_counted(case):
 
 @EVERY
 def test_outputs_and_gradients_are_those_of_the_reference_kernel_in_float64(case):
-    attn, x, idx, rope = layer64(case)
+    attn, x, others = layer64(case)
+    inputs = [t for t in (x, others[-1]) if t.requires_grad]
     spec = KernelSpec(16, T, attn.window, include_self=attn.include_self, gaussian=attn.gaussian)
     kernels, dy, results = [attn.kernel, plain_kernels(attn.scores, spec)[0]], torch.randn_like(x), []
     for attn.kernel in kernels:
-        y = attn(x, idx, rope)
-        results.append([y, *torch.autograd.grad(y, [x, *attn.parameters()], dy)])
+        y = attn(x, *others)
+        results.append([y, *torch.autograd.grad(y, [*inputs, *attn.parameters()], dy)])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 @EVERY
 def test_gradcheck(case):
-    attn, x, idx, rope = layer64(case, n_embd=16, head_dim=8, sequence_len=7, vocab_size=8)
+    attn, x, others = layer64(case, n_embd=16, head_dim=8, sequence_len=7, vocab_size=8)
     names = [name for name, _ in attn.named_parameters()]
 
-    def layer(x, *parameters):
-        return torch.func.functional_call(attn, dict(zip(names, parameters, strict=True)), (x, idx, rope))
+    def layer(x, x0, *parameters):
+        return torch.func.functional_call(attn, dict(zip(names, parameters, strict=True)), (x, *others[:-1], x0))
 
-    assert torch.autograd.gradcheck(layer, (x, *attn.parameters()), fast_mode=True)
+    assert torch.autograd.gradcheck(layer, (x, others[-1], *attn.parameters()), fast_mode=True)
 
 
 @pytest.mark.parametrize("untrained", [False, True])
 @EVERY
 def test_attention_weights_are_those_that_forward_applies(case, untrained):
-    attn, x, idx, rope = layer64(case)
+    attn, x, others = layer64(case)
     if untrained:  # keys of the first tokens may be zero then
         attn.init_weights()
         torch.nn.init.eye_(attn.c_proj.weight)
-    found = attn.attention_weights(x, idx, rope)
+    found = attn.attention_weights(x, *others)
     y_BTHD = (found.weights @ found.values.transpose(1, 2)).transpose(1, 2)
     y_BTC = attn.c_proj(attn.output(y_BTHD, x).flatten(2))
-    torch.testing.assert_close(y_BTC, attn(x, idx, rope), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(y_BTC, attn(x, *others), rtol=1e-9, atol=1e-9)
     rows = found.weights.sum(dim=-1)
     torch.testing.assert_close(rows[:, :, 1:], torch.ones_like(rows[:, :, 1:]))
     assert (rows[:, :, 0] == 0).all() if not attn.include_self else (rows[:, :, 0] == 1).all()
@@ -276,7 +279,7 @@ def test_attention_weights_are_those_that_forward_applies(case, untrained):
         mask = reference.visible(T, attn.window, include_self=attn.include_self)
         scores = -found.distances / (2 * attn.sigma.square()[:, None, None])
         if attn.forgets:
-            scores = scores + attn.qkv(attn.inputs(x), idx, rope).key_bias.permute(0, 2, 3, 1)
+            scores = scores + attn.qkv(attn.inputs(attn.mixed(x, others[-1])), *others[:2]).key_bias.permute(0, 2, 3, 1)
         torch.testing.assert_close(reference.weights(scores, mask), found.weights, rtol=1e-9, atol=1e-9)
 
 

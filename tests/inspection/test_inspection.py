@@ -18,7 +18,14 @@ from gkachat.checkpoint import load_model
 from gkachat.config import GKAConfig
 from gkachat.inspection.page import page
 from gkachat.inspection.report import markdown, write_inspection
-from gkachat.inspection.statistics import Inspection, head_statistics, inspect_run, last_token_weights, sigma_history
+from gkachat.inspection.statistics import (
+    Inspection,
+    attention_inputs,
+    head_statistics,
+    inspect_run,
+    last_token_weights,
+    sigma_history,
+)
 from gkachat.tokenizer import Tokenizer
 
 T = 200  # longer than the short window, 129
@@ -43,6 +50,21 @@ def test_distances_and_sigma_give_the_weights(attention, include_self):
     keys = visible(T, layer.window, include_self=layer.include_self)
     expected = scores.masked_fill(~keys, -torch.inf).softmax(dim=-1).nan_to_num()  # float64, from the distances
     torch.testing.assert_close(found.weights.double(), expected, atol=1e-5, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["softmax", "gka_conv"])
+def test_inspected_weights_are_those_of_every_layer_of_a_model(attention):
+    model, outputs = live_model(attention, depth=3, sequence_len=T, attention_x0=True), []
+    for block in model.blocks:
+        block.attn.register_forward_hook(lambda layer, args, y: outputs.append((args[0], y)))
+    ids = torch.randint(64, (T,)).tolist()
+    arguments = attention_inputs(model, ids)
+    for block, args, (x_BTC, y_BTC) in zip(model.blocks, arguments, outputs, strict=True):
+        found = block.attn.attention_weights(*args)
+        y_BTHD = (found.weights @ found.values.transpose(1, 2)).transpose(1, 2)
+        expected = block.attn.c_proj(block.attn.output(y_BTHD, x_BTC).flatten(2))
+        torch.testing.assert_close(expected, y_BTC, rtol=1e-4, atol=1e-5)
 
 
 def test_statistics_of_known_weights():

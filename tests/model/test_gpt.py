@@ -66,23 +66,31 @@ def test_initial_weights_have_the_stated_spread():
 
 @EVERY
 def test_attention_reads_the_embedding_where_the_config_asks_for_it(attention):
-    """What a layer after the first reads is the learned sum of its normalised input and the smeared embedding."""
+    """What a layer after the first compares is the learned sum of its input and the smeared embedding."""
     model = live_model(attention, attention_x0=True, **SHAPE)
     layers = [block.attn for block in model.blocks[1:]]
     assert model.blocks[0].attn.input_mix is None
     assert [layer.input_mix.tolist() for layer in layers] == [[0.5, 0.5]] * 2
-    given, read = [], []
+    given, read, gated = [], [], []
     for i, layer in enumerate(layers):
         layer.input_mix.data = torch.tensor([0.3 + i, 0.7])
         layer.register_forward_pre_hook(lambda _, args: given.append((args[0], args[4])))
         layer.inputs = lambda x, inputs=layer.inputs: read.append(x) or inputs(x)
+        layer.output = lambda y, x, output=layer.output: gated.append(x) or output(y, x)
     model(tokens())
     embeddings = torch.nn.functional.rms_norm(model.wte(tokens()), (model.config.n_embd,))
     with_past = embeddings.roll(1, dims=1).index_fill(1, torch.tensor([0]), 0.0)
     x0 = embeddings + model.smear.share * torch.sigmoid(model.smear.gate(embeddings[..., :24])) * with_past
-    for i, ((x, given_x0), x_read) in enumerate(zip(given, read, strict=True)):
+    for i, ((x, given_x0), x_read, x_gated) in enumerate(zip(given, read, gated, strict=True)):
+        assert x_gated is x
         torch.testing.assert_close(given_x0, x0, rtol=0, atol=1e-5)
         torch.testing.assert_close(x_read, (0.3 + i) * x + 0.7 * x0, rtol=0, atol=1e-5)
+
+
+def test_a_layer_that_reads_the_embedding_must_be_given_it():
+    layer, x = live_model("gka_conv", **SHAPE).blocks[1].attn, torch.randn(1, 40, 32)
+    with pytest.raises(ValueError, match="x0_BTC: given None, expected the embedding"):
+        layer(x, tokens(1), None)
 
 
 def test_attention_that_reads_the_stream_alone_has_no_shares():

@@ -159,7 +159,7 @@ def test_found_inf_makes_a_step_change_nothing_whatever_the_gradients_hold(atten
     assert all(torch.isfinite(t).all() and not torch.equal(t, before[k]) for k, t in everything().items())
 
 
-@pytest.mark.parametrize("attention", ["softmax", "gka"])
+@pytest.mark.parametrize("attention", ["softmax", "gka", "gka_conv"])
 def test_every_parameter_is_in_exactly_one_group_with_a_name_and_a_learning_rate(attention):
     model, (muon, adamw) = model_and_optimizers(attention)
     stepped = [p for optimizer in (muon, adamw) for group in optimizer.param_groups for p in group["params"]]
@@ -168,7 +168,9 @@ def test_every_parameter_is_in_exactly_one_group_with_a_name_and_a_learning_rate
     groups = {group["name"]: group for optimizer in (muon, adamw) for group in optimizer.param_groups}
     assert groups["matrices 128 x 32"]["lr"] == CONFIG.optim.lr_scale * 0.02
     assert groups["lm_head"]["initial_lr"] == pytest.approx(CONFIG.optim.lr_scale * CONFIG.optim.width_scale * 0.008)
-    assert ("log_sigma" in groups) == (attention == "gka")
+    assert ("log_sigma" in groups) == (attention != "softmax") and ("input_mix" in groups) == (attention == "gka_conv")
+    for name in {"log_sigma", "forget_bias", "input_mix"} & groups.keys():
+        assert groups[name]["initial_lr"] == pytest.approx(CONFIG.optim.lr_scale * CONFIG.optim.sigma_lr)
 
 
 def test_the_schedule_sets_the_learning_rate_of_every_group():
