@@ -18,7 +18,7 @@ from gkachat.attention.qkv import QKV, KVSlice, Taps
 from gkachat.config import GKAConfig
 
 # Relative to the norm of the exact result. The kernel rounds its result alone: half a unit in the last place of 24, 11
-# and 8 bits; in float32, sums over S and D round too.
+# and 8 bits; in float32, sums over D round too.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float32", "float16", "bfloat16"])
 HEADS = pytest.mark.parametrize(  # heads that fill a tile and that do not, in float32; every dtype
@@ -73,7 +73,9 @@ def qkv(q, scale):
 def check(q, slices, scale, **options):
     got, expected = attend(qkv(q, scale), slices, **options), exact(qkv(q, scale), slices)
     assert got.shape == q.shape and got.dtype == q.dtype
-    assert (got.double() - expected).norm() <= TOLERANCE[q.dtype] * expected.norm() + 1e-12
+    # Values of both signs cancel, and the sums over S round relative to what was summed.
+    summed = exact(qkv(q, scale), [part._replace(v=part.v.abs()) for part in slices]).norm()
+    assert (got.double() - expected).norm() <= TOLERANCE[q.dtype] * expected.norm() + 2**-23 * summed
     return got
 
 
