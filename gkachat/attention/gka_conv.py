@@ -4,7 +4,8 @@
     s_ij = q_i . k_j / sigma^2 + log(f_(j+1) ... f_i)    y_i = gate_i sum_j softmax_j(s_ij) v_j
 
 x is a learned sum of the block input and the embedding (`Attention.mixed`), and in the first layer the block input.
-f is made of x, and gate_i of the block input.
+The forget gates f read x, and the output gates read the block input.
+
 A token of published GKA attends to tokens like itself. Here the convolution of the keys starts as a delay, by 1, 2, 3,
 1, ... tokens from head to head. A token then attends to what followed tokens like itself, as an induction head does
 (arXiv 2209.11895), from the first training step on. The features have one common norm, so the Gaussian kernel's

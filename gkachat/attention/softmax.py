@@ -16,9 +16,9 @@ QK_SCALE = 1.2  # sharpens the logits of normalised queries and keys
 class SoftmaxAttention(Attention):
     """Scaled dot-product attention with rotary positions, normalised queries and keys, and gated value embeddings.
 
-    `config.short_conv` adds short convolutions of queries, keys and values, and a gate on each head's output, for like-
-    for-like runs against gka_conv, with `attention_x0` and without value embeddings. Forget gates in place of rotation
-    make softmax worse (docs/experiments.md).
+    `config.short_conv` adds short convolutions of queries, keys and values, and a gate on each head's output. With
+    `attention_x0` and without value embeddings, a run then compares like for like with gka_conv. Forget gates in place
+    of rotation make softmax worse (docs/experiments.md).
     """
 
     def __init__(self, config: GPTConfig, index: int):

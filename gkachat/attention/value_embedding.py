@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from gkachat.attention.linear import Embedding, Linear, uniform_
 from gkachat.config import GPTConfig
 
-GATE_CHANNELS = 12  # channels that the gates read of what the layer reads
+GATE_CHANNELS = 12  # channels of the layer's input that the gates read
 
 
 class ValueEmbedding(nn.Module):

@@ -229,8 +229,9 @@ class GkachatModel(GkachatPreTrainedModel):
             scale, mix = self.residual_scale[index].to(x_BTC), self.x0_mix[index].to(x_BTC)
             x0_BTC = x0_BTC.to(x_BTC.device)
             x_BTC = scale * x_BTC + mix * x0_BTC
-            inputs, output_weights = (x_BTC, x0_BTC, input_ids, positions), bool(output_attentions)
-            x_BTC, weights = block(*inputs, cache=cache, output_weights=output_weights)
+            x_BTC, weights = block(
+                x_BTC, x0_BTC, input_ids, positions, cache=cache, output_weights=bool(output_attentions)
+            )
             attentions.append(weights)
             if index == len(self.blocks) // 2:
                 middle_BTC = x_BTC
