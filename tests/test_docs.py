@@ -98,7 +98,7 @@ def wrong_names(text):
     for code in inline_code(text):
         if re.fullmatch(rf"({sections})\.[a-z_.]+", code):
             of_today = code in config_fields() or code.endswith((".safetensors", ".json", ".toml", ".py"))
-            if not of_today and not code.startswith("model.plus."):  # docs/experiments.md has the commit of these
+            if not of_today and not code.startswith("model.plus."):  # docs/experiments_gka_plus.md has their commit
                 yield f"{code}: no such field"
         match = re.match(r"(?:gkachat|scripts)(\.\w+)+", code)
         if match and pydoc.locate(match[0]) is None:
