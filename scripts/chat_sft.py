@@ -40,7 +40,7 @@ FEW_STEPS = 500
 def tuning_batch(base_batch: int, tokens: int) -> int:
     """Return the tokens of a step: those of the base's, or a half or quarter of them where there are few steps.
 
-    More and smaller steps at the same learning rate then learn more (docs/experiments.md).
+    More and smaller steps at the same learning rate then learn more (results/laptop/README.md).
     """
     halvings = 0
     while halvings < 2 and tokens * 2**halvings < FEW_STEPS * base_batch:

@@ -5,8 +5,8 @@
     y_BTC = layer(x_BTC, idx_BT, rope, x0_BTC=x0_BTC)            # training
     y_BTC = layer(x_BTC, idx_BT, rope, cache, x0_BTC)            # prefill and decoding
 
-A subclass defines little more than `qkv`, which turns the block input into queries, keys and values. docs/attention.md
-has a complete example.
+A subclass defines little more than `qkv`, which turns the block input, or its learned sum with the embedding, into
+queries, keys and values. docs/attention.md has a complete example.
 Axes: B batch, T time (query), S time (key), H heads, D head_dim, C channels.
 """
 
@@ -56,11 +56,11 @@ class Attention(nn.Module):
     include_self = True
     """Whether a token attends to itself."""
     backend = "auto"
-    """Kernel by name, for Gaussian scores; auto: the fastest one that can run."""
+    """Name of the kernel for Gaussian scores. auto chooses the fastest one that can run."""
     lookback = 0
     """Number of earlier inputs that `qkv` needs, as short convolutions do."""
     taps = 1
-    """Number of inputs that a key and a value are convolutions of, in a layer whose `qkv` has `taps`."""
+    """Number of tokens that each key and value convolves, in a layer whose `qkv` gives `taps`."""
     forgets = False
     """Whether `qkv` has biases of keys that are a running sum over the text."""
 

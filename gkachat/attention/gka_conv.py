@@ -9,11 +9,10 @@ The forget gates f read x, and the output gates read the block input.
 A token of published GKA attends to tokens like itself. Here the convolution of the keys starts as a delay, by 1, 2, 3,
 1, ... tokens from head to head. A token then attends to what followed tokens like itself, as an induction head does
 (arXiv 2209.11895), from the first training step on. The features have one common norm, so the Gaussian kernel's
-distance reduces to the dot product. The layer divides its queries by sigma^2, and is then softmax attention to every
-kernel.
+distance reduces to the dot product. The layer divides its queries by sigma^2, so that any softmax kernel can run it.
 
-Forget gates f take the place of rotary positions (forget_gate.py). Nothing is rotated, so that keys and values of
-cached tokens can be read off x by tap (`Taps`), and the cache keeps x in place of both. q and k leave three channels
+Forget gates f take the place of rotary positions (forget_gate.py). No key is rotated. Keys and values of cached tokens
+can therefore be computed from x (`Taps`), and the cache keeps x in place of both. q and k leave three channels
 free for the bias of the forget gates. With H heads a layer's convolutions have 12 C - 24 H parameters, the forget gates
 C + 1 per head. docs/experiments.md measures what each part is worth.
 """
@@ -37,7 +36,10 @@ SHARPNESS = 1.2  # q.k / sigma^2 starts as sharp as softmax attention's logits
 
 
 class GKAConv(GaussianKernelAttention):
-    """Gaussian Kernel Attention on short convolutions of its input, which is the one tensor that is cached."""
+    """Gaussian Kernel Attention on short convolutions of one tensor.
+
+    The cache keeps that tensor, and a scale and a bias per key and head, in place of keys and values.
+    """
 
     gaussian, forgets = False, True
     taps, lookback = ShortConv.TAPS, ShortConv.TAPS - 1
