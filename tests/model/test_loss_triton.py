@@ -31,8 +31,8 @@ def exact(x, weight, targets, factor=1.0):
 
 
 # Logits and their gradients are rounded to the dtype of x, to 2^-9 of themselves in bfloat16. A logit of 8 is then off
-# by 0.02, and with it p and the gradient by 2 %. In float32, dx is a sum over the vocabulary. Some CPUs add it up one term
-# after the other, which is off by sqrt(50,257) roundings of 2^-24, or 1.3e-5.
+# by 0.02, and with it p and the gradient by 2 %. In float32, dx is a sum over the vocabulary. Some CPUs add it up one
+# term after the other, which is off by sqrt(50,257) roundings of 2^-24, or 1.3e-5.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
