@@ -85,18 +85,18 @@ class _HeadLoss(torch.autograd.Function):
                 # In place wherever possible: allocating memory for each of these passes takes as long as the passes.
                 # 15 tanh(u / 15) is 30 sigmoid(u / 7.5) - 15. The 15 cancels in the softmax, and a CPU takes half as
                 # long for a sigmoid as for a tanh.
-                gate = ((x / (LOGIT_CAP / 2)) @ weight.mT).float().sigmoid_()
+                sigmoid = ((x / (LOGIT_CAP / 2)) @ weight.mT).float().sigmoid_()
                 target = targets.clamp(min=0)[:, None]
                 # Exponents are at most 30, so that they need no maximum subtracted to stay finite.
-                p = (2 * LOGIT_CAP * gate).exp_()
+                p = (2 * LOGIT_CAP * sigmoid).exp_()
                 p_sum = p.sum(dim=-1, keepdim=True)
-                gate_target = gate.gather(-1, target)
-                losses = p_sum.log() - 2 * LOGIT_CAP * gate_target
+                sigmoid_target = sigmoid.gather(-1, target)
+                losses = p_sum.log() - 2 * LOGIT_CAP * sigmoid_target
                 total += torch.where(scored, losses[:, 0], 0).sum()
                 if with_gradients:
                     # Through the cap: the derivative of 30 sigmoid(u / 7.5) is 4 sigmoid (1 - sigmoid).
-                    p.mul_(gate.addcmul_(gate, gate, value=-1)).mul_(4 * scored[:, None] / p_sum)
-                    p.scatter_add_(-1, target, 4 * (gate_target.square() - gate_target) * scored[:, None])
+                    p.mul_(sigmoid.addcmul_(sigmoid, sigmoid, value=-1)).mul_(4 * scored[:, None] / p_sum)
+                    p.scatter_add_(-1, target, 4 * (sigmoid_target.square() - sigmoid_target) * scored[:, None])
                     dlogits = dlogits_NV[done : done + len(x)].copy_(p)
                     dx.append(dlogits @ weight)
                     done += len(x)

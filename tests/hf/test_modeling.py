@@ -51,7 +51,7 @@ def tokens(B=1, T=24, seed=0):
     return torch.randint(3, V, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-def close(a, b):
+def assert_close(a, b):
     torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)  # float32, other orders of summation
 
 
@@ -71,7 +71,7 @@ def test_padding_changes_no_logit_wherever_it_is(model, implementation):
         logits = model(padded, attention_mask=mask, **options).logits
         assert not logits.isnan().any()
         for row in range(3):
-            close(logits[row, mask[row].bool()], expected[0])
+            assert_close(logits[row, mask[row].bool()], expected[0])
     with pytest.raises(ValueError, match="position_ids: expected consecutive"):
         model(padded, attention_mask=mask, position_ids=torch.arange(30)[None])
 
@@ -88,8 +88,8 @@ def test_a_conversation_goes_on_in_the_cache_after_rows_of_different_lengths(mod
         mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), dim=1)
         parts.append(model(token, attention_mask=mask, cache=cache).logits)
     found = torch.cat(parts, dim=1)
-    close(found[0], model(torch.cat((first[:1], second[:1]), dim=1)).logits[0, 5:])
-    close(found[1], model(torch.cat((first[1:, :3], second[1:]), dim=1)).logits[0, 3:])
+    assert_close(found[0], model(torch.cat((first[:1], second[:1]), dim=1)).logits[0, 5:])
+    assert_close(found[1], model(torch.cat((first[1:, :3], second[1:]), dim=1)).logits[0, 3:])
 
 
 @torch.inference_mode()
@@ -104,7 +104,7 @@ def test_a_window_in_the_cache_counts_padding_between_turns(model):
     model(torch.cat((idx[:, :20], idx[:, :2]), dim=1), attention_mask=mask[:, :22], cache=cache)
     found = model(idx[:, 20:21], attention_mask=mask[:, :23], cache=cache).logits[:, 0]
     model.model.blocks[0].attn.window = WINDOW - 2
-    close(found, model(idx).logits[:, 20])
+    assert_close(found, model(idx).logits[:, 20])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -133,7 +133,7 @@ def test_windows_attend_in_blocks_as_they_do_at_once(model):
     assert (expected.attentions[0].flatten(0, 1) > 0).sum(dim=-1).max() <= WINDOW
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
-        close(model(idx).logits, expected.logits)
+        assert_close(model(idx).logits, expected.logits)
     sizes = [q.stop - q.start for q, *_ in Positions(
         idx.shape, 0, None, None, model.config, idx.device
     ).spans(idx.size(1), WINDOW, True, True)]  # fmt: skip
@@ -177,9 +177,9 @@ def test_hidden_states_and_the_base_model_are_given(model):
     assert [tuple(state.shape) for state in output.hidden_states] == [(1, 24, C)] * 4
     assert [tuple(weights.shape) for weights in output.attentions] == [(1, 2, 24, 24)] * 3
     hidden = model.model(idx).last_hidden_state
-    close(output.hidden_states[-1], hidden)
+    assert_close(output.hidden_states[-1], hidden)
     cap = model.config.final_logit_softcapping
-    close(cap * (model.lm_head(hidden) / cap).tanh(), output.logits)
+    assert_close(cap * (model.lm_head(hidden) / cap).tanh(), output.logits)
 
 
 def test_a_classifier_learns(model):
@@ -204,10 +204,10 @@ def test_new_tokens_have_rows_in_every_table_and_the_saved_model_loads(model, tm
     expected = model(tokens()).logits
     model.resize_token_embeddings(V + 3)
     assert model.generation_config.suppress_tokens is None  # rows without a token are tokens now
-    close(model(tokens()).logits[..., :V], expected)
+    assert_close(model(tokens()).logits[..., :V], expected)
     model(torch.full((1, 3), V + 2))
     model.save_pretrained(tmp_path)
-    close(GkachatForCausalLM.from_pretrained(tmp_path)(tokens()).logits[..., :V], expected)
+    assert_close(GkachatForCausalLM.from_pretrained(tmp_path)(tokens()).logits[..., :V], expected)
 
 
 @torch.inference_mode()
@@ -217,7 +217,7 @@ def test_embeddings_are_taken_where_no_layer_needs_ids(model):
         with pytest.raises(ValueError, match="value embeddings need token ids"):
             model(inputs_embeds=embeds)
         return
-    close(model(inputs_embeds=embeds).logits, model(idx).logits)
+    assert_close(model(inputs_embeds=embeds).logits, model(idx).logits)
     found = model.generate(inputs_embeds=embeds, max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert found.equal(model.generate(idx, max_new_tokens=6, do_sample=False, eos_token_id=None)[:, 24:])
 
