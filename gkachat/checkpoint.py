@@ -41,7 +41,7 @@ from gkachat.tokenizer import FILE_NAME, Tokenizer
 from gkachat.vision_config import VisionConfig, ViTConfig
 
 MODEL, META, CHECKPOINTS = "model.safetensors", "meta.json", "checkpoints"
-FORMAT = 5  # of configs and checkpoints; to be raised when older runs can no longer be read
+FORMAT = 6  # of configs and checkpoints; to be raised when older runs can no longer be read
 META_FIELDS = {"format": int, "step": int, "config": dict, "sha256": dict, "tokenizer_sha256": str, "world_size": int}
 
 CONFIGS = {"language model": Config, "tuned language model": TuningConfig, "image model": VisionConfig}

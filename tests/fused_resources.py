@@ -70,7 +70,7 @@ def features() -> list[tuple]:
                     if name.startswith("stride") or name == "D":
                         types[name] = "i32/16"
                     elif (name.isupper() and len(name) > 1) or name in "XQKV":
-                        single = name in ("WQ", "WK", "WV", "GAIN", "BIAS", "SCALES", "DW", "DGAIN")
+                        single = name in ("WQ", "WK", "WV", "GAIN", "SUM", "BIAS", "DW", "DGAIN")
                         types[name] = f"*{'fp32' if single else dtype}/16"
                     else:
                         types[name] = "i32"

@@ -34,9 +34,9 @@ class LayerCacheSpec(NamedTuple):
     """Number of earlier inputs that the layer reads."""
     taps: int = 1
     """Number of tokens that a key and a value are convolutions of. Above 1, the cache keeps one tensor that both are
-    made of, whose earlier tokens are also those that `lookback` asks for, and a scale per key and head."""
+    made of, whose earlier tokens are also those that `lookback` asks for."""
     forgets: bool = False
-    """Whether a bias per key and head is kept, the running sum of what forget gates give."""
+    """Whether a bias per key and head is kept, which has a running sum over the text as a part."""
 
 
 class Cache:
@@ -75,22 +75,27 @@ class Cache:
             buffers = {}
             if spec.has_keys:
                 buffers["k"] = torch.zeros(*shape[:2], halo + slots, config.head_dim, dtype=dtype, device=device)
-            if halo:
-                scales = torch.float16 if dtype == torch.bfloat16 else dtype  # bfloat16 would round scores by 0.4 %
-                buffers["key_scales"] = torch.zeros(*shape, 1, dtype=scales, device=device)
             if spec.forgets:  # in bfloat16 a running sum would lose the differences between neighbours
                 wide = torch.promote_types(dtype, torch.float32)
                 buffers["key_bias"] = torch.zeros(*shape, 1, dtype=wide, device=device)
+                recent = self._n_recent(lookback=1)
+                buffers["running_sum"] = torch.zeros(rows, recent, config.n_head, dtype=wide, device=device)
             if spec.has_keys and not spec.shares_kv:
                 buffers["v"] = torch.zeros_like(buffers["k"])
             if spec.key_norms:
                 buffers["key_norms"] = torch.zeros(*shape, 1, dtype=torch.float32, device=device)
             if spec.lookback and not halo:
-                # Where one block holds the whole text, `lengths` may be set back to any token: every input is kept.
-                recent = length if block >= length else min(length, spec.lookback + 1)
+                recent = self._n_recent(spec.lookback)
                 buffers["x"] = torch.zeros(rows, recent, config.n_embd, dtype=dtype, device=device)
             self.layers.append(buffers)
         self._start(slice(0, rows))
+
+    def _n_recent(self, lookback: int) -> int:
+        """Return the slots of a buffer that new tokens read `lookback` tokens back.
+
+        Where one block holds the whole text, `lengths` may be set back to any token, and the buffer keeps them all.
+        """
+        return self.length if self.block >= self.length else min(self.length, lookback + 1)
 
     @property
     def n_bytes(self) -> int:
@@ -102,7 +107,7 @@ class Cache:
 
         A layer with a window overwrites its oldest tokens, and so stops growing.
         """
-        buffers = [buffer[0] for buffers in self.layers for buffer in buffers.values()]  # (H, S, D), or (S, C)
+        buffers = [buffer[0] for buffers in self.layers for buffer in buffers.values()]  # (H, S, D), (S, C) or (S, H)
         return sum(buffer.nbytes // (n := buffer.size(-2)) * min(length, n) for buffer in buffers)
 
     def step(self, rows: slice, T: int, prefill: bool = False) -> "CacheStep":
@@ -161,9 +166,8 @@ class CacheStep:
         self.row_index = torch.arange(len(cache.lengths), device=cache.device)[rows, None]  # (B, 1)
         self._views: dict[tuple, tuple[Tensor, Tensor, Rope | None]] = {}
         self._slots: dict[int, Tensor] = {}
-        self._slots_before: dict[int, Tensor] = {}
         self._halo_slots: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._before: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def slots_read(self, slots: int) -> int:
         """Return how many slots of a buffer the new tokens read: those in use, or all of them.
@@ -197,21 +201,15 @@ class CacheStep:
             self._halo_slots[n, halo] = before, new, new % n
         return self._halo_slots[n, halo]
 
-    def slot_before(self, n: int) -> Tensor:
-        """Return the slot (B, 1) of the token before the new ones in a buffer of n slots."""
-        if n not in self._slots_before:
-            self._slots_before[n] = (self.lengths - 1 - self.cache.first) % n
-        return self._slots_before[n]
+    def before(self, n: int, lookback: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the positions before the new tokens, their slots in a buffer of n, and whether the text has them.
 
-    def before(self, lookback: int) -> tuple[Tensor, Tensor]:
-        """Return the positions (B, lookback) before the new tokens, and whether the text has them (B, lookback, 1).
-
-        Computed once for all layers.
+        Shapes are (B, lookback), (B, lookback) and (B, lookback, 1). Computed once for all layers.
         """
-        if lookback not in self._before:
+        if (n, lookback) not in self._before:
             positions = self.lengths + torch.arange(-lookback, 0, device=self.cache.device)
-            self._before[lookback] = positions, (positions >= 0)[..., None]
-        return self._before[lookback]
+            self._before[n, lookback] = positions, (positions - self.cache.first) % n, (positions >= 0)[..., None]
+        return self._before[n, lookback]
 
     def view(
         self, window: int | None, slots: int, of_prefix: bool, rotated: bool
@@ -260,20 +258,32 @@ class LayerCache:
         Inputs before the text are zeros. Without lookback, x is returned as it is. Those of layers with taps lie among
         the keys, and `append` stores them.
         """
-        lookback = self.spec.lookback
-        if not lookback:
+        if not self.spec.lookback:
             return x
         if self.halo:
             return torch.cat((self.earlier_inputs(), x), dim=1)
-        cache, buffer = self.cache, self.buffers["x"]
-        slots = buffer.size(1)
-        before, in_text = self.step.before(lookback)
-        past = buffer[self.step.row_index, (before - cache.first) % slots]
+        past = self._recent("x", self.spec.lookback)
+        self._keep_recent("x", x)
+        return torch.cat((past, x), dim=1)
+
+    def _recent(self, name: str, lookback: int) -> Tensor:
+        """Return what a buffer (rows, slots, n) has of the tokens before the new ones, (B, lookback, n).
+
+        What precedes a text is zeros.
+        """
+        cache, buffer = self.cache, self.buffers[name]
+        before, slots, in_text = self.step.before(buffer.size(1), lookback)
+        past = buffer[self.step.row_index, slots]
         if (prefix := cache.prefix) is not None:
-            shared = prefix.layers[self.index]["x"][0]
+            shared = prefix.layers[self.index][name][0]
             past = torch.where((before >= cache.first)[..., None], past, shared[(before - prefix.first) % len(shared)])
+        return past * in_text
+
+    def _keep_recent(self, name: str, x: Tensor) -> None:
+        """Store the latest of the new tokens' x (B, T, n) in a buffer (rows, slots, n)."""
+        buffer = self.buffers[name]
+        slots = buffer.size(1)
         buffer[self.step.row_index, self.step.slots(slots)[:, -slots:]] = x[:, -slots:]
-        return torch.cat((past * in_text, x), dim=1)
 
     def earlier_inputs(self) -> Tensor:
         """Return what a layer with taps keeps of the `halo` tokens before the new ones, (B, halo, H, D)."""
@@ -287,9 +297,9 @@ class LayerCache:
         if "key_norms" in self.buffers:
             new["key_norms"] = k.float().square().sum(dim=-1, keepdim=True)  # a rotation keeps the norm
         if "key_bias" in self.buffers:
-            new["key_bias"] = qkv.key_bias + self._bias_before()
-        if "key_scales" in self.buffers:
-            new["key_scales"] = qkv.taps.key_scales.to(self.buffers["key_scales"].dtype)
+            sum_before = self._recent("running_sum", 1)
+            self._keep_recent("running_sum", qkv.running_sum.squeeze(-1) + sum_before)
+            new["key_bias"] = qkv.key_bias + sum_before[..., None]
         rows, n = self.step.row_index, self.slots
         slots = k_slots = self.step.slots(n)
         if self.halo:
@@ -299,17 +309,6 @@ class LayerCache:
         for name, tensor in new.items():
             if name in self.buffers:
                 self.buffers[name][rows, :, k_slots if name == "k" else slots] = tensor
-
-    def _bias_before(self) -> Tensor:
-        """Return the bias of the key before the new tokens, (B, 1, H, 1), and 0 at the beginning of a text."""
-        cache, buffer = self.cache, self.buffers["key_bias"]
-        before, in_text = self.step.before(1)
-        bias = buffer[self.step.row_index, :, self.step.slot_before(buffer.size(2))]
-        if (prefix := cache.prefix) is not None:
-            shared = prefix.layers[self.index]["key_bias"][0].transpose(0, 1)
-            of_prefix = shared[(before - prefix.first) % len(shared)]
-            bias = torch.where((before >= cache.first)[..., None, None], bias, of_prefix)
-        return bias * in_text[..., None]
 
     def slices(self, include_self: bool) -> list[KVSlice]:
         """Return the cached keys and values that the new tokens may attend to: of the prefix, if any, and of the rows.
@@ -330,8 +329,8 @@ class LayerCache:
 
     def _slice(self, buffers: dict[str, Tensor], rows: slice, n: int, slots: int, of_prefix: bool) -> KVSlice:
         """Return the keys and values in the first n slots of the buffers."""
-        names = "v", "key_norms", "key_scales", "key_bias"
+        names = "v", "key_norms", "key_bias"
         k = buffers["k"][rows, :, : self.halo + n]
-        v, norms, scales, bias = (buffers[name][rows, :, :n] if name in buffers else None for name in names)
+        v, norms, bias = (buffers[name][rows, :, :n] if name in buffers else None for name in names)
         _, mask, rope = self.step.view(self.spec.window, slots, of_prefix, self.rotates_keys)
-        return KVSlice(k, k if v is None else v, mask, norms, rope, scales, bias)
+        return KVSlice(k, k if v is None else v, mask, norms, rope, bias)

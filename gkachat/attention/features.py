@@ -28,50 +28,39 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def rms_norm(x: Tensor, gain_H: Tensor | None = None) -> Tensor:
-    """Divide the last axis by its root mean square, and multiply each head of (B, T, H, D) by its gain, if given."""
-    return rms_norm_and_scale(x, gain_H)[0]
-
-
-def rms_norm_and_scale(x: Tensor, gain_H: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return `rms_norm(x)` and what it multiplied x by, (..., 1) in float32 or wider, without gradient."""
+def rms_norm(x: Tensor) -> Tensor:
+    """Divide the last axis by its root mean square."""
     # For a token, an autograd.Function takes a third as long as the operations in it.
-    return _RMSNorm.apply(x, gain_H) if torch.is_grad_enabled() else _normalised(x, gain_H)
+    return _RMSNorm.apply(x) if torch.is_grad_enabled() else _normalised(x)[0]
 
 
-def _normalised(x: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the norm of x and what it multiplied x by, (..., 1) in float32 at least."""
     wide_x = cast(x, torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
     scale = (norm.square() / x.size(-1) + torch.finfo(wide_x.dtype).eps).rsqrt()
-    if gain is not None:
-        scale = scale * cast(gain, scale.dtype)[..., None]
     return cast(wide_x * scale, x.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
     """RMS norm that saves its output, which the next operation saves anyway, and one number per row.
 
-    torch's own rms_norm saves its input, in float32 on a CPU, and takes 2 to 3 times as long there. The gain joins that
-    number, so that it costs no pass over x. Inputs are widened at once: a CPU takes longer for products of two dtypes.
+    torch's own rms_norm saves its input, in float32 on a CPU, and takes 2 to 3 times as long there. Inputs are widened
+    at once: a CPU takes longer for products of two dtypes.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, scale = _normalised(x, gain)
-        ctx.save_for_backward(y, scale, gain)
-        ctx.mark_non_differentiable(scale)
-        return y, scale
+    def forward(ctx, x: Tensor) -> Tensor:
+        y, scale = _normalised(x)
+        ctx.save_for_backward(y, scale)
+        return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor, _: None) -> tuple[Tensor, Tensor | None]:
-        y, scale, gain = ctx.saved_tensors
+    def backward(ctx, dy: Tensor) -> Tensor:
+        y, scale = ctx.saved_tensors
         wide_dy, wide_y = cast(dy, scale.dtype), cast(y, scale.dtype)
-        along, dgain = (wide_dy * wide_y).sum(dim=-1, keepdim=True) / y.size(-1), None
-        if gain is not None:  # y / gain has the norm that the formula needs, once for each y
-            along = along / gain[:, None]
-            dgain = cast(along.sum(dim=(0, 1, 3)) * y.size(-1), gain.dtype)
-            along = along / gain[:, None]
-        return cast(torch.addcmul(wide_dy, wide_y, along, value=-1) * scale, y.dtype), dgain
+        along = (wide_dy * wide_y).sum(dim=-1, keepdim=True) / y.size(-1)
+        return cast(torch.addcmul(wide_dy, wide_y, along, value=-1) * scale, y.dtype)
 
 
 def rope_table(seq_len: int, head_dim: int, device: torch.device | str | None = None) -> Rope:
@@ -174,31 +163,30 @@ class _ShortConv(torch.autograd.Function):
 
 
 def convolved_features(
-    x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor, bias_BTH1: Tensor, T: int
+    x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor, running_sum_BTH1: Tensor, T: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return q = gain norm(conv(x)), k = norm(conv(x)) and v = conv(x) of the last T tokens, each (B, T, H, D).
+    """Return q = gain conv(x), k = conv(x) and v = conv(x) of the last T tokens, each (B, T, H, D), and biases of keys.
 
-    The weights are (N, H, D). Those of q and k are 0 in the last channels, which get the bias of the keys
-    (`with_bias`). Also returns what the norm multiplied the keys by, (B, T, H, 1), without gradient.
+    The bias of a key, (B, T, H, 1) without gradient, is the running sum less gain |k|^2 / 2, which a Gaussian kernel
+    subtracts from q.k. The weights are (N, H, D). Those of q and k are 0 in the last channels, which add the bias to
+    the scores (`with_bias`).
     """
-    if T == 1 and x_BSHD.size(1) == len(weights[0]) and not torch.is_grad_enabled():
-        return _features_of_a_token(x_BSHD, weights, gain_H)
-    q, k, v = (short_conv(x_BSHD, weight)[:, -T:] for weight in weights)
-    k, key_scales = rms_norm_and_scale(k)
-    return *with_bias(rms_norm(q, gain_H), k, bias_BTH1), v, key_scales
+    w_q, w_k, w_v = weights
+    w_q = w_q * gain_H[:, None]
+    if T == 1 and x_BSHD.size(1) == len(w_q) and not torch.is_grad_enabled():
+        # A token that stands alone has no other key to compare, and a cache has the biases of its keys. It takes few
+        # operations: for a single token their number decides the time.
+        q, k, v = (torch.stack((w_q, w_k, w_v)).to(x_BSHD.dtype)[:, None] * x_BSHD.flip(1)).sum(dim=2, keepdim=True)
+        return q, k, v, running_sum_BTH1 - _half_square(k, gain_H)
+    q, k, v = (short_conv(x_BSHD, weight)[:, -T:] for weight in (w_q, w_k, w_v))
+    bias_BTH1 = running_sum_BTH1 - _half_square(k, gain_H)
+    return *with_bias(q, k, bias_BTH1), v, bias_BTH1.detach()
 
 
-def _features_of_a_token(
-    x_BNHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what `convolved_features` returns, in few operations: for a single token their number decides the time.
-
-    The bias is left out. A token that stands alone has no other key to compare, and a cache has the biases of its keys.
-    """
-    convolved = (torch.stack(weights).to(x_BNHD.dtype)[:, None] * x_BNHD.flip(1)).sum(dim=2, keepdim=True)
-    gains = torch.stack((gain_H, torch.ones_like(gain_H)))[:, None, None]
-    (q, k), (_, key_scales) = (pair.unbind() for pair in rms_norm_and_scale(convolved[:2], gains))
-    return q, k, convolved[2], key_scales
+def _half_square(k_BTHD: Tensor, gain_H: Tensor) -> Tensor:
+    """Return gain |k|^2 / 2 of each key, (B, T, H, 1) in float32 at least."""
+    wide_k = cast(k_BTHD, torch.promote_types(k_BTHD.dtype, torch.float32))
+    return 0.5 * gain_H[:, None] * wide_k.square().sum(dim=-1, keepdim=True)
 
 
 class Features(NamedTuple):
@@ -220,5 +208,5 @@ def choose_features(head_dim: int, device: torch.device, dtype: torch.dtype) -> 
         return Features("torch", f"no triton kernel: {'; '.join(obstacles)}", convolved_features)
     from gkachat.attention import features_triton
 
-    reason = "convolutions and norms in one pass"
+    reason = "convolutions and biases of keys in one pass"
     return Features("triton", reason, features_triton.convolved_features)

@@ -1,7 +1,7 @@
-"""Convolutions and norms of gka_conv in Triton: one kernel forward, one backward.
+"""Convolutions of gka_conv and the biases of its keys in Triton: one kernel forward, one backward.
 
-Forward, x is read once, and q, k, v and the scales of the keys are written. The last channels of q and k are ones and
-the bias of the key. Rows that several taps read come from a cache. Backward, a row of a tile walks through a chunk of
+Forward, x is read once, and q, k, v and the biases of the keys are written, also in the last channels of k, against
+ones in q. Rows that several taps read come from a cache. Backward, a row of a tile walks through a chunk of
 tokens, one at a time, and reads x, dq, dk and dv of each. The last rows of x and of dx stay in registers: what a tap
 reaches back to is neither read nor computed again, but for a few rows between chunks. The sums of the gradients of
 weights and gain have a fixed order. A number of x in bfloat16 moves 8 bytes forward and 10 backward.
@@ -22,7 +22,6 @@ from gkachat.attention.kernels.gaussian_triton_kernels import rounded
 
 N_TAPS = tl.constexpr(ShortConv.TAPS)
 BIAS_CHANNELS = tl.constexpr(forget_gate.CHANNELS)
-EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 TILE = 2048  # numbers in a tile of the forward, a head wide
 WALK_TILE = 512  # numbers in a tile of the backward, a head wide: with 4 warps, a warp sums over a head of 128
 CHUNK = 64  # tokens that a row of the backward's tile walks through, and three of the next chunk
@@ -60,14 +59,6 @@ def _convolve(X, W, rows, columns, stride_t, stride_n, S, n_columns):
 
 
 @triton.jit
-def _convolve_and_normalise(X, W, gain, rows, columns, stride_xt, S, H, D):
-    """Return the normalised convolution at some input rows, times gain, and what the norm multiplied it by."""
-    c = _convolve(X, W, rows, columns, stride_xt, H * D, S, D)
-    scale = tl.rsqrt(tl.sum(c * c, 1) / D + EPS)
-    return c * (gain * scale)[:, None], scale
-
-
-@triton.jit
 def _cut(x):
     """Cut float32 to the bits that bfloat16 has."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
@@ -75,24 +66,29 @@ def _cut(x):
 
 @triton.jit
 def forward_kernel(
-    X, WQ, WK, WV, GAIN, BIAS, Q, K, V, SCALES, stride_xb, stride_xt, stride_xh, S, T, H, D, n_blocks,
+    X, WQ, WK, WV, GAIN, SUM, Q, K, V, BIAS, stride_xb, stride_xt, stride_xh, S, T, H, D, n_blocks,
     BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Write q, k, v and the scales of the keys of one block of tokens of one head."""
+    """Write q, k, v and the biases of the keys of one block of tokens of one head.
+
+    SUM holds what the biases are before the norms of the keys.
+    """
     batch, head, block = _place(H, n_blocks)
     rows, columns = block * BT + tl.arange(0, BT), tl.arange(0, BD)
     X += batch * stride_xb + head * stride_xh
     weight, out, gain = head * D, batch * T * H * D + head * D, tl.load(GAIN + head)
     per_key, place = batch * T * H + rows.to(tl.int64) * H + head, columns[None, :] - (D - BIAS_CHANNELS)
-    q, _ = _convolve_and_normalise(X, WQ + weight, gain, rows + S - T, columns, stride_xt, S, H, D)
+    q = gain * _convolve(X, WQ + weight, rows + S - T, columns, stride_xt, H * D, S, D)
     _store(Q + out, tl.where(place < 0, q, 1.0), rows, columns, H * D, T, D)
-    k, scale = _convolve_and_normalise(X, WK + weight, 1.0, rows + S - T, columns, stride_xt, S, H, D)
-    bias = tl.load(BIAS + per_key, mask=rows < T, other=0.0)[:, None]
+    k = _convolve(X, WK + weight, rows + S - T, columns, stride_xt, H * D, S, D)
+    k = rounded(k, K.dtype.element_ty).to(tl.float32)  # the norm is that of what enters the products
+    bias = tl.load(SUM + per_key, mask=rows < T, other=0.0) - 0.5 * gain * tl.sum(k * k, 1)
+    tl.store(BIAS + per_key, bias, mask=rows < T)
+    bias = bias[:, None]
     high = _cut(bias)  # as `forget_gate.split` does
     middle = _cut(bias - high)
     parts = tl.where(place == 0, high, tl.where(place == 1, middle, bias - high - middle))
     _store(K + out, tl.where(place < 0, k, parts), rows, columns, H * D, T, D)
-    tl.store(SCALES + per_key, scale, mask=rows < T)
     v = _convolve(X, WV + weight, rows + S - T, columns, stride_xt, H * D, S, D)
     _store(V + out, v, rows, columns, H * D, T, D)
 
@@ -106,19 +102,6 @@ def _load_taps(W, columns, stride_n, D):
     w_2 = tl.load(W + 2 * stride_n + columns, mask=seen, other=0.0).to(tl.float32)[None, :]
     w_3 = tl.load(W + 3 * stride_n + columns, mask=seen, other=0.0).to(tl.float32)[None, :]
     return w_0, w_1, w_2, w_3
-
-
-@triton.jit
-def _through_norm(c, DQ, rows, columns, gain, stride_t, T, D):
-    """Return the gradient of a convolution c, and each row's part of the gradient of gain.
-
-    With r = 1 / rms(c) they are gain r (dq - r^2 c mean(dq c)) and r sum(dq c). Channels of the bias have no part.
-    """
-    dq = _load(DQ, rows, columns, stride_t, T, D)
-    dq = tl.where(columns[None, :] < D - BIAS_CHANNELS, dq, 0.0)
-    r = tl.rsqrt(tl.sum(c * c, 1) / D + EPS)
-    along = r * tl.sum(dq * c, 1)
-    return (gain * r)[:, None] * (dq - (r * along / D)[:, None] * c), along
 
 
 @triton.jit
@@ -152,7 +135,7 @@ def backward_kernel(
     At each step of its walk a row of the tile has x_n and dx_n of n tokens before. dx_3 is complete.
     """
     batch, head, block = _place(H, n_blocks)
-    columns = tl.arange(0, BD)
+    columns, one = tl.arange(0, BD), tl.arange(0, 1)
     X += batch * stride_xb + head * stride_xh
     DQ += batch * stride_qb + head * stride_qh
     DK += batch * stride_kb + head * stride_kh
@@ -176,16 +159,18 @@ def backward_kernel(
         t = rows - (S - T)  # output token at each input row; before the first, dq, dk and dv count as 0
         x_0 = _load(X, rows, columns, stride_xt, S, D)
         dc_v = _load(DV, t, columns, stride_vt, T, D)
-        c = wq_0 * x_0 + wq_1 * x_1 + wq_2 * x_2 + wq_3 * x_3
-        dc_q, along = _through_norm(c, DQ, t, columns, gain, stride_qt, T, D)
-        c = wk_0 * x_0 + wk_1 * x_1 + wk_2 * x_2 + wk_3 * x_3
-        dc_k, _ = _through_norm(c, DK, t, columns, 1.0, stride_kt, T, D)
+        dq = _load(DQ, t, columns, stride_qt, T, D - BIAS_CHANNELS)
+        dk = _load(DK, t, columns, stride_kt, T, D - BIAS_CHANNELS)
+        dbias = _load(DK + D - 1, t, one, stride_kt, T, 1)  # (CHUNKS, 1), of which the last channel is a part
+        q = wq_0 * x_0 + wq_1 * x_1 + wq_2 * x_2 + wq_3 * x_3
+        k = wk_0 * x_0 + wk_1 * x_1 + wk_2 * x_2 + wk_3 * x_3
+        dc_q, dc_k = gain * dq, dk - gain * dbias * k
         dx_0 = tl.zeros([CHUNKS, BD], tl.float32)
         dx_0, dx_1, dx_2, dx_3 = _add_to_inputs(dx_0, dx_1, dx_2, dx_3, dc_q, wq_0, wq_1, wq_2, wq_3)
         dx_0, dx_1, dx_2, dx_3 = _add_to_inputs(dx_0, dx_1, dx_2, dx_3, dc_k, wk_0, wk_1, wk_2, wk_3)
         dx_0, dx_1, dx_2, dx_3 = _add_to_inputs(dx_0, dx_1, dx_2, dx_3, dc_v, wv_0, wv_1, wv_2, wv_3)
         if step < CHUNK:  # the last three rows belong to the next chunk, which adds them
-            dgain += along
+            dgain += tl.sum(dq * q - 0.5 * dbias * k * k, 1)
             q_0, q_1, q_2, q_3 = _add_to_taps(q_0, q_1, q_2, q_3, dc_q, x_0, x_1, x_2, x_3)
             k_0, k_1, k_2, k_3 = _add_to_taps(k_0, k_1, k_2, k_3, dc_k, x_0, x_1, x_2, x_3)
             v_0, v_1, v_2, v_3 = _add_to_taps(v_0, v_1, v_2, v_3, dc_v, x_0, x_1, x_2, x_3)
@@ -215,23 +200,23 @@ def backward_tile(D: int) -> tuple[int, int]:
 @torch.library.custom_op("gkachat::features", mutates_args=())
 @on_device_of_first
 def features(
-    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, gain: Tensor, bias: Tensor, T: int
+    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, gain: Tensor, running_sum: Tensor, T: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return q, k and v, each (B, T, H, D), and the scales of the keys (B, T, H, 1) in float32.
+    """Return q, k and v, each (B, T, H, D), and the biases of the keys, (B, T, H, 1) in float32.
 
-    x is (B, S, H, D), weights are (4, H, D), gain is (H,) and bias (B, T, H, 1), both float32.
+    x is (B, S, H, D), weights are (4, H, D), gain is (H,) and running_sum (B, T, H, 1), both float32.
     """
     B, S, H, D = x.shape
     x = contiguous_channels(x)
     q, k, v = (x.new_empty(B, T, H, D) for _ in range(3))
-    scales = x.new_empty(B, T, H, 1, dtype=torch.float32)
+    bias = x.new_empty(B, T, H, 1, dtype=torch.float32)
     BT, width = forward_tile(D)
     n_blocks = triton.cdiv(T, BT)
     forward_kernel[(n_blocks * B * H,)](
-        x, w_q.contiguous(), w_k.contiguous(), w_v.contiguous(), gain.contiguous(), bias.contiguous(), q, k, v, scales,
-        *x.stride()[:3], S, T, H, D, n_blocks, BT=BT, BD=width,
+        x, w_q.contiguous(), w_k.contiguous(), w_v.contiguous(), gain.contiguous(), running_sum.contiguous(), q, k, v,
+        bias, *x.stride()[:3], S, T, H, D, n_blocks, BT=BT, BD=width,
     )  # fmt: skip
-    return q, k, v, scales
+    return q, k, v, bias
 
 
 @torch.library.custom_op("gkachat::features_backward", mutates_args=())
@@ -259,7 +244,7 @@ def features_backward(
 
 
 @features.register_fake
-def _(x, w_q, w_k, w_v, gain, bias, T):
+def _(x, w_q, w_k, w_v, gain, running_sum, T):
     B, _, H, D = x.shape
     return *(x.new_empty(B, T, H, D) for _ in range(3)), x.new_empty(B, T, H, 1, dtype=torch.float32)
 
@@ -282,7 +267,7 @@ features.register_autograd(_backward, setup_context=_save)
 
 
 def convolved_features(
-    x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor, bias_BTH1: Tensor, T: int
+    x_BSHD: Tensor, weights: tuple[Tensor, Tensor, Tensor], gain_H: Tensor, running_sum_BTH1: Tensor, T: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return q, k, v and the scales of the keys, of the last T tokens."""
-    return features(x_BSHD, *weights, gain_H.float(), bias_BTH1.float(), T)
+    """Return q, k, v and the biases of the keys, of the last T tokens."""
+    return features(x_BSHD, *weights, gain_H.float(), running_sum_BTH1.float(), T)

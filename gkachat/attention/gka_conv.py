@@ -1,20 +1,21 @@
 """gka_conv: Gaussian Kernel Attention on three short convolutions of one tensor x.
 
-    q_i = norm(conv_q(x))_i    k_j = norm(conv_k(x))_j    v_j = conv_v(x)_j
-    s_ij = q_i . k_j / sigma^2 + log(f_(j+1) ... f_i)    y_i = gate_i sum_j softmax_j(s_ij) v_j
+    q_i = conv_q(x)_i    k_j = conv_k(x)_j    v_j = conv_v(x)_j
+    s_ij = -|q_i - k_j|^2 / (2 sigma^2) + log(f_(j+1) ... f_i)    y_i = gate_i sum_j softmax_j(s_ij) v_j
 
 x is a learned sum of the block input and the embedding (`Attention.mixed`), and in the first layer the block input.
 The forget gates f read x, and the output gates read the block input.
 
 A token of published GKA attends to tokens like itself. Here the convolution of the keys starts as a delay, by 1, 2, 3,
 1, ... tokens from head to head. A token then attends to what followed tokens like itself, as an induction head does
-(arXiv 2209.11895), from the first training step on. The features have one common norm, so the Gaussian kernel's
-distance reduces to the dot product. The layer divides its queries by sigma^2, so that any softmax kernel can run it.
+(arXiv 2209.11895), from the first training step on.
 
 Forget gates f take the place of rotary positions (forget_gate.py). No key is rotated. Keys and values of cached tokens
-can therefore be computed from x (`Taps`), and the cache keeps x in place of both. q and k leave three channels
-free for the bias of the forget gates. With H heads a layer's convolutions have 12 C - 24 H parameters, the forget gates
-C + 1 per head. docs/experiments.md measures what each part is worth.
+can therefore be computed from x (`Taps`), and the cache keeps x in place of both. The query's own norm cancels in the
+softmax. What remains of the scores is q.k / sigma^2 and a bias per key: the key's norm and what the gates make the head
+forget. q is divided by sigma^2, and q and k leave three channels free for the bias, so that any softmax kernel can run
+the layer. With H heads a layer's convolutions have 12 C - 24 H parameters, the forget gates C + 1 per head.
+docs/experiments.md measures what each part is worth.
 """
 
 import math
@@ -38,7 +39,7 @@ SHARPNESS = 1.2  # q.k / sigma^2 starts as sharp as softmax attention's logits
 class GKAConv(GaussianKernelAttention):
     """Gaussian Kernel Attention on short convolutions of one tensor.
 
-    The cache keeps that tensor, and a scale and a bias per key and head, in place of keys and values.
+    The cache keeps that tensor, and a bias per key and head, in place of keys and values.
     """
 
     gaussian, forgets = False, True
@@ -58,17 +59,16 @@ class GKAConv(GaussianKernelAttention):
         return self.split_heads(x_BTC)
 
     def qkv(self, x_BSHD: Tensor, idx_BT: Tensor, rope: Rope) -> QKV:
-        """Convolve the input three times, normalise what is compared, divide q by sigma^2, and give keys their biases.
+        """Convolve the input three times, divide q by sigma^2, and give keys their biases.
 
-        A softmax kernel's backward lacks the derivative of the norms. That part of the gradient is parallel to the
-        feature, and the backward of the norm removes it. Cached keys are 0 in the channels of the bias, since these
-        have no taps: while decoding, the cache's biases take their place.
+        Cached keys are 0 in the channels of the bias, since these have no taps: while decoding, the cache's biases take
+        their place.
         """
         T, new_BTHD = idx_BT.size(1), x_BSHD[:, -idx_BT.size(1) :]
-        key_bias = self.forget_gate(new_BTHD.flatten(2))
+        running_sum = self.forget_gate(new_BTHD.flatten(2))
         weights = (*(F.pad(conv.weight, (0, CHANNELS)) for conv in (self.conv_q, self.conv_k)), self.conv_v.weight)
-        q, k, v, key_scales = self.features.compute(x_BSHD, weights, self.sigma.square().reciprocal(), key_bias, T)
-        return QKV(q, k, v, taps=Taps(new_BTHD, *weights[1:], key_scales), key_bias=key_bias)
+        q, k, v, key_bias = self.features.compute(x_BSHD, weights, self.sigma.square().reciprocal(), running_sum, T)
+        return QKV(q, k, v, taps=Taps(new_BTHD, *weights[1:]), key_bias=key_bias, running_sum=running_sum)
 
     def output(self, y_BTHD: Tensor, x_BTC: Tensor) -> Tensor:
         """Multiply each head by its gate."""

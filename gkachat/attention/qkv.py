@@ -10,7 +10,7 @@ from gkachat.attention.features import Rope, rotate, short_conv
 class Taps(NamedTuple):
     """Keys and values as short convolutions of one tensor, which the cache keeps in their place.
 
-    k_j = norm(sum_n key_weight_n x_(j-n)),  v_j = sum_n value_weight_n x_(j-n)
+    k_j = sum_n key_weight_n x_(j-n),  v_j = sum_n value_weight_n x_(j-n)
     """
 
     x: Tensor
@@ -19,8 +19,6 @@ class Taps(NamedTuple):
     """(N, H, D)"""
     value_weight: Tensor
     """(N, H, D)"""
-    key_scales: Tensor
-    """(B, T, H, 1), what the norm multiplied each new key by."""
 
 
 class QKV(NamedTuple):
@@ -41,8 +39,10 @@ class QKV(NamedTuple):
     taps: Taps | None = None
     """What keys and values are convolutions of. Where given, the cache keeps that in place of both."""
     key_bias: Tensor | None = None
-    """(B, T, H, 1) float32, a running sum that starts with these tokens. The last channels of q and k add it to the
-    scores of training. The cache stores it plus the bias of the last earlier key."""
+    """(B, T, H, 1) float32, added to the scores of each key. In training, the last channels of q and k add it."""
+    running_sum: Tensor | None = None
+    """(B, T, H, 1) float32, the part of `key_bias` that is a running sum over the text, from the first of these tokens
+    on. The cache adds what it was before them."""
 
     @property
     def cached_k(self) -> Tensor:
@@ -68,8 +68,6 @@ class KVSlice(NamedTuple):
     """(B or 1, H, S, 1) float32, |k|^2. Half of it is subtracted from q.k, as a Gaussian kernel demands."""
     rope: Rope | None = None
     """(cos, sin), each (B or 1, 1, S, D/2), for keys that were cached unrotated; None for rotated keys."""
-    key_scales: Tensor | None = None
-    """(B or 1, H, S, 1), what the norm multiplies each key by, where qkv has taps."""
     key_bias: Tensor | None = None
     """(B or 1, H, S, 1) float32, added to the scores of each key, where the layer forgets."""
 
@@ -81,4 +79,4 @@ class KVSlice(NamedTuple):
         """Return the slice with the keys and values that the taps make of it."""
         x_BSHD, S = self.k.transpose(1, 2), self.mask.size(-1)
         k, v = (short_conv(x_BSHD, w)[:, -S:].transpose(1, 2) for w in (taps.key_weight, taps.value_weight))
-        return self._replace(k=(k * self.key_scales).to(k.dtype), v=v, key_scales=None)
+        return self._replace(k=k, v=v)

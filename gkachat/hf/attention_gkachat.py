@@ -19,14 +19,9 @@ FEW = 8  # new tokens from which on gka_conv makes all keys and values anew, in 
 EPS = torch.finfo(torch.float32).eps
 
 
-def rms_scale(x: Tensor) -> Tensor:
-    """Return what an RMS norm multiplies x by, (..., 1) float32."""
-    return (x.float().square().mean(dim=-1, keepdim=True) + EPS).rsqrt()
-
-
-def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+def rms_norm(x: Tensor, gain: float = 1.0) -> Tensor:
     wide = x.float()
-    return (wide * (rms_scale(wide) * gain)).to(x.dtype)
+    return (wide * ((wide.square().mean(dim=-1, keepdim=True) + EPS).rsqrt() * gain)).to(x.dtype)
 
 
 def in_parts(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
@@ -283,9 +278,8 @@ class GaussianKernelAttention(Attention):
 class GKAConv(Attention):
     """GKA on short convolutions of its input x, with a forget gate per head and a gate on each head's output.
 
-    All keys have the same norm. Their bias is the running sum of -log f, and takes the place of positions (FoX, arXiv
-    2503.02130). The cache keeps x as keys. Its values are what the norm multiplies each key by, and -log f, which is
-    summed up when it is read.
+    The bias of a key is the running sum of -log f, which takes the place of positions (FoX, arXiv 2503.02130), less
+    |k|^2 / (2 sigma^2). The cache keeps x as keys, and the biases as values.
     """
 
     def __init__(self, config: GkachatConfig, index: int):
@@ -298,9 +292,15 @@ class GKAConv(Attention):
 
     @property
     def taps(self) -> list[Tensor]:
-        """The weights of the convolutions for queries, keys and values, (TAPS, H, D) each."""
+        """The weights of the convolutions for queries, keys and values, (TAPS, H, D) each; queries get 1 / sigma^2."""
         free = (0, BIAS_CHANNELS)
-        return [F.pad(self.conv_q.weight, free), F.pad(self.conv_k.weight, free), self.conv_v.weight]
+        query_weight = (self.conv_q.weight * self.inverse_square).to(self.conv_q.weight.dtype)
+        return [F.pad(query_weight, free), F.pad(self.conv_k.weight, free), self.conv_v.weight]
+
+    @property
+    def inverse_square(self) -> Tensor:
+        """1 / sigma^2 of each head, (H, 1) float32."""
+        return (-2 * self.log_sigma.float()).exp()[:, None]
 
     def heads(
         self,
@@ -311,39 +311,48 @@ class GKAConv(Attention):
         output_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         x, T = positions.mask(self.split_heads(x_BTC)), x_BTC.size(1)
-        known = x
-        if cache is not None and cache.layers[self.index].is_initialized:
-            past = cache.layers[self.index].keys
-            known = torch.cat((past if positions.has_holes else past[:, :, 1 - TAPS :], x), dim=2)
-        q, k, v = positions.convolve(known, self.taps, T)
-        q, scales = rms_norm(q, (-2 * self.log_sigma.float()).exp()[:, None, None]), rms_scale(k)
         decay = positions.mask(self.forget_gate(x_BTC))  # padding makes nothing forget
-        if cache is not None:  # bfloat16 would round scores by 0.4 %, and decays, which add up, need 4 bytes
+        past = None
+        if cache is not None and cache.layers[self.index].is_initialized:
+            past = cache.layers[self.index]
+        if past is None:
+            q, k, v = positions.convolve(x, self.taps, T)
+            bias = decay.cumsum(dim=2) - positions.mask(self.half_square(k))
+        else:  # the slot before the new ones too, since its bias and norm give the running sum up to it
+            known = torch.cat((past.keys if positions.has_holes else past.keys[:, :, -TAPS:], x), dim=2)
+            q, k, v = positions.convolve(known, self.taps, T + 1)
+            half_square = positions.mask(self.half_square(k))
+            sum_before = past.values[:, :, -1:].float().sum(dim=-1, keepdim=True) + half_square[:, :, :1]
+            q, k, v, half_square = (t[:, :, 1:] for t in (q, k, v, half_square))
+            bias = sum_before + decay.cumsum(dim=2) - half_square
+        if cache is not None:  # a running sum needs 4 bytes
             dtype, n = (torch.float16, 2) if x.element_size() == 2 else (torch.float32, 1)
-            values = torch.cat((scales.to(dtype), in_parts(decay, n, dtype)), dim=-1)
-            x, values = cache.update(x, values, self.index)
-            scales, decay = values[..., :1], values[..., 1:].float().sum(dim=-1, keepdim=True)
-        S, bias = x.size(2), decay.cumsum(dim=2)
+            x, values = cache.update(x, in_parts(bias, n, dtype), self.index)
+            bias = values.float().sum(dim=-1, keepdim=True)
+        S = x.size(2)
         if S > T and T < FEW and not positions.has_holes:
-            return self.attend_by_tap(q, x, scales, bias, positions.spans(S, self.window, False, True)[0])
+            return self.attend_by_tap(q, x, bias, positions.spans(S, self.window, False, True)[0])
         k, v = (k, v) if S == T else positions.convolve(x, self.taps[1:], S)
-        k = (k.float() * scales).to(x.dtype)
         q, k = (t[..., :-BIAS_CHANNELS] for t in (q, k))
         return self.attend(q, k, v, bias, positions, output_weights)
 
-    def attend_by_tap(self, q: Tensor, x: Tensor, scales: Tensor, bias: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+    def half_square(self, k: Tensor) -> Tensor:
+        """Return |k|^2 / (2 sigma^2) of each key, (B, H, T, 1) float32."""
+        return 0.5 * self.inverse_square[:, None] * k.float().square().sum(dim=-1, keepdim=True)
+
+    def attend_by_tap(self, q: Tensor, x: Tensor, bias: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Return what `attend` returns, without making keys and values of x.
 
         Since q.(w x) = (w q).x, a query becomes one for each tap, whose scores are added up over neighbours.
         """
         first = max(0, span.keys.start - TAPS + 1)
         n_missing = TAPS - 1 - span.keys.start + first  # tokens before the text
-        x, scales, bias = x[:, :, first : span.keys.stop], scales[:, :, span.keys], bias[:, :, span.keys]
+        x, bias = x[:, :, first : span.keys.stop], bias[:, :, span.keys]
         key_weight, value_weight = (weight.transpose(0, 1)[:, None] for weight in self.taps[1:])
         by_tap = (q[:, :, :, None] * key_weight.flip(2)).flatten(2, 3)  # (B, H, T N, D), oldest first
         products = F.pad((x @ by_tap.mT).float(), (0, 0, n_missing, 0)).unflatten(-1, (-1, TAPS))  # (B, H, N-1+S, T, N)
         of_each_key = products.unfold(2, TAPS, 1).diagonal(dim1=-2, dim2=-1)  # tap n with the n-th of N tokens
-        weights = attention_weights((of_each_key.sum(dim=-1) * scales + bias).mT, span)
+        weights = attention_weights((of_each_key.sum(dim=-1) + bias).mT, span)
         n = weights.size(-1) + TAPS - 1
         by_tap = F.pad(weights.to(x.dtype), (TAPS - 1, TAPS - 1)).unfold(-1, n, 1)  # (B, H, T, N, N-1+S), newest first
         sums = by_tap[..., n_missing:].flatten(2, 3) @ x

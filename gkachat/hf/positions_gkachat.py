@@ -141,9 +141,11 @@ class Positions:
             recent.values = recent.keys[..., :0]
         return before
 
-    def mask(self, x_BHTD: Tensor) -> Tensor:
-        """Return what the new tokens have, with zeros at padding."""
-        return x_BHTD if self.is_token is None else x_BHTD.masked_fill(~self.is_token[:, None, -self.n_new :, None], 0)
+    def mask(self, x_BHSD: Tensor) -> Tensor:
+        """Return what the latest S tokens have, with zeros at padding."""
+        if self.is_token is None:
+            return x_BHSD
+        return x_BHSD.masked_fill(~self.is_token[:, None, -x_BHSD.size(2) :, None], 0)
 
     def convolve(self, x_BHSD: Tensor, weights: list[Tensor], n: int) -> list[Tensor]:
         """Return convolutions of the latest S tokens at the last n of them, (B, H, n, D). Padding must be zeros."""
@@ -213,8 +215,8 @@ def without_padding(is_token_BS: Tensor) -> tuple[Tensor, Tensor]:
 def convolutions(x_BHSD: Tensor, weights: list[Tensor]) -> list[Tensor]:
     """Return y_t = sum_n w_n x_(t-n) for each of the weights, (B, H, S - N + 1, D): all tokens but the first N - 1."""
     S = x_BHSD.size(2)
-    if S == TAPS:  # decoding a token, where the number of operations decides the time
-        by_tap = torch.stack(weights).transpose(1, 2)[:, None] * x_BHSD.flip(2)
-        return list(by_tap.sum(dim=3, keepdim=True))
+    if S == TAPS + 1:  # decoding a token, where the number of operations decides the time
+        by_tap = torch.stack(weights).permute(0, 2, 3, 1)[:, None, :, None] * x_BHSD.unfold(2, TAPS, 1).flip(-1)
+        return list(by_tap.sum(dim=-1))
     parts = [x_BHSD[:, :, TAPS - 1 - n : S - n] for n in range(TAPS)]
     return [sum(x * w[:, None] for x, w in zip(parts, weight, strict=True)) for weight in weights]

@@ -34,7 +34,7 @@ class ModelStats:
     flops_per_token: int
     """Training FLOPs, forward and backward."""
     cache_bytes_per_token: int
-    """Bytes that decoding keeps for each token of context: keys and values in bfloat16, and scales and biases of keys.
+    """Bytes that decoding keeps for each token of context: keys and values in bfloat16, and biases of keys.
     The norms of gka's keys are left out."""
 
     @property
@@ -52,12 +52,11 @@ def model_stats(config: GPTConfig) -> ModelStats:
     multiplied = sum(groups.get(name, 0) for name in ("matrices", "lm_head", "convolutions"))
     seen = sum(min(block.attn.window or config.sequence_len, config.sequence_len) for block in model.blocks)
     tensors = sum(1 if block.attn.shares_kv else 2 for block in model.blocks)
-    scales = sum(block.attn.taps > 1 for block in model.blocks)
     biases = sum(block.attn.forgets for block in model.blocks)  # in float32
     return ModelStats(
         params={"total": sum(groups.values()), **groups},
         flops_per_token=6 * multiplied + 12 * config.n_embd * seen,
-        cache_bytes_per_token=tensors * config.n_embd * CACHE_BYTES + config.n_head * (2 * scales + 4 * biases),
+        cache_bytes_per_token=tensors * config.n_embd * CACHE_BYTES + 4 * config.n_head * biases,
     )
 
 

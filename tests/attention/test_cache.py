@@ -17,12 +17,12 @@ def test_gka_keeps_half_of_what_softmax_keeps_and_a_norm_per_head():
     assert gka / softmax == (16 + 1) / 32
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 2), (torch.float32, 4), (torch.float64, 8)])
-def test_gka_conv_keeps_a_scale_and_a_wide_bias_per_key_and_head_beside_its_input(dtype, scale):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_gka_conv_keeps_a_wide_bias_per_key_and_head_beside_its_input_and_the_newest_sums(dtype):
     layer = live_model("gka_conv", dtype=dtype).make_cache(4, T, block=BLOCK).layers[1]  # without a window
     size, bias = dtype.itemsize, max(4, dtype.itemsize)
     assert {name: buffer.nbytes for name, buffer in layer.items()} == {
-        "k": 4 * 2 * (T + 3) * 16 * size, "key_scales": 4 * 2 * T * scale, "key_bias": 4 * 2 * T * bias
+        "k": 4 * 2 * (T + 3) * 16 * size, "key_bias": 4 * 2 * T * bias, "running_sum": 4 * 2 * 2 * bias
     }  # fmt: skip
 
 
@@ -57,7 +57,10 @@ def test_a_prefill_of_rows_that_hold_tokens_is_an_error():
 
 @pytest.mark.parametrize("shared", [0, 7])
 def test_biases_of_keys_are_sums_over_the_text_across_blocks_a_ring_that_wraps_and_a_shared_prefix(shared):
-    """Each block brings a sum that starts with the block; a row may start anew. Keys hold their position."""
+    """Each block brings a sum that starts with the block; a row may start anew. Keys hold their position.
+
+    A part of the bias that is the token's own, here minus its position, stays out of the sum of later tokens.
+    """
     config, spec = GPTConfig(depth=1, n_embd=24, head_dim=8, sequence_len=64), LayerCacheSpec(20, True, forgets=True)
     rates_BTH = torch.rand(3, 60, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rates_BTH[:, :shared] = rates_BTH[0, :shared]
@@ -67,13 +70,14 @@ def test_biases_of_keys_are_sums_over_the_text_across_blocks_a_ring_that_wraps_a
             new = slice(cache.lengths[row], cache.lengths[row] + size)
             k = torch.arange(60.0, dtype=torch.float64)[new, None, None].expand(1, size, 3, 8)
             layer = cache.step(slice(row, row + 1), size).layer(0)
-            layer.append(QKV(k, k, k, key_bias=rates_BTH[None, text, new, :, None].cumsum(1)))
+            running_sum = rates_BTH[None, text, new, :, None].cumsum(1)
+            layer.append(QKV(k, k, k, key_bias=running_sum - k[..., :1], running_sum=running_sum))
             n_seen = 0
             for part in layer.slices(True):
                 seen = part.mask[0, 0].isfinite().any(dim=0)
                 positions = part.k[0, 0, seen, 0].long()
-                expected = rates_BTH[text].cumsum(0)[positions].T
-                torch.testing.assert_close(part.key_bias[0, :, seen, 0], expected, rtol=1e-12, atol=0)
+                expected = rates_BTH[text].cumsum(0)[positions].T - positions
+                torch.testing.assert_close(part.key_bias[0, :, seen, 0], expected, rtol=1e-12, atol=1e-12)
                 n_seen += len(positions)
             assert n_seen == min(new.stop, 20 + size - 1)
 

@@ -223,12 +223,13 @@ def test_the_cache_keeps_what_is_declared_and_counted(case):
     # At full windows every token has one slot. model_stats counts bfloat16, and float32 for biases of keys.
     made = GPT(dataclasses.replace(config, window_pattern="L"), torch.bfloat16)
     cache = made.make_cache(1, 50, block=10)
-    names = ("k", "v", "key_scales", "key_bias")
+    names = ("k", "v", "key_bias")
     kept = sum(layer[name].nbytes for layer in cache.layers for name in names if name in layer)
     halo = 3 * (attn.taps - 1) * config.n_embd * 2
     assert kept == 50 * model_stats(config).cache_bytes_per_token + halo
     norms = 3 * 50 * config.n_head * 4 if attn.gaussian and not attn.unit_norm else 0
     recent = 3 * (attn.lookback + 1) * config.n_embd * 2 if attn.lookback and attn.taps == 1 else 0
+    recent += 3 * 2 * config.n_head * 4 if attn.forgets else 0  # the running sum of one token before the new one
     recent += 2 * config.n_embd * 2  # the smear's: one embedding before the new one
     assert cache.n_bytes == kept + norms + recent
 
@@ -275,11 +276,12 @@ def test_attention_weights_are_those_that_forward_applies(case, untrained):
     torch.testing.assert_close(rows[:, :, 1:], torch.ones_like(rows[:, :, 1:]))
     assert (rows[:, :, 0] == 0).all() if not attn.include_self else (rows[:, :, 0] == 1).all()
     assert (found.distances is not None) == hasattr(attn, "log_sigma")
-    if isinstance(attn, GaussianKernelAttention) and not untrained:  # in the bandwidth's units, whatever divides q
+    if isinstance(attn, GaussianKernelAttention):  # in the bandwidth's units, whatever divides q
         mask = reference.visible(T, attn.window, include_self=attn.include_self)
         scores = -found.distances / (2 * attn.sigma.square()[:, None, None])
         if attn.forgets:
-            scores = scores + attn.qkv(attn.inputs(attn.mixed(x, others[-1])), *others[:2]).key_bias.permute(0, 2, 3, 1)
+            qkv = attn.qkv(attn.inputs(attn.mixed(x, others[-1])), *others[:2])
+            scores = scores + qkv.running_sum.permute(0, 2, 3, 1)
         torch.testing.assert_close(reference.weights(scores, mask), found.weights, rtol=1e-9, atol=1e-9)
 
 

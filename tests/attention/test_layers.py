@@ -60,9 +60,9 @@ def gka_definition(attn, x_BTC, idx, rope):
 def gka_conv_definition(attn, x_BTC, idx, rope):
     """Scores plus the logarithm of the product f_(j+1) ... f_i; q and k have three channels less than v."""
     x = x_BTC.view(B, T, H, D)
-    q, k = (convolved(x[..., :-3], conv.weight) for conv in (attn.conv_q, attn.conv_k))
-    q, k = (math.sqrt(D) * F.normalize(t, dim=-1) for t in (q, k))
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (-2 * attn.log_sigma).exp()[:, None, None]
+    q, k = (convolved(x[..., :-3], conv.weight).transpose(1, 2) for conv in (attn.conv_q, attn.conv_k))
+    distances = (q[:, :, :, None] - k[:, :, None]).square().sum(-1)
+    scores = -distances / (2 * (2 * attn.log_sigma).exp()[:, None, None])
     f_TBH = (x_BTC @ attn.forget_gate.gate.weight.T + attn.forget_gate.bias).sigmoid().transpose(0, 1)
     products, rows = x.new_ones(B, H, 0), []
     for f in f_TBH:
@@ -144,7 +144,7 @@ def test_value_embeddings_cost_parameters_and_no_flops():
     assert having.flops_per_token == without.flops_per_token
 
 
-def test_gka_conv_adds_less_than_a_hundredth_of_the_parameters_and_six_bytes_per_key_and_head():
+def test_gka_conv_adds_less_than_a_hundredth_of_the_parameters_and_four_bytes_per_key_and_head():
     gka, conv = (model_stats(GPTConfig(depth=20, attention=name)) for name in ("gka", "gka_conv"))
     counts = {
         "convolutions": 20 * 4 * (1280 + 2 * (1280 - 3 * 10)),  # three channels of queries and keys hold the bias
@@ -157,7 +157,7 @@ def test_gka_conv_adds_less_than_a_hundredth_of_the_parameters_and_six_bytes_per
     assert added == sum(counts.values()) < 0.01 * gka.params["total"]
     assert conv.flops_per_token - gka.flops_per_token == 6 * counts["convolutions"]
     assert conv.params["matrices"] == gka.params["matrices"]
-    assert conv.cache_bytes_per_token - gka.cache_bytes_per_token == 20 * 10 * (2 + 4)  # a scale and a bias
+    assert conv.cache_bytes_per_token - gka.cache_bytes_per_token == 20 * 10 * 4  # a bias
 
 
 def test_an_untrained_gka_conv_token_finds_what_followed_a_token_like_itself():

@@ -121,8 +121,8 @@ def test_a_gka_conv_cache_holds_half_of_what_softmax_keeps(dtype):
         assert difference < {torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]  # of logits up to 15
         layers = [layer for layer in cache.layers if layer.is_initialized]
         n_bytes[attention] = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-    n = dtype.itemsize  # also of the scale: float16 where the model is bfloat16; what a key makes forget has 4 bytes
-    assert n_bytes["gka_conv"] / n_bytes["softmax"] == (64 * n + n + 4) / (128 * n)
+    n = dtype.itemsize  # the bias of a key has 4 bytes
+    assert n_bytes["gka_conv"] / n_bytes["softmax"] == (64 * n + 4) / (128 * n)
 
 
 @torch.inference_mode()

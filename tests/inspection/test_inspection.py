@@ -46,7 +46,7 @@ def test_distances_and_sigma_give_the_weights(attention, include_self):
     found = layer.attention_weights(x_BTC, idx, rope)
     scores = -found.distances.double() / (2 * layer.sigma.double().square()[:, None, None])
     if layer.forgets:
-        scores += layer.qkv(layer.inputs(x_BTC), idx, rope).key_bias.double().permute(0, 2, 3, 1)
+        scores += layer.qkv(layer.inputs(x_BTC), idx, rope).running_sum.double().permute(0, 2, 3, 1)
     keys = visible(T, layer.window, include_self=layer.include_self)
     expected = scores.masked_fill(~keys, -torch.inf).softmax(dim=-1).nan_to_num()  # float64, from the distances
     torch.testing.assert_close(found.weights.double(), expected, atol=1e-5, rtol=1e-3)

@@ -38,8 +38,8 @@ def test_depth_20_matches_the_arithmetic_of_the_architecture(attention, per_laye
     multiplied = params["matrices"] + params["lm_head"] + params.get("convolutions", 0)
     seen = 15 * 513 + 5 * 2048
     assert D20[attention]["flops_per_token"] == 6 * multiplied + 12 * C * seen
-    # gka_conv: a scale in float16 and a bias in float32 for the key of each head
-    kept = {"softmax": 4 * C, "gka": 2 * C, "gka_conv": 2 * C + 10 * (2 + 4)}[attention]
+    # gka_conv: a bias in float32 for the key of each head
+    kept = {"softmax": 4 * C, "gka": 2 * C, "gka_conv": 2 * C + 10 * 4}[attention]
     assert D20[attention]["cache_bytes_per_token"] == 20 * kept
 
 

@@ -231,7 +231,7 @@ def test_a_run_of_another_version_is_refused_in_one_line_that_names_it(run_dir):
         path = run_dir / "checkpoints" / f"step_{step:06d}" / "meta.json"
         meta = {name: value for name, value in json.loads(path.read_text()).items() if name != "format"}
         path.write_text(json.dumps(meta | {"version": "089c788"}))
-    expected = r"step_000008 was written by version 089c788 in format 1, expected format 5: use that version"
+    expected = r"step_000008 was written by version 089c788 in format 1, expected format 6: use that version"
     for attempt in (lambda: trainer("--resume"), lambda: load_model(run_dir)):
         with pytest.raises(ValueError, match=expected) as error:
             attempt()

@@ -73,7 +73,7 @@ def _tap_products(q: Tensor, part: KVSlice, key_weight: Tensor) -> Tensor:
     scores = products[..., 0, :S]
     for n in range(1, N):  # tap n of a key has the n-th of N tokens
         scores = scores + products[..., n, n : n + S]
-    return scores * part.key_scales.mT
+    return scores
 
 
 def _tap_sums(w: Tensor, part: KVSlice, value_weight: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Attention of one new token per row to cached ones, in Triton: the decode kernel on a GPU, split over the keys.
 
 Imported only where it is used. A decode step reads the cache once and computes little, so that bytes decide its time.
-At d20 (D 128, bfloat16) a key costs each head 2 D + 4 = 260 bytes with GKA, whose keys are its values and have a
-float32 norm, 2 D + 6 = 262 with gka_conv, where a key has a float16 scale and a float32 bias, and 4 D = 512 with
-softmax. All heads use the same mask, 4 bytes, and with rope the same tables, 4 D, which come from the L2 cache. One
-query shares no loads in a matrix product, so plain float32 sums take its place.
+At d20 (D 128, bfloat16) a key costs each head 2 D + 4 = 260 bytes with gka and gka_conv, whose keys and values are one
+tensor with a float32 norm or bias, and 4 D = 512 with softmax. All heads use the same mask, 4 bytes, and with rope the
+same tables, 4 D, which come from the L2 cache. One query shares no loads in a matrix product, so plain float32 sums
+take its place.
 
 Rows times heads are few programs for a GPU. Keys are therefore split among more programs (Flash-Decoding, Dao et al.
 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). A program reads its keys tile by tile. Each row of the
@@ -45,7 +45,7 @@ def _convolved(
     X, KEY_TAPS, VALUE_TAPS, k, stride_s, stride_n, visible, D: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr,
     N_TAPS: tl.constexpr,
 ):  # fmt: skip
-    """Return halves of keys, before their norm, and of values, from what both are convolutions of, in float32.
+    """Return halves of keys and of values, from what both are convolutions of, in float32.
 
     A row is loaded once for each tap, and comes from device memory once.
     """
@@ -85,7 +85,7 @@ def _merge_rows(acc_a, acc_b, row_sum, row_max):
 
 @triton.jit(do_not_specialize=["S", "stride_mb", "first_split", "n_splits"])  # these change from step to step
 def split_kernel(
-    Q, KEYS, VALUES, MASK, NORMS, SCALES, BIASES, KEY_TAPS, VALUE_TAPS, COS, SIN, SIGMA, MEAN, LSE,
+    Q, KEYS, VALUES, MASK, NORMS, BIASES, KEY_TAPS, VALUE_TAPS, COS, SIN, SIGMA, MEAN, LSE,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb,
     stride_nb, stride_nh, stride_ns, stride_rb, H, S, keys_per_split, first_split, n_splits,
     D: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, SHARED_KV: tl.constexpr, SCALE: tl.constexpr,
@@ -93,10 +93,10 @@ def split_kernel(
 ):  # fmt: skip
     """Write the mean of one split of a slice's keys for one row and head, and log2 of its sum of weights.
 
-    SHARED_KV: keys are the values. NORMS, COS and SIN may be None. SCALE is used where SIGMA is None. With N_TAPS
-    above 1, KEYS holds what keys and values are convolutions of, N_TAPS - 1 tokens more than there are keys, and SCALES
-    normalises keys. BIASES, which may be None, are added to the scores. All three have the same strides. Heads are
-    neighbours in the grid, then rows, so that they find masks, tables and a shared prefix in the L2 cache.
+    SHARED_KV: keys are the values. NORMS, BIASES, COS and SIN may be None. SCALE is used where SIGMA is None. With
+    N_TAPS above 1, KEYS holds what keys and values are convolutions of, N_TAPS - 1 tokens more than there are keys.
+    BIASES are added to the scores; they and NORMS have the same strides. Heads are neighbours in the grid, then rows,
+    so that they find masks, tables and a shared prefix in the L2 cache.
     """
     row_and_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = row_and_head // H, row_and_head % H
@@ -127,7 +127,6 @@ def split_kernel(
             if BIASES is not None:
                 biases = tl.load(BIASES + batch * stride_nb + head * stride_nh + k * stride_ns, mask=visible, other=0.0)
             if N_TAPS > 1:
-                scales = tl.load(SCALES + batch * stride_nb + head * stride_nh + k * stride_ns, mask=visible, other=0.0)
                 a, b, va, vb = _convolved(
                     KEYS, KEY_TAPS + head * D, VALUE_TAPS + head * D, k, stride_ks, H * D, visible, D, HALF, BN, N_TAPS
                 )
@@ -146,8 +145,6 @@ def split_kernel(
             score = tl.sum(a * qa + b * qb, 1)
             if NORMS is not None:
                 score -= 0.5 * norms
-            if N_TAPS > 1:
-                score *= scales.to(tl.float32)
             if BIASES is not None:
                 z += LOG2E * biases
             acc_a, acc_b, row_sum, row_max = _add_keys(acc_a, acc_b, row_sum, row_max, score * scale + z, va, vb)
@@ -198,7 +195,7 @@ def attend(qkv: QKV, slices: Sequence[KVSlice], multiprocessors: int = 132) -> T
         return decode.attend(qkv, slices)
     tensors = [
         (
-            part.k, None if part.v is part.k else part.v, part.mask, part.key_norms, part.key_scales, part.key_bias,
+            part.k, None if part.v is part.k else part.v, part.mask, part.key_norms, part.key_bias,
             *(part.rope or (None, None)),
         )
         for part in slices
@@ -217,7 +214,6 @@ def decode_attention(
     values: list[Tensor | None],
     masks: list[Tensor],
     key_norms: list[Tensor | None],
-    key_scales: list[Tensor | None],
     key_biases: list[Tensor | None],
     cos: list[Tensor | None],
     sin: list[Tensor | None],
@@ -233,7 +229,7 @@ def decode_attention(
     half, tile = tile_shape(D, n_taps)
     max_splits = -(-PROGRAMS_PER_SM * multiprocessors // (B * H))
     launches, n_splits = [], 0
-    for part in zip(keys, values, masks, key_norms, key_scales, key_biases, cos, sin, strict=True):
+    for part in zip(keys, values, masks, key_norms, key_biases, cos, sin, strict=True):
         tiles = max(1, -(-part[2].size(3) // tile))
         tiles_per_split = -(-tiles // min(tiles, max_splits))
         launches.append((part, tiles_per_split * tile, n_splits, -(-tiles // tiles_per_split)))
@@ -242,19 +238,17 @@ def decode_attention(
     lse = q.new_empty(B, H, n_splits, dtype=torch.float32)
     q, sigma = contiguous_channels(q), None if sigma is None else sigma.contiguous()
     key_taps, value_taps = (None if taps is None else taps.contiguous() for taps in (key_taps, value_taps))
-    for (k, v, mask, norms, scales, biases, cos_S, sin_S), keys_per_split, first_split, splits in launches:
+    for (k, v, mask, norms, biases, cos_S, sin_S), keys_per_split, first_split, splits in launches:
         k = contiguous_channels(k).expand(B, -1, -1, -1)
         shared_kv = v is None
         v = k if shared_kv else contiguous_channels(v).expand(B, -1, -1, -1)
         mask = contiguous_channels(mask)
-        strides = {t.expand(B, -1, -1, -1).stride()[:3] for t in (norms, scales, biases) if t is not None} or {
-            (0, 0, 0)
-        }
-        assert len(strides) == 1, f"norms, scales and biases of keys: given strides {strides}, expected equal ones"
+        strides = {t.expand(B, -1, -1, -1).stride()[:3] for t in (norms, biases) if t is not None} or {(0, 0, 0)}
+        assert len(strides) == 1, f"norms and biases of keys: given strides {strides}, expected equal ones"
         if cos_S is not None:
             cos_S, sin_S = (table.contiguous().expand(B, -1, -1, -1) for table in (cos_S, sin_S))
         split_kernel[(B * H, splits)](  # the first dimension has room for 2^31 programs, the others for 2^16
-            q, k, v, mask, norms, scales, biases, key_taps, value_taps, cos_S, sin_S, sigma, mean, lse,
+            q, k, v, mask, norms, biases, key_taps, value_taps, cos_S, sin_S, sigma, mean, lse,
             q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], mask.stride(0), *strides.pop(),
             0 if cos_S is None else cos_S.stride(0), H, mask.size(3), keys_per_split, first_split, n_splits,
             D=D, HALF=half, BN=tile, SHARED_KV=shared_kv, SCALE=scale, N_TAPS=n_taps,

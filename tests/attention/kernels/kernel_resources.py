@@ -59,7 +59,7 @@ def cases() -> list[tuple]:
                 gaussian_triton.bias_kernel, gaussian_triton.backward_rows_kernel, gaussian_triton.backward_sum_kernel,
             ):  # fmt: skip
                 found.append((kernel, dtype, {"D": D, "BLOCK": gaussian_triton.ROWS}, 4, 3))
-    nothing, of_taps = {"COS": None, "SIN": None}, ("SCALES", "BIASES", "KEY_TAPS", "VALUE_TAPS")
+    nothing, of_taps = {"COS": None, "SIN": None}, ("BIASES", "KEY_TAPS", "VALUE_TAPS")
     for dtype in ("bf16", "fp32"):
         for D in (64, 128, 256):
             half, tile = decode_triton.tile_shape(D)
@@ -94,8 +94,7 @@ def resources(kernel, dtype: str, constants: dict, warps: int, stages: int) -> d
         elif name in descriptors:
             signature[name] = f"tensordesc<{dtype}[1,{constants[descriptors[name]]},1,{constants['D']}]>"
         elif name.isupper() and name not in ANY_INTEGER | {"T_PAD"}:
-            single = name in FLOAT32 or (name == "SCALES" and dtype == "fp32")
-            signature[name] = "*fp32" if single else "*fp16" if name == "SCALES" else f"*{dtype}"
+            signature[name] = "*fp32" if name in FLOAT32 else f"*{dtype}"
         else:
             signature[name] = "i32"
         # At run time, pointers, strides and T_PAD are multiples of 16.

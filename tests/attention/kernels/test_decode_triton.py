@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from gkachat.attention.features import rope_at, short_conv
+from gkachat.attention.features import rope_at
 from gkachat.attention.kernels import decode, reference
 from gkachat.attention.kernels.choose import Kernel
 from gkachat.attention.kernels.decode_triton import attend, decode_attention, split_kernel, tile_shape
@@ -98,12 +98,10 @@ def test_keys_and_values_that_are_convolutions_decode_as_by_the_definition(dtype
     slices = []
     for S, lengths, prefix in ((40, (40, 40), True), (70, (70, 9), False)):
         part = drawn_slice(dtype, 2, 2, S + 3, D, lengths, shared_kv=True, prefix=prefix, biases=True)
-        k = short_conv(part.k.transpose(1, 2).double(), weights[0].double())[:, 3:].transpose(1, 2)
-        scales, key_bias = k.square().mean(-1, keepdim=True).rsqrt().float(), part.key_bias[:, :, 3:]
-        per_key = {"key_norms": None, "key_scales": scales.contiguous(), "key_bias": key_bias.contiguous()}
-        slices.append(part._replace(mask=part.mask[..., 3:], **per_key))
-    taps = Taps(q, *weights, q)
-    wide = [part._replace(k=part.k.double(), key_scales=part.key_scales.double()) for part in slices]
+        key_bias = part.key_bias[:, :, 3:].contiguous()
+        slices.append(part._replace(mask=part.mask[..., 3:], key_norms=None, key_bias=key_bias))
+    taps = Taps(q, *weights)
+    wide = [part._replace(k=part.k.double()) for part in slices]
     expected = exact(QKV(q, q, q, scale=0.3), [part.convolved(taps) for part in wide])
     for kernel, tolerance in ((attend, TOLERANCE[dtype]), (decode.attend, 4 * TOLERANCE[dtype])):  # which rounds more
         got = kernel(QKV(q, q, q, scale=0.3, taps=taps), slices)
@@ -278,7 +276,7 @@ def test_torch_compile_takes_it_as_one_operator(dynamic):
         assert torch.equal(compiled(*inputs), step(*inputs))
     assert graphs == ([1] if dynamic else [1, 1])
     torch.library.opcheck(
-        decode_attention, (inputs[0], [x], [None], [mask], [norms], *[[None]] * 4, None, None, None, 0.5, 2)
+        decode_attention, (inputs[0], [x], [None], [mask], [norms], *[[None]] * 3, None, None, None, 0.5, 2)
     )
 
 
