@@ -62,7 +62,7 @@ class Attention(nn.Module):
     taps = 1
     """Number of tokens that each key and value convolves, in a layer whose `qkv` gives `taps`."""
     forgets = False
-    """Whether `qkv` has biases of keys that are a running sum over the text."""
+    """Whether `qkv` has biases of keys, of which a running sum over the text is a part."""
 
     def __init__(self, config: GPTConfig, index: int):
         super().__init__()

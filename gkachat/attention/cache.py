@@ -91,7 +91,7 @@ class Cache:
         self._start(slice(0, rows))
 
     def _n_recent(self, lookback: int) -> int:
-        """Return the slots of a buffer that new tokens read `lookback` tokens back.
+        """Return how many tokens a buffer holds whose newest `lookback` are read with new tokens.
 
         Where one block holds the whole text, `lengths` may be set back to any token, and the buffer keeps them all.
         """
@@ -297,6 +297,7 @@ class LayerCache:
         if "key_norms" in self.buffers:
             new["key_norms"] = k.float().square().sum(dim=-1, keepdim=True)  # a rotation keeps the norm
         if "key_bias" in self.buffers:
+            assert qkv.running_sum is not None, "QKV: given no running_sum, expected it beside key_bias (`forgets`)"
             sum_before = self._recent("running_sum", 1)
             self._keep_recent("running_sum", qkv.running_sum.squeeze(-1) + sum_before)
             new["key_bias"] = qkv.key_bias + sum_before[..., None]

@@ -35,7 +35,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the norm of x and what it multiplied x by, (..., 1) in float32 at least."""
+    """Return x divided by its root mean square, and the factor, (..., 1) in float32 at least."""
     wide_x = cast(x, torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
     scale = (norm.square() / x.size(-1) + torch.finfo(wide_x.dtype).eps).rsqrt()
@@ -167,15 +167,14 @@ def convolved_features(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return q = gain conv(x), k = conv(x) and v = conv(x) of the last T tokens, each (B, T, H, D), and biases of keys.
 
-    The bias of a key, (B, T, H, 1) without gradient, is the running sum less gain |k|^2 / 2, which a Gaussian kernel
-    subtracts from q.k. The weights are (N, H, D). Those of q and k are 0 in the last channels, which add the bias to
-    the scores (`with_bias`).
+    The bias of a key, (B, T, H, 1), is the running sum less gain |k|^2 / 2, which a Gaussian kernel subtracts from q.k.
+    The weights are (N, H, D). Those of q and k are 0 in the last channels. These add the bias to the scores, and its
+    gradient flows through them (`with_bias`). Where a single token is decoded they stay 0.
     """
     w_q, w_k, w_v = weights
     w_q = w_q * gain_H[:, None]
     if T == 1 and x_BSHD.size(1) == len(w_q) and not torch.is_grad_enabled():
-        # A token that stands alone has no other key to compare, and a cache has the biases of its keys. It takes few
-        # operations: for a single token their number decides the time.
+        # The cache has the biases of all keys. For a single token, the number of operations decides the time.
         q, k, v = (torch.stack((w_q, w_k, w_v)).to(x_BSHD.dtype)[:, None] * x_BSHD.flip(1)).sum(dim=2, keepdim=True)
         return q, k, v, running_sum_BTH1 - _half_square(k, gain_H)
     q, k, v = (short_conv(x_BSHD, weight)[:, -T:] for weight in (w_q, w_k, w_v))

@@ -1,8 +1,8 @@
 """Convolutions of gka_conv and the biases of its keys in Triton: one kernel forward, one backward.
 
-Forward, x is read once, and q, k, v and the biases of the keys are written, also in the last channels of k, against
-ones in q. Rows that several taps read come from a cache. Backward, a row of a tile walks through a chunk of
-tokens, one at a time, and reads x, dq, dk and dv of each. The last rows of x and of dx stay in registers: what a tap
+Forward, x is read once, and q, k, v and the biases of the keys are written. The biases also fill the last channels of
+k, and ones those of q. Rows that several taps read come from a cache. Backward, a row of a tile walks through a chunk
+of tokens, one at a time, and reads x, dq, dk and dv of each. The last rows of x and of dx stay in registers: what a tap
 reaches back to is neither read nor computed again, but for a few rows between chunks. The sums of the gradients of
 weights and gain have a fixed order. A number of x in bfloat16 moves 8 bytes forward and 10 backward.
 
@@ -71,7 +71,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Write q, k, v and the biases of the keys of one block of tokens of one head.
 
-    SUM holds what the biases are before the norms of the keys.
+    SUM holds the running sums, from which gain |k|^2 / 2 is subtracted.
     """
     batch, head, block = _place(H, n_blocks)
     rows, columns = block * BT + tl.arange(0, BT), tl.arange(0, BD)
@@ -161,7 +161,7 @@ def backward_kernel(
         dc_v = _load(DV, t, columns, stride_vt, T, D)
         dq = _load(DQ, t, columns, stride_qt, T, D - BIAS_CHANNELS)
         dk = _load(DK, t, columns, stride_kt, T, D - BIAS_CHANNELS)
-        dbias = _load(DK + D - 1, t, one, stride_kt, T, 1)  # (CHUNKS, 1), of which the last channel is a part
+        dbias = _load(DK + D - 1, t, one, stride_kt, T, 1)  # (CHUNKS, 1); q is 1 in the last channel
         q = wq_0 * x_0 + wq_1 * x_1 + wq_2 * x_2 + wq_3 * x_3
         k = wk_0 * x_0 + wk_1 * x_1 + wk_2 * x_2 + wk_3 * x_3
         dc_q, dc_k = gain * dq, dk - gain * dbias * k

@@ -33,7 +33,7 @@ from gkachat.attention.kernels import reference
 from gkachat.attention.qkv import QKV, Taps
 from gkachat.config import GPTConfig
 
-SHARPNESS = 1.2  # q.k / sigma^2 starts as sharp as softmax attention's logits
+SHARPNESS = 1.2  # for inputs of unit RMS, q.k / sigma^2 starts as sharp as softmax attention's logits
 
 
 class GKAConv(GaussianKernelAttention):

@@ -294,11 +294,11 @@ class GKAConv(Attention):
     def taps(self) -> list[Tensor]:
         """The weights of the convolutions for queries, keys and values, (TAPS, H, D) each; queries get 1 / sigma^2."""
         free = (0, BIAS_CHANNELS)
-        query_weight = (self.conv_q.weight * self.inverse_square).to(self.conv_q.weight.dtype)
+        query_weight = (self.conv_q.weight * self.inverse_sigma_squared).to(self.conv_q.weight.dtype)
         return [F.pad(query_weight, free), F.pad(self.conv_k.weight, free), self.conv_v.weight]
 
     @property
-    def inverse_square(self) -> Tensor:
+    def inverse_sigma_squared(self) -> Tensor:
         """1 / sigma^2 of each head, (H, 1) float32."""
         return (-2 * self.log_sigma.float()).exp()[:, None]
 
@@ -311,36 +311,36 @@ class GKAConv(Attention):
         output_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         x, T = positions.mask(self.split_heads(x_BTC)), x_BTC.size(1)
-        decay = positions.mask(self.forget_gate(x_BTC))  # padding makes nothing forget
-        past = None
-        if cache is not None and cache.layers[self.index].is_initialized:
-            past = cache.layers[self.index]
-        if past is None:
-            q, k, v = positions.convolve(x, self.taps, T)
-            bias = decay.cumsum(dim=2) - positions.mask(self.half_square(k))
-        else:  # the slot before the new ones too, since its bias and norm give the running sum up to it
+        running_sum = positions.mask(self.forget_gate(x_BTC)).cumsum(dim=2)  # padding makes nothing forget
+        taps, known, n_convolved = self.taps, x, T
+        past = None if cache is None else cache.layers[self.index]
+        if past is not None and past.is_initialized and past.keys.size(2):
+            # The slot before the new ones is convolved too: its bias and its norm give the running sum up to it.
             known = torch.cat((past.keys if positions.has_holes else past.keys[:, :, -TAPS:], x), dim=2)
-            q, k, v = positions.convolve(known, self.taps, T + 1)
-            half_square = positions.mask(self.half_square(k))
-            sum_before = past.values[:, :, -1:].float().sum(dim=-1, keepdim=True) + half_square[:, :, :1]
+            n_convolved = T + 1
+        q, k, v = positions.convolve(known, taps, n_convolved)
+        half_square = positions.mask(self.half_square(k))
+        if n_convolved > T:
+            running_sum = running_sum + past.values[:, :, -1:].view(torch.float32) + half_square[:, :, :1]
             q, k, v, half_square = (t[:, :, 1:] for t in (q, k, v, half_square))
-            bias = sum_before + decay.cumsum(dim=2) - half_square
-        if cache is not None:  # a running sum needs 4 bytes
-            dtype, n = (torch.float16, 2) if x.element_size() == 2 else (torch.float32, 1)
-            x, values = cache.update(x, in_parts(bias, n, dtype), self.index)
-            bias = values.float().sum(dim=-1, keepdim=True)
+        bias = (running_sum - half_square).contiguous()
+        if cache is not None:  # a running sum needs 4 bytes: in a model with 2, two numbers hold their bits
+            x, values = cache.update(x, bias.view(x.dtype) if x.element_size() == 2 else bias, self.index)
+            bias = values.view(torch.float32)
         S = x.size(2)
         if S > T and T < FEW and not positions.has_holes:
-            return self.attend_by_tap(q, x, bias, positions.spans(S, self.window, False, True)[0])
-        k, v = (k, v) if S == T else positions.convolve(x, self.taps[1:], S)
+            return self.attend_by_tap(q, x, taps, bias, positions.spans(S, self.window, False, True)[0])
+        k, v = (k, v) if S == T else positions.convolve(x, taps[1:], S)
         q, k = (t[..., :-BIAS_CHANNELS] for t in (q, k))
         return self.attend(q, k, v, bias, positions, output_weights)
 
     def half_square(self, k: Tensor) -> Tensor:
         """Return |k|^2 / (2 sigma^2) of each key, (B, H, T, 1) float32."""
-        return 0.5 * self.inverse_square[:, None] * k.float().square().sum(dim=-1, keepdim=True)
+        return 0.5 * self.inverse_sigma_squared[:, None] * k.float().square().sum(dim=-1, keepdim=True)
 
-    def attend_by_tap(self, q: Tensor, x: Tensor, bias: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+    def attend_by_tap(
+        self, q: Tensor, x: Tensor, taps: list[Tensor], bias: Tensor, span: Span
+    ) -> tuple[Tensor, Tensor]:
         """Return what `attend` returns, without making keys and values of x.
 
         Since q.(w x) = (w q).x, a query becomes one for each tap, whose scores are added up over neighbours.
@@ -348,7 +348,7 @@ class GKAConv(Attention):
         first = max(0, span.keys.start - TAPS + 1)
         n_missing = TAPS - 1 - span.keys.start + first  # tokens before the text
         x, bias = x[:, :, first : span.keys.stop], bias[:, :, span.keys]
-        key_weight, value_weight = (weight.transpose(0, 1)[:, None] for weight in self.taps[1:])
+        key_weight, value_weight = (weight.transpose(0, 1)[:, None] for weight in taps[1:])
         by_tap = (q[:, :, :, None] * key_weight.flip(2)).flatten(2, 3)  # (B, H, T N, D), oldest first
         products = F.pad((x @ by_tap.mT).float(), (0, 0, n_missing, 0)).unflatten(-1, (-1, TAPS))  # (B, H, N-1+S, T, N)
         of_each_key = products.unfold(2, TAPS, 1).diagonal(dim1=-2, dim2=-1)  # tap n with the n-th of N tokens

@@ -213,10 +213,13 @@ def without_padding(is_token_BS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def convolutions(x_BHSD: Tensor, weights: list[Tensor]) -> list[Tensor]:
-    """Return y_t = sum_n w_n x_(t-n) for each of the weights, (B, H, S - N + 1, D): all tokens but the first N - 1."""
+    """Return y_t = sum_n w_n x_(t-n) for each of the weights, (B, H, S - N + 1, D): all tokens but the first N - 1.
+
+    Both forms add, and so round, in one order. A key's norm is part of its bias, and is taken out again a call later.
+    """
     S = x_BHSD.size(2)
     if S == TAPS + 1:  # decoding a token, where the number of operations decides the time
         by_tap = torch.stack(weights).permute(0, 2, 3, 1)[:, None, :, None] * x_BHSD.unfold(2, TAPS, 1).flip(-1)
-        return list(by_tap.sum(dim=-1))
+        return list(sum(by_tap.unbind(dim=-1)))
     parts = [x_BHSD[:, :, TAPS - 1 - n : S - n] for n in range(TAPS)]
     return [sum(x * w[:, None] for x, w in zip(parts, weight, strict=True)) for weight in weights]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gkachat.attention.features import apply_rope, rms_norm, rope_at, rope_table, rotate
+from gkachat.attention.features import apply_rope, convolved_features, rms_norm, rope_at, rope_table, rotate
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -59,3 +59,19 @@ def test_rotation_keeps_norms_and_depends_on_distance_alone():
     dots = a @ b.T
     torch.testing.assert_close(dots[7:, 7:], dots[:-7, :-7], rtol=1e-4, atol=1e-4)
     assert (dots[0] - dots[0, 0]).abs().max() > 0.1
+
+
+def test_features_of_a_single_token_are_those_of_the_last_token_of_a_text():
+    generator = torch.Generator().manual_seed(0)
+    x, *weights = (
+        torch.randn(*shape, 3, 8, dtype=torch.float64, generator=generator) for shape in ((2, 4), (4,), (4,), (4,))
+    )
+    for weight in weights[:2]:
+        weight[..., -3:] = 0
+    gain, running_sum = torch.tensor([0.5, 1, 2]), torch.randn(2, 1, 3, 1, dtype=torch.float64, generator=generator)
+    q, k, v, bias = convolved_features(x, weights, gain, running_sum, 1)
+    with torch.no_grad():
+        alone = convolved_features(x, weights, gain, running_sum, 1)
+    expected = *(F.pad(t[..., :-3], (0, 3)) for t in (q, k)), v, bias  # the cache has the bias
+    for a, b in zip(alone, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -171,8 +171,9 @@ def test_loss_and_gradients_equal_those_of_gkachat(both):
 @pytest.mark.parametrize("both", ["gka_conv"], indirect=True)
 def test_beam_search_and_sampling_run_and_unsupported_inputs_are_refused(both):
     _, theirs = both
-    rows = theirs.generate(some_tokens(2, 4), max_new_tokens=6, num_beams=3, num_return_sequences=2, do_sample=False)
-    assert rows.shape == (4, 10)
+    beams = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    rows = theirs.generate(some_tokens(2, 4), **beams)
+    assert rows.shape == (4, 10) and torch.equal(rows, theirs.generate(some_tokens(2, 4), use_cache=False, **beams))
     assert theirs.generate(some_tokens(2, 4), max_new_tokens=3, do_sample=True).shape[0] == 2
     for options, message in (
         ({"cache": transformers.StaticCache(config=theirs.config, max_cache_len=8)}, "expected a DynamicCache"),

@@ -126,6 +126,43 @@ def test_a_gka_conv_cache_holds_half_of_what_softmax_keeps(dtype):
 
 
 @torch.inference_mode()
+def test_biases_that_gka_conv_caches_do_not_depend_on_how_a_text_is_read():
+    """In bfloat16 too, what is taken out of the last bias is to the last bit what was put into it."""
+    model = make_model("gka_conv").bfloat16()
+    attn = model.model.blocks[0].attn
+    for conv in (attn.conv_q, attn.conv_k):
+        conv.weight += 1  # |k|^2 / (2 sigma^2) is about 50
+    idx, biases = tokens(2, 300), []
+    for sizes in ([300], [1, 2, 1, 3, 9, 1, 4, 9] * 10, [1] * 300):
+        cache = transformers.DynamicCache(config=model.config)
+        for part in idx.split(sizes, dim=1):
+            model(part, cache=cache)
+        biases.append(cache.layers[0].values.view(torch.float32))  # of the last keys, in a layer with a window
+    assert biases[0].abs().max() > 40
+    for bias in biases[1:]:
+        assert (bias - biases[0]).abs().max() < 0.02
+
+
+@torch.inference_mode()
+def test_a_gka_conv_cache_holds_sums_beyond_the_range_of_float16():
+    model, idx = make_model("gka_conv").bfloat16(), tokens()
+    for block in model.model.blocks:
+        block.attn.forget_gate.bias.fill_(-5000.0)  # each token forgets all before it: sums grow to 120,000
+    cache = transformers.DynamicCache(config=model.config)
+    parts = [model(part, cache=cache).logits for part in idx.split([20, 1, 1, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(idx).logits, atol=0.1, rtol=0.05)
+
+
+@torch.inference_mode()
+def test_a_cache_that_is_taken_back_to_its_beginning_starts_anew(model):
+    idx, cache = tokens(), transformers.DynamicCache(config=model.config)
+    model(idx[:, :5], cache=cache)
+    cache.crop(-5)
+    parts = [model(part, cache=cache).logits for part in idx.split([1, 23], dim=1)]
+    assert_close(torch.cat(parts, dim=1), model(idx).logits)
+
+
+@torch.inference_mode()
 def test_windows_attend_in_blocks_as_they_do_at_once(model):
     """Asking for the weights computes all scores at once, by the definition."""
     idx = tokens(2, 2 * BLOCK + 7)
