@@ -161,7 +161,7 @@ def backward_kernel(
         dc_v = _load(DV, t, columns, stride_vt, T, D)
         dq = _load(DQ, t, columns, stride_qt, T, D - BIAS_CHANNELS)
         dk = _load(DK, t, columns, stride_kt, T, D - BIAS_CHANNELS)
-        dbias = _load(DK + D - 1, t, one, stride_kt, T, 1)  # (CHUNKS, 1); q is 1 in the last channel
+        dbias = _load(DK + D - 1, t, one, stride_kt, T, 1)  # gradient of the bias: q is 1 in the last channel
         q = wq_0 * x_0 + wq_1 * x_1 + wq_2 * x_2 + wq_3 * x_3
         k = wk_0 * x_0 + wk_1 * x_1 + wk_2 * x_2 + wk_3 * x_3
         dc_q, dc_k = gain * dq, dk - gain * dbias * k
