@@ -319,7 +319,7 @@ class GKAConv(Attention):
             known = torch.cat((past.keys if positions.has_holes else past.keys[:, :, -TAPS:], x), dim=2)
             n_convolved = T + 1
         q, k, v = positions.convolve(known, taps, n_convolved)
-        half_square = positions.mask(self.half_square(k))
+        half_square = self.half_square(k)
         if n_convolved > T:
             running_sum = running_sum + past.values[:, :, -1:].view(torch.float32) + half_square[:, :, :1]
             q, k, v, half_square = (t[:, :, 1:] for t in (q, k, v, half_square))

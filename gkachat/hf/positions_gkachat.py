@@ -148,15 +148,19 @@ class Positions:
         return x_BHSD.masked_fill(~self.is_token[:, None, -x_BHSD.size(2) :, None], 0)
 
     def convolve(self, x_BHSD: Tensor, weights: list[Tensor], n: int) -> list[Tensor]:
-        """Return convolutions of the latest S tokens at the last n of them, (B, H, n, D). Padding must be zeros."""
+        """Return convolutions of the latest S tokens at the last n of them, (B, H, n, D).
+
+        Padding must be zeros, and becomes zeros: what a row gives does not depend on holes in other rows.
+        """
         S, n_before = x_BHSD.size(2), TAPS - 1
         if not self.has_holes:
             n_missing = max(0, n_before + n - S)
-            return convolutions(F.pad(x_BHSD, (0, 0, n_missing, 0)) if n_missing else x_BHSD, weights)
+            x = F.pad(x_BHSD, (0, 0, n_missing, 0)) if n_missing else x_BHSD
+            return [self.mask(y) for y in convolutions(x, weights)]
         order, place = without_padding(F.pad(self.is_token[:, -S:], (n_before, 0)))
         x = F.pad(x_BHSD, (0, 0, n_before, 0)).take_along_dim(order[:, None, :, None], dim=2)
         place = (place[:, None, -n:, None] - n_before).clamp(min=0)
-        return [y.take_along_dim(place, dim=2) for y in convolutions(x, weights)]
+        return [self.mask(y.take_along_dim(place, dim=2)) for y in convolutions(x, weights)]
 
     def spans(self, S: int, window: int | None, has_causal_kernel: bool, in_blocks: bool) -> list[Span]:
         """Return which keys the new tokens attend to, computed once for all layers that are alike.

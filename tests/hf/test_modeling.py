@@ -77,6 +77,15 @@ def test_padding_changes_no_logit_wherever_it_is(model, implementation):
 
 
 @torch.inference_mode()
+def test_what_a_row_gives_at_padding_too_does_not_depend_on_holes_in_other_rows(model):
+    idx, mask = tokens(2, 7), torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 1]])
+    together = model(idx, attention_mask=mask).logits
+    for row in range(2):
+        alone = model(idx[row : row + 1], attention_mask=mask[row : row + 1]).logits
+        assert_close(together[row], alone[0])
+
+
+@torch.inference_mode()
 def test_a_conversation_goes_on_in_the_cache_after_rows_of_different_lengths(model):
     """The hole is shorter than what a windowed layer's cache, which counts padding, has to spare."""
     first, second = tokens(2, 5), tokens(2, 3, seed=1)
