@@ -172,7 +172,7 @@ def convolved_features(
     gradient flows through them (`with_bias`). Where a single token is decoded they stay 0.
     """
     w_q, w_k, w_v = weights
-    w_q = w_q.to(x_BSHD.dtype) * gain_H[:, None]  # rounded first, as weights are that inference stores in bfloat16
+    w_q = w_q.to(x_BSHD.dtype) * gain_H[:, None]  # rounded first: weights stored in bfloat16 give the same q
     if T == 1 and x_BSHD.size(1) == len(w_q) and not torch.is_grad_enabled():
         # The cache has the biases of all keys. For a single token, the number of operations decides the time.
         q, k, v = (torch.stack((w_q, w_k, w_v)).to(x_BSHD.dtype)[:, None] * x_BSHD.flip(1)).sum(dim=2, keepdim=True)
