@@ -37,9 +37,8 @@ def attend(qkv: QKV, slices: Sequence[KVSlice]) -> Tensor:
         bias = bias if part.key_bias is None else bias + part.key_bias.mT
         scores.append(products.float() * scale + bias)
     all_scores = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
-    row_max = all_scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weights = (all_scores - row_max).exp()
-    weights = (weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).to(q.dtype)
+    # The weight of a token that sees no key goes to a last key that has no value.
+    weights = F.pad(all_scores, (0, 1), value=torch.finfo(torch.float32).min).softmax(dim=-1)[..., :-1].to(q.dtype)
     y = 0
     for part, w in zip(slices, weights.split([score.size(-1) for score in scores], dim=-1), strict=True):
         y = y + (_sums(w, part.v) if taps is None else _tap_sums(w, part, taps.value_weight))
@@ -68,11 +67,11 @@ def _sums(w: Tensor, v: Tensor) -> Tensor:
 def _tap_products(q: Tensor, part: KVSlice, key_weight: Tensor) -> Tensor:
     """Return q.k in float32, (B, H, T, S), of keys that are convolutions of what the slice holds."""
     N, S = len(key_weight), part.mask.size(-1)
-    by_tap = q[:, :, :, None] * key_weight.to(q.dtype).flip(0).transpose(0, 1)[:, None]  # (B, H, T, N, D), oldest first
+    by_tap = q[:, :, :, None] * key_weight.to(q.dtype).transpose(0, 1)[:, None]  # (B, H, T, N, D)
     products = _products(by_tap.flatten(2, 3), part.k).mT.float().unflatten(2, (-1, N))  # (B, H, T, N, N - 1 + S)
-    scores = products[..., 0, :S]
-    for n in range(1, N):  # tap n of a key has the n-th of N tokens
-        scores = scores + products[..., n, n : n + S]
+    scores = products[..., 0, N - 1 :]
+    for n in range(1, N):  # tap n of a key has the token n before it
+        scores = scores + products[..., n, N - 1 - n : N - 1 - n + S]
     return scores
 
 
