@@ -185,12 +185,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Return whether this CPU has instructions that multiply bfloat16: AVX512-BF16, AMX, or BF16 of ARM.
+    """Return whether this CPU has instructions that multiply bfloat16: AVX512-BF16, AMX, or BF16 of ARM."""
+    return any(cpu_has(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def cpu_has(name: str) -> bool:
+    """Return whether this CPU has instructions of a name that `torch.cpu.get_capabilities` uses.
 
     False with a torch that cannot tell (`get_capabilities` came after 2.11).
     """
-    found = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return getattr(torch.cpu, "get_capabilities", dict)().get(name, False)
 
 
 def device_name(device: torch.device) -> str:

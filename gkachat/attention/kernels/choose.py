@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gkachat.attention.kernels import decode, flash, gaussian_sdpa, reference, sdpa, window_cpu
-from gkachat.machine import no_triton
+from gkachat.machine import cpu_has, no_triton
 
 HALF = (torch.bfloat16, torch.float16)
 TRITON_HEAD_DIMS = (64, 128)
@@ -96,7 +96,8 @@ def choose_decode_kernel(head_dim: int, device: torch.device, dtype: torch.dtype
         (head_dim > 256, f"heads have {head_dim} channels, more than 256"),
     )
     if obstacles:
-        return Kernel("torch", f"no triton kernel: {'; '.join(obstacles)}", decode.attend)
+        attend = partial(decode.attend, queries_first=cpu_has("avx512_bf16") and not cpu_has("amx_bf16"))
+        return Kernel("torch", f"no triton kernel: {'; '.join(obstacles)}", attend)
     from gkachat.attention.kernels import decode_triton
 
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -16,7 +16,7 @@ from gkachat.attention.qkv import QKV, KVSlice
 MATERIALIZE = 24
 
 
-def attend(qkv: QKV, slices: Sequence[KVSlice]) -> Tensor:
+def attend(qkv: QKV, slices: Sequence[KVSlice], queries_first: bool = False) -> Tensor:
     """Return softmax attention of the new queries to the keys of all slices, (B, T, H, D).
 
     Scores are scale (q.k - |k|^2 / 2), the second term only where a slice has key norms, and `scale` is 1 / sigma^2
@@ -24,6 +24,8 @@ def attend(qkv: QKV, slices: Sequence[KVSlice]) -> Tensor:
 
     With taps, keys and values are convolutions of what the slices hold. Since q.(w x) = (w q).x, a query becomes one
     for each tap, and nothing but their scores is added up over neighbours: the cache is read as it is.
+
+    `queries_first` is whether products in bfloat16 are q k^T rather than k q^T: the faster one depends on the CPU.
     """
     T, taps = qkv.q.size(1), qkv.taps
     if taps is not None and T >= MATERIALIZE:
@@ -32,7 +34,10 @@ def attend(qkv: QKV, slices: Sequence[KVSlice]) -> Tensor:
     scale = qkv.scale if qkv.sigma is None else qkv.sigma.square().reciprocal()[:, None, None]
     scores = []
     for part in slices:
-        products = _products(q, part.rotated_keys()).mT if taps is None else _tap_products(q, part, taps.key_weight)
+        if taps is None:
+            products = _products(q, part.rotated_keys(), queries_first)
+        else:
+            products = _tap_products(q, part, taps.key_weight, queries_first)
         bias = part.mask if part.key_norms is None else part.mask - (0.5 * scale * part.key_norms).mT
         bias = bias if part.key_bias is None else bias + part.key_bias.mT
         scores.append(products.float() * scale + bias)
@@ -45,15 +50,17 @@ def attend(qkv: QKV, slices: Sequence[KVSlice]) -> Tensor:
     return y.transpose(1, 2)
 
 
-def _products(q: Tensor, k: Tensor) -> Tensor:
-    """Return k.q, (B, H, S, T); rows that share the keys share one product.
+def _products(q: Tensor, k: Tensor, queries_first: bool) -> Tensor:
+    """Return q.k, (B, H, T, S); rows that share the keys share one product.
 
-    Keys are on the left in bfloat16: a CPU would reorder a right side, for ten times what the product takes.
+    In bfloat16 a CPU copies a right side that it cannot multiply as it lies, for several times what the product takes:
+    with AMX all keys, and otherwise a part of a buffer.
     """
     if k.size(0) == q.size(0):
-        return k @ q.mT if k.dtype == torch.bfloat16 else (q @ k.mT).mT
+        keys_first = k.dtype == torch.bfloat16 and not (queries_first and k.is_contiguous())
+        return (k @ q.mT).mT if keys_first else q @ k.mT
     B, H, T, D = q.shape
-    return (k[0] @ q.transpose(0, 1).reshape(H, B * T, D).mT).view(H, -1, B, T).permute(2, 0, 1, 3)
+    return (k[0] @ q.transpose(0, 1).reshape(H, B * T, D).mT).view(H, -1, B, T).permute(2, 0, 3, 1)
 
 
 def _sums(w: Tensor, v: Tensor) -> Tensor:
@@ -64,11 +71,12 @@ def _sums(w: Tensor, v: Tensor) -> Tensor:
     return (w.transpose(0, 1).reshape(H, B * T, S) @ v[0]).view(H, B, T, -1).transpose(0, 1)
 
 
-def _tap_products(q: Tensor, part: KVSlice, key_weight: Tensor) -> Tensor:
+def _tap_products(q: Tensor, part: KVSlice, key_weight: Tensor, queries_first: bool) -> Tensor:
     """Return q.k in float32, (B, H, T, S), of keys that are convolutions of what the slice holds."""
     N, S = len(key_weight), part.mask.size(-1)
     by_tap = q[:, :, :, None] * key_weight.to(q.dtype).transpose(0, 1)[:, None]  # (B, H, T, N, D)
-    products = _products(by_tap.flatten(2, 3), part.k).mT.float().unflatten(2, (-1, N))  # (B, H, T, N, N - 1 + S)
+    products = _products(by_tap.flatten(2, 3), part.k, queries_first).float()
+    products = products.unflatten(2, (-1, N))  # (B, H, T, N, N - 1 + S)
     scores = products[..., 0, N - 1 :]
     for n in range(1, N):  # tap n of a key has the token n before it
         scores = scores + products[..., n, N - 1 - n : N - 1 - n + S]

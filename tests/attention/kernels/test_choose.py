@@ -174,7 +174,17 @@ def test_decoding_has_a_kernel_of_its_own_on_a_gpu(device, dtype, head_dim, pack
         assert kernel.name == "triton" and kernel.attend.keywords == {"multiprocessors": 78}
     else:
         assert kernel.name == "torch" and kernel.reason == f"no triton kernel: {why}"
-        assert kernel.attend is decode.attend
+        assert kernel.attend.func is decode.attend
+
+
+@pytest.mark.parametrize(
+    ("instructions", "queries_first"), [(["avx512_bf16"], True), (["avx512_bf16", "amx_bf16"], False), ([], False)]
+)
+def test_cpus_that_multiply_bfloat16_without_amx_have_the_queries_first(instructions, queries_first, monkeypatch):
+    found = dict.fromkeys(instructions, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    kernel = choose_decode_kernel(64, CPU, torch.bfloat16)
+    assert kernel.attend.keywords == {"queries_first": queries_first}
 
 
 def test_scores_of_a_layers_own_run_on_the_reference_kernels(cauchy):

@@ -31,6 +31,18 @@ def test_new_tokens_attend_to_all_slices_as_by_the_definition(gaussian):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # scores and weights are float32
 
 
+@pytest.mark.parametrize("gaussian", [False, True])
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_the_order_of_the_products_changes_nothing_but_rounding(gaussian, contiguous):
+    q = torch.randn(B, T, H, D, generator=torch.Generator().manual_seed(0)).bfloat16()
+    part = drawn_slice(B, gaussian, seed=1)
+    k, v = (t.bfloat16() if contiguous else t.bfloat16().mT.contiguous().mT for t in (part.k, part.v))
+    part = part._replace(k=k, v=k if gaussian else v)
+    qkv = QKV(q, q, q, scale=0.3, sigma=torch.tensor([1.5, 2.5]) if gaussian else None)
+    got, expected = (decode.attend(qkv, [part], queries_first) for queries_first in (True, False))
+    torch.testing.assert_close(got, expected, rtol=2**-6, atol=2**-6)
+
+
 def test_a_token_that_sees_no_key_gets_zero():
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 3, 5, 4)
     hidden = KVSlice(k, k, torch.full((1, 1, 2, 5), -torch.inf))
