@@ -64,6 +64,11 @@ def main(
         destroy_process_group()
 
 
+def title(run_dir: Path, meta: dict[str, Any]) -> str:
+    """Return a run's name and step, which shows whether it was interrupted."""
+    return f"{run_dir.name}, step {meta['step']:,} of {meta['n_steps']:,}"
+
+
 def bpb(run_dir: Path, model: "GPT", tokenizer: "Tokenizer", meta: dict[str, Any], world: "World") -> None:
     from gkachat.checkpoint import tokens_dir
     from gkachat.eval.bpb import evaluate_corpus
@@ -75,7 +80,7 @@ def bpb(run_dir: Path, model: "GPT", tokenizer: "Tokenizer", meta: dict[str, Any
     if not world.is_rank0:
         return
     write_result(run_dir, "bpb", meta, model.wte.weight.device, **result)
-    print(f"{run_dir.name}, step {meta['step']}: bits per byte over {result['val_tokens']:,} val tokens")
+    print(f"{title(run_dir, meta)}: bits per byte over {result['val_tokens']:,} val tokens")
     print(f"  val      {result['val_bpb']:.4f}")
     print(f"  train    {result['train_bpb']:.4f}   (gap {result['val_bpb'] - result['train_bpb']:+.4f})")
     print(f"  unigram  {result['unigram_bpb']:.4f}   (val, for comparison)")
@@ -134,7 +139,7 @@ def core(
     figures |= {"dtype": str(model.compute_dtype), "processes": world.size, "bundle": str(bundle)}
     path = write_result(run_dir, "core", meta, model.wte.weight.device, scores, **figures)
     partial.unlink(missing_ok=True)
-    print(f"{run_dir.name}, step {meta['step']}: {result['name']}: {result['mean_centered']:.4f}")
+    print(f"{title(run_dir, meta)}: {result['name']}: {result['mean_centered']:.4f}")
     for line in result["unscored"]:
         print(f"  not scored: {line}")
     named = {line.partition(":")[0] for line in result["unscored"]}
