@@ -150,7 +150,7 @@ def untrained_run(home, name, tokenizer, *, tuned=False, **shape):
     config = (TuningConfig if tuned else Config)(model=GPTConfig(vocab_size=tokenizer.vocab_size, **shape))
     start_run(home / "runs" / name, config, tokenizer)
     saver = Saver(home / "runs" / name, config, tokenizer, report=lambda line: None)
-    saver.save(1, GPT(config.model).state_dict(), {}, {})
+    saver.save(1, GPT(config.model).state_dict(), {}, {"n_steps": 1})
     saver.finish()
     return home / "runs" / name
 

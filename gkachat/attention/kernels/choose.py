@@ -96,7 +96,7 @@ def choose_decode_kernel(head_dim: int, device: torch.device, dtype: torch.dtype
         (head_dim > 256, f"heads have {head_dim} channels, more than 256"),
     )
     if obstacles:
-        attend = partial(decode.attend, queries_first=cpu_has("avx512_bf16") and not cpu_has("amx_bf16"))
+        attend = partial(decode.attend, queries_first=_queries_first())
         return Kernel("torch", f"no triton kernel: {'; '.join(obstacles)}", attend)
     from gkachat.attention.kernels import decode_triton
 
@@ -167,6 +167,12 @@ def _gaussian_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype)
     if name == "triton":
         from gkachat.attention.kernels import gaussian_triton as module
     return Kernel(name, reason, partial(module.attend, **spec.mask))
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace questions about the CPU
+def _queries_first() -> bool:
+    """Return whether this CPU multiplies bfloat16 faster with queries on the left: with AVX512-BF16, without AMX."""
+    return cpu_has("avx512_bf16") and not cpu_has("amx_bf16")
 
 
 def _obstacles(*checks: tuple[bool, str]) -> list[str]:
