@@ -29,7 +29,8 @@ MODEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}  # of a model: log
 ROWS = 3  # of a model's batch: enough tokens that the head's loss takes more than one part of them
 MAX_SCALARS = 16  # elements of a parameter of single numbers: some for each layer or head
 # The gradient of a single number, such as a bandwidth, sums terms of both signs and can be nearly 0, with any relative
-# error. The batch's and each row's gradients are compared as one tensor, for they are rarely nearly 0 at once.
+# error. The batch's and each row's gradients are compared as one tensor, for they are rarely nearly 0 at once: over 60
+# seeds on a CPU, bfloat16 is at most 0.14 off.
 SCALAR_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 
 
