@@ -188,21 +188,22 @@ def test_kernels_of_torch_alone_need_no_compiler(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "expected"),
+    ("capabilities", "expected", "from_the_left"),
     [
-        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
-        ({"neon": True, "bf16": True}, torch.bfloat16),
-        (None, torch.float32),  # a torch without get_capabilities
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32, False),
+        ({"avx512_bf16": True}, torch.bfloat16, True),
+        ({"avx512_bf16": True, "amx_bf16": True}, torch.bfloat16, False),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16, False),
+        ({"neon": True, "bf16": True}, torch.bfloat16, False),
+        (None, torch.float32, False),  # a torch without get_capabilities
     ],
 )
-def test_a_cpu_computes_in_bfloat16_where_it_multiplies_it_in_hardware(monkeypatch, capabilities, expected):
+def test_what_a_cpu_has_decides_how_it_multiplies_bfloat16(monkeypatch, capabilities, expected, from_the_left):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     if capabilities is not None:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     cpu = torch.device("cpu")
-    assert pick_dtype("auto", cpu) == expected
+    assert pick_dtype("auto", cpu) == expected and machine.multiplies_faster_from_the_left() == from_the_left
     assert pick_dtype("bfloat16", cpu) == torch.bfloat16 and pick_dtype("float32", cpu) == torch.float32
 
 

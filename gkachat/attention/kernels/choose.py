@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from gkachat.attention.kernels import decode, flash, gaussian_sdpa, reference, sdpa, window_cpu
-from gkachat.machine import cpu_has, no_triton
+from gkachat.machine import multiplies_faster_from_the_left, no_triton
 
 HALF = (torch.bfloat16, torch.float16)
 TRITON_HEAD_DIMS = (64, 128)
 TRITON_DTYPES = (torch.bfloat16, torch.float32)
 GAUSSIAN_BACKENDS = ("sdpa", "triton", "reference")
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # here: torch.compile cannot trace a search for packages
+# Here: torch.compile cannot trace a search for packages, nor a question about the CPU.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+QUERIES_FIRST = multiplies_faster_from_the_left()
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def choose_decode_kernel(head_dim: int, device: torch.device, dtype: torch.dtype
         (head_dim > 256, f"heads have {head_dim} channels, more than 256"),
     )
     if obstacles:
-        attend = partial(decode.attend, queries_first=_queries_first())
+        attend = partial(decode.attend, queries_first=QUERIES_FIRST)
         return Kernel("torch", f"no triton kernel: {'; '.join(obstacles)}", attend)
     from gkachat.attention.kernels import decode_triton
 
@@ -167,12 +169,6 @@ def _gaussian_kernel(spec: KernelSpec, device: torch.device, dtype: torch.dtype)
     if name == "triton":
         from gkachat.attention.kernels import gaussian_triton as module
     return Kernel(name, reason, partial(module.attend, **spec.mask))
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot trace questions about the CPU
-def _queries_first() -> bool:
-    """Return whether this CPU multiplies bfloat16 faster with queries on the left: with AVX512-BF16, without AMX."""
-    return cpu_has("avx512_bf16") and not cpu_has("amx_bf16")
 
 
 def _obstacles(*checks: tuple[bool, str]) -> list[str]:

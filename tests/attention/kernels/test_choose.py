@@ -11,6 +11,7 @@ from conftest import live_model
 from gkachat.attention.kernels import choose, decode, flash, flex, reference
 from gkachat.attention.kernels.choose import KernelSpec, choose_decode_kernel, choose_kernel
 from gkachat.config import GKAConfig, GPTConfig
+from gkachat.machine import multiplies_faster_from_the_left
 from gkachat.model.gpt import GPT
 from gkachat.model.stats import activation_bytes, model_stats
 
@@ -175,16 +176,7 @@ def test_decoding_has_a_kernel_of_its_own_on_a_gpu(device, dtype, head_dim, pack
     else:
         assert kernel.name == "torch" and kernel.reason == f"no triton kernel: {why}"
         assert kernel.attend.func is decode.attend
-
-
-@pytest.mark.parametrize(
-    ("instructions", "queries_first"), [(["avx512_bf16"], True), (["avx512_bf16", "amx_bf16"], False), ([], False)]
-)
-def test_cpus_that_multiply_bfloat16_without_amx_have_the_queries_first(instructions, queries_first, monkeypatch):
-    found = dict.fromkeys(instructions, True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    kernel = choose_decode_kernel(64, CPU, torch.bfloat16)
-    assert kernel.attend.keywords == {"queries_first": queries_first}
+        assert kernel.attend.keywords == {"queries_first": multiplies_faster_from_the_left()}
 
 
 def test_scores_of_a_layers_own_run_on_the_reference_kernels(cauchy):
